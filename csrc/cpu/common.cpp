@@ -1,0 +1,69 @@
+#include "common.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace dgc {
+
+bool use_avx2() {
+#if defined(__x86_64__)
+  static const bool yes = [] {
+    const char* asked = std::getenv("DGC_CPU");
+    if (asked != nullptr && std::strcmp(asked, "portable") == 0) return false;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  }();
+  return yes;
+#else
+  return false;
+#endif
+}
+
+Bucket::Bucket(const Tensor& table) {
+  STD_TORCH_CHECK(table.is_cpu() && table.scalar_type() == ScalarType::Long && table.is_contiguous() &&
+                      table.dim() == 2 && table.size(1) == kSegmentColumns,
+                  "segments: expected a contiguous int64 CPU tensor of shape [segments, ", kSegmentColumns, "]");
+  const auto* rows = static_cast<const Segment*>(table.const_data_ptr());
+  segments.assign(rows, rows + table.size(0));
+  constexpr int64_t limit = int64_t{1} << 47;  // sums of these cannot overflow
+  for (const Segment& s : segments) {
+    STD_TORCH_CHECK(s.source >= 0 && s.offset >= 0 && s.offset < limit && s.state >= 0 && s.state < limit &&
+                        s.numel > 0 && s.numel < limit && s.entries > 0 && s.entries <= s.numel,
+                    "segments: expected source, offset, state >= 0 and 0 < entries <= numel, got ", s.source, ", ",
+                    s.offset, ", ", s.state, ", entries ", s.entries, ", numel ", s.numel);
+    first_tile.push_back(tiles.size());
+    first_entry.push_back(entries);
+    const int64_t index = &s - segments.data();
+    for (int64_t begin = 0; begin < s.numel; begin += kTile) {
+      const int64_t numel = s.numel - begin < kTile ? s.numel - begin : kTile;
+      tiles.push_back({index, begin, numel, groups});
+      groups += div_up(numel, kGroup);
+    }
+    entries += s.entries;
+  }
+  first_tile.push_back(tiles.size());
+  first_entry.push_back(entries);
+  STD_TORCH_CHECK(entries < (int64_t{1} << 32), "segments: expected fewer than 2^32 entries a bucket, got ", entries,
+                  ": use smaller buckets (bucket_cap_mb)");
+}
+
+void check_cpu(const Tensor& tensor, const char* name, ScalarType dtype, int64_t min_numel) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == dtype && tensor.is_contiguous() &&
+                      tensor.numel() >= min_numel,
+                  name, ": expected a contiguous CPU tensor of scalar type ", static_cast<int>(dtype),
+                  " with at least ", min_numel, " elements, got scalar type ", static_cast<int>(tensor.scalar_type()),
+                  " with ", tensor.numel());
+}
+
+void check_sources(const std::vector<Tensor>& sources, const Bucket& bucket, const char* name) {
+  for (const Tensor& t : sources) {
+    STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous(), name, ": expected contiguous CPU tensors");
+  }
+  for (const Segment& s : bucket.segments) {
+    STD_TORCH_CHECK(s.source < static_cast<int64_t>(sources.size()) &&
+                        s.offset + s.numel <= sources[s.source].numel(),
+                    name, ": a segment of ", s.numel, " elements at offset ", s.offset, " of tensor ", s.source,
+                    " does not fit");
+  }
+}
+
+}  // namespace dgc

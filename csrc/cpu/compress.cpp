@@ -1,0 +1,259 @@
+// dgc::compress_: accumulate, select and pack one bucket in one pass over memory. docs/kernels.md has the idea: the
+// update also leaves the largest |v| of every 32 elements; the k-th largest of these bounds the threshold from below,
+// because k groups that reach it hold k elements that do. Only the groups that reach it are ever read again.
+#include <optional>
+
+#include "select.h"
+#include "update.h"
+
+namespace dgc {
+namespace {
+
+struct Candidate {
+  uint32_t index;  // inside the tile
+  float value;
+};
+
+// What is known of a tile after each phase.
+struct TileWork {
+  TileReport report;
+  std::vector<Candidate> candidates;  // in index order
+  int64_t entry = 0;                  // where its entries start in the payload
+  int64_t above = 0;                  // candidates above the threshold: all are sent
+  int64_t ties = 0;                   // candidates at the threshold ...
+  int64_t ties_sent = 0;              // ... and how many of them, from the smallest index on, are sent
+};
+
+// Beyond one entry in so many elements nearly every group qualifies, and the threshold comes from the elements.
+constexpr int64_t kMinElementsPerEntry = 40;
+
+class Compressor {
+ public:
+  Compressor(const Bucket& bucket, float* momentum, float* residual, uint32_t* group_max)
+      : bucket_(bucket),
+        momentum_(momentum),
+        residual_(residual),
+        group_max_(group_max),
+        work_(bucket.tiles.size()),
+        bound_(bucket.segments.size()),
+        threshold_(bucket.segments.size()) {}
+
+  void accumulate(const std::vector<Tensor>& gradients, const float* mu, float scale, bool nesterov) {
+    over_tiles([&](const Tile& tile, TileWork& work) {
+      const Segment& s = bucket_.segments[tile.segment];
+      const Tensor& gradient = gradients[s.source];
+      const int64_t at = s.state + tile.begin;
+      const UpdateArgs args{momentum_ != nullptr ? momentum_ + at : nullptr,
+                            residual_ + at,
+                            group_max_ + tile.group,
+                            tile.numel,
+                            mu[tile.segment],
+                            scale,
+                            nesterov};
+      work.report =
+          update(avx2_, gradient.scalar_type(), gradient.const_data_ptr(), s.offset + tile.begin, args);
+    });
+  }
+
+  void select() {
+    over_segments([&](int64_t i) {
+      const Segment& s = bucket_.segments[i];
+      const int64_t group = bucket_.tiles[bucket_.first_tile[i]].group;
+      bound_[i] = threshold_from_groups(s) ? bound_on_kth_largest(group_max_ + group, div_up(s.numel, kGroup), s.entries)
+                                           : kth_largest(bits(s.state), s.numel, s.entries);
+    });
+    over_tiles([&](const Tile& tile, TileWork& work) { collect(tile, work); });
+    over_segments([&](int64_t i) {
+      threshold_[i] = bound_[i];
+      if (threshold_from_groups(bucket_.segments[i])) threshold_[i] = refine(i);
+    });
+    over_tiles([&](const Tile& tile, TileWork& work) {
+      const uint32_t threshold = threshold_[tile.segment];
+      for (const Candidate& c : work.candidates) {
+        work.above += magnitude(c.value) > threshold;
+        work.ties += magnitude(c.value) == threshold;
+      }
+    });
+    int64_t entry = 0;
+    for (size_t i = 0; i < bucket_.segments.size(); ++i) {
+      int64_t ties_left = bucket_.segments[i].entries;
+      for_tiles_of(i, [&](TileWork& work) { ties_left -= work.above; });
+      for_tiles_of(i, [&](TileWork& work) {
+        work.entry = entry;
+        work.ties_sent = std::min(ties_left, work.ties);
+        ties_left -= work.ties_sent;
+        entry += work.above + work.ties_sent;
+      });
+    }
+  }
+
+  template <class Wire>
+  void pack(uint8_t* payload, float* sent_momentum) {
+    using Raw = typename Wire::Raw;
+    const WireLayout at = bucket_.wire(sizeof(Raw));
+    auto* ends = reinterpret_cast<uint32_t*>(payload + at.ends);
+    auto* indices = reinterpret_cast<uint16_t*>(payload + at.indices);
+    auto* values = reinterpret_cast<Raw*>(payload + at.values);
+    over_tiles([&](const Tile& tile, TileWork& work) {
+      const uint32_t threshold = threshold_[tile.segment];
+      const int64_t state = bucket_.segments[tile.segment].state + tile.begin;
+      int64_t entry = work.entry, ties_left = work.ties_sent;
+      const size_t n = work.candidates.size();
+      for (size_t j = 0; j < n; ++j) {
+        constexpr size_t kAhead = 8;
+        if (j + kAhead < n) prefetch(state + work.candidates[j + kAhead].index);
+        const Candidate c = work.candidates[j];
+        const uint32_t size = magnitude(c.value);
+        if (size < threshold || (size == threshold && ties_left-- <= 0)) continue;
+        const Raw raw = Wire::store(c.value);
+        const float sent = Wire::load(raw);
+        indices[entry] = static_cast<uint16_t>(c.index);
+        values[entry] = raw;
+        residual_[state + c.index] = c.value - sent;  // exact: what the wire type cannot say stays here
+        if (sent_momentum != nullptr) {
+          // Momentum factor masking (paper, section 3.2), where something was sent.
+          float& u = momentum_[state + c.index];
+          sent_momentum[entry] = u;
+          if (sent != 0.0f) u = 0.0f;
+        }
+        ++entry;
+      }
+      ends[&tile - bucket_.tiles.data()] = static_cast<uint32_t>(entry);
+    });
+    write_reports(payload, at);
+  }
+
+ private:
+  template <class F>
+  void over_tiles(const F& f) {
+    torch::stable::parallel_for(0, bucket_.tiles.size(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) f(bucket_.tiles[i], work_[i]);
+    });
+  }
+
+  template <class F>
+  void for_tiles_of(size_t segment, const F& f) {
+    for (int64_t i = bucket_.first_tile[segment]; i < bucket_.first_tile[segment + 1]; ++i) f(work_[i]);
+  }
+
+  // Small segments side by side, then the large ones, each with all threads.
+  template <class F>
+  void over_segments(const F& f) {
+    constexpr int64_t kLarge = 1 << 20;
+    const auto& segments = bucket_.segments;
+    torch::stable::parallel_for(0, segments.size(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        if (segments[i].numel < kLarge) f(i);
+    });
+    for (size_t i = 0; i < segments.size(); ++i)
+      if (segments[i].numel >= kLarge) f(i);
+  }
+
+  static bool threshold_from_groups(const Segment& s) {
+    return s.numel >= s.entries * kMinElementsPerEntry;
+  }
+
+  const uint32_t* bits(int64_t at) const { return reinterpret_cast<const uint32_t*>(residual_ + at); }
+
+  void prefetch(int64_t at) const {
+    __builtin_prefetch(residual_ + at, 1);
+    if (momentum_ != nullptr) __builtin_prefetch(momentum_ + at, 1);
+  }
+
+  void collect(const Tile& tile, TileWork& work) {
+    const Segment& s = bucket_.segments[tile.segment];
+    const int64_t state = s.state + tile.begin;
+    uint32_t bound = bound_[tile.segment];
+    // Zeros are sent only where fewer than k entries are not zero; then k zeros lie among the first 2k elements.
+    if (bound == 0 && tile.begin >= 2 * s.entries) bound = 1;
+    uint16_t hits[kGroupsPerTile];
+    int64_t n = 0;
+    scan(avx2_, group_max_ + tile.group, div_up(tile.numel, kGroup), bound,
+         [&](int64_t group) { hits[n++] = static_cast<uint16_t>(group); });
+    work.candidates.reserve(n + n / 4);
+    for (int64_t j = 0; j < n; ++j) {
+      constexpr int64_t kAhead = 8;
+      if (j + kAhead < n) {  // a group is two cache lines
+        const float* next = residual_ + state + hits[j + kAhead] * kGroup;
+        __builtin_prefetch(next);
+        __builtin_prefetch(next + kGroup / 2);
+      }
+      const int64_t begin = hits[j] * kGroup;
+      scan(avx2_, bits(state + begin), std::min(kGroup, tile.numel - begin), bound, [&](int64_t i) {
+        work.candidates.push_back({static_cast<uint32_t>(begin + i), residual_[state + begin + i]});
+      });
+    }
+  }
+
+  uint32_t refine(int64_t segment) {
+    std::vector<uint32_t> keys;
+    for_tiles_of(segment, [&](TileWork& work) {
+      for (const Candidate& c : work.candidates) keys.push_back(float_bits(c.value));
+    });
+    return kth_largest(keys.data(), keys.size(), bucket_.segments[segment].entries);
+  }
+
+  void write_reports(uint8_t* payload, const WireLayout& at) {
+    int64_t flags = 0;
+    for (size_t i = 0; i < bucket_.segments.size(); ++i) {
+      bool used = false;
+      for_tiles_of(i, [&](TileWork& work) {
+        used |= work.report.used;
+        flags |= work.report.nonfinite ? kNonFinite : 0;
+      });
+      payload[at.used + i] = used ? 1 : 0;
+    }
+    reinterpret_cast<Header*>(payload)->flags = flags;
+  }
+
+  const Bucket& bucket_;
+  float* momentum_;
+  float* residual_;
+  uint32_t* group_max_;
+  std::vector<TileWork> work_;
+  std::vector<uint32_t> bound_;      // of each segment: no entry below it can be sent
+  std::vector<uint32_t> threshold_;  // of each segment: the k-th largest |v|
+  const bool avx2_ = use_avx2();
+};
+
+void compress_cpu(std::vector<Tensor> gradients, std::optional<Tensor> momentum, Tensor residual, Tensor segments,
+                  Tensor mu, Tensor scale, Tensor payload, Tensor workspace, std::optional<Tensor> sent_momentum,
+                  bool nesterov, ScalarType wire_dtype) {
+  const Bucket bucket(segments);
+  check_sources(gradients, bucket, "gradients");
+  for (const Tensor& g : gradients) {
+    const ScalarType t = g.scalar_type();
+    STD_TORCH_CHECK(t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half,
+                    "gradients: expected float32, bfloat16 or float16, got scalar type ", static_cast<int>(t));
+  }
+  int64_t state = 0;
+  for (const Segment& s : bucket.segments) state = std::max(state, s.state + s.numel);
+  check_cpu(residual, "residual", ScalarType::Float, state);
+  if (momentum) check_cpu(*momentum, "momentum", ScalarType::Float, state);
+  check_cpu(mu, "mu", ScalarType::Float, bucket.segments.size());
+  check_cpu(scale, "scale", ScalarType::Float, 1);
+  check_cpu(workspace, "workspace", ScalarType::Byte, 4 * bucket.groups);
+  if (sent_momentum) {
+    STD_TORCH_CHECK(momentum.has_value(), "sent_momentum: expected None where momentum is None");
+    check_cpu(*sent_momentum, "sent_momentum", ScalarType::Float, bucket.entries);
+  }
+
+  Compressor compressor(bucket, momentum ? static_cast<float*>(momentum->mutable_data_ptr()) : nullptr,
+                        static_cast<float*>(residual.mutable_data_ptr()),
+                        static_cast<uint32_t*>(workspace.mutable_data_ptr()));
+  with_wire_type(wire_dtype, [&](auto wire) {
+    using Wire = decltype(wire);
+    const int64_t bytes = bucket.wire(sizeof(typename Wire::Raw)).bytes;
+    check_cpu(payload, "payload", ScalarType::Byte, bytes);
+    compressor.accumulate(gradients, static_cast<const float*>(mu.const_data_ptr()),
+                          *static_cast<const float*>(scale.const_data_ptr()), nesterov);
+    compressor.select();
+    compressor.pack<Wire>(static_cast<uint8_t*>(payload.mutable_data_ptr()),
+                          sent_momentum ? static_cast<float*>(sent_momentum->mutable_data_ptr()) : nullptr);
+  });
+}
+
+}  // namespace
+}  // namespace dgc
+
+STABLE_TORCH_LIBRARY_IMPL(dgc, CPU, m) { m.impl("compress_", TORCH_BOX(&dgc::compress_cpu)); }

@@ -1,0 +1,174 @@
+// dgc::unpack: the payloads of all ranks to one dense gradient, (1/N) * sum over ranks 0..N-1 in that order. Nothing in
+// a payload is believed before it is checked, and nothing is written unless every payload passes.
+#include <atomic>
+
+#include "common.h"
+
+namespace dgc {
+namespace {
+
+template <class Wire>
+struct Payload {
+  using Raw = typename Wire::Raw;
+
+  Payload(const uint8_t* bytes, const WireLayout& at)
+      : header(reinterpret_cast<const Header*>(bytes)),
+        used(bytes + at.used),
+        ends(reinterpret_cast<const uint32_t*>(bytes + at.ends)),
+        indices(reinterpret_cast<const uint16_t*>(bytes + at.indices)),
+        values(reinterpret_cast<const Raw*>(bytes + at.values)) {}
+
+  int64_t begin(int64_t tile) const { return tile == 0 ? 0 : ends[tile - 1]; }
+
+  const Header* header;
+  const uint8_t* used;
+  const uint32_t* ends;
+  const uint16_t* indices;
+  const Raw* values;
+};
+
+template <class Wire>
+int32_t check_frame(const Payload<Wire>& p, const Header& own, const Bucket& bucket) {
+  if (p.header->magic != kMagic) return kBadMagic;
+  if (p.header->step != own.step) return kBadStep;
+  if (p.header->fingerprint != own.fingerprint) return kBadLayout;
+  uint32_t last = 0;
+  for (size_t t = 0; t < bucket.tiles.size(); ++t) {
+    if (p.ends[t] < last || p.ends[t] > bucket.entries) return kBadTiles;
+    last = p.ends[t];
+  }
+  for (size_t s = 0; s < bucket.segments.size(); ++s) {
+    if (p.ends[bucket.first_tile[s + 1] - 1] != bucket.first_entry[s + 1]) return kBadTiles;
+  }
+  return kOk;
+}
+
+template <class Wire>
+int32_t check_tile(const Payload<Wire>& p, int64_t tile, int64_t numel) {
+  bool rising = true, finite = true;
+  int64_t last = -1;
+  for (int64_t e = p.begin(tile); e < p.ends[tile]; ++e) {
+    rising &= p.indices[e] > last;
+    last = p.indices[e];
+    finite &= magnitude(Wire::load(p.values[e])) < kInfinity;
+  }
+  return !rising || last >= numel ? kBadIndex : finite ? kOk : kBadValue;
+}
+
+template <class Store, class Wire>
+void add_tile(const std::vector<Payload<Wire>>& payloads, int64_t tile, typename Store::Raw* out, float* sum) {
+  for (const auto& p : payloads)
+    for (int64_t e = p.begin(tile); e < p.ends[tile]; ++e) sum[p.indices[e]] += Wire::load(p.values[e]);
+  // Moves each sum out and leaves zero behind, so that `sum` is ready for the next tile. A sum met a second time, from
+  // another rank, is zero by then, as is one that cancelled: out already holds zero there.
+  const float inverse = 1.0f / static_cast<float>(payloads.size());
+  for (const auto& p : payloads) {
+    for (int64_t e = p.begin(tile); e < p.ends[tile]; ++e) {
+      float& x = sum[p.indices[e]];
+      if (x == 0.0f) continue;
+      out[p.indices[e]] = Store::round(x * inverse);
+      x = 0.0f;
+    }
+  }
+}
+
+// How the sum is handed back in the gradient's type: rounded to nearest, overflow to Inf as torch does.
+struct StoreFloat {
+  using Raw = float;
+  static Raw round(float x) { return x; }
+};
+
+struct StoreBFloat16 {
+  using Raw = uint16_t;
+  static Raw round(float x) {
+    const uint32_t bits = float_bits(x);
+    return static_cast<Raw>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  }
+};
+
+struct StoreHalf {
+  using Raw = uint16_t;
+  static Raw round(float x) {
+    // 65520 is the first number that is nearer to the next power of two than to 65504.
+    if (magnitude(x) >= float_bits(65520.0f)) return static_cast<Raw>(((float_bits(x) >> 16) & 0x8000u) | 0x7c00u);
+    return WireHalf::store(x);
+  }
+};
+
+template <class F>
+void with_store_type(ScalarType dtype, const F& f) {
+  if (dtype == ScalarType::Float) return f(StoreFloat{});
+  if (dtype == ScalarType::BFloat16) return f(StoreBFloat16{});
+  if (dtype == ScalarType::Half) return f(StoreHalf{});
+  STD_TORCH_CHECK(false, "out: expected float32, bfloat16 or float16, got scalar type ", static_cast<int>(dtype));
+}
+
+template <class Wire>
+void unpack_to(const std::vector<Payload<Wire>>& payloads, int64_t rank, const Bucket& bucket,
+               const std::vector<Tensor>& out, int32_t* status) {
+  const int64_t ranks = payloads.size(), tiles = bucket.tiles.size();
+  bool good = true;
+  for (int64_t r = 0; r < ranks; ++r) {
+    status[r] = check_frame(payloads[r], *payloads[rank].header, bucket);
+    good &= status[r] == kOk;
+  }
+  if (good) {
+    std::vector<std::atomic<int32_t>> found(ranks);
+    torch::stable::parallel_for(0, tiles, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t)
+        for (int64_t r = 0; r < ranks; ++r)
+          if (const int32_t bad = check_tile(payloads[r], t, bucket.tiles[t].numel)) found[r] = bad;
+    });
+    for (int64_t r = 0; r < ranks; ++r) {
+      status[r] = found[r];
+      good &= status[r] == kOk;
+    }
+  }
+  for (int64_t r = 0; r < ranks; ++r)
+    if (status[r] == kOk && (payloads[r].header->flags & kNonFinite) != 0) status[r] |= kNonFiniteStatus;
+  if (!good) return;
+
+  std::vector<uint8_t> used(bucket.segments.size());
+  for (const auto& p : payloads)
+    for (size_t s = 0; s < used.size(); ++s) used[s] |= p.used[s];
+  torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> sum(kTile);
+    for (int64_t t = begin; t < end; ++t) {
+      const Tile& tile = bucket.tiles[t];
+      const Segment& s = bucket.segments[tile.segment];
+      const Tensor& target = out[s.source];
+      with_store_type(target.scalar_type(), [&](auto store) {
+        using Store = decltype(store);
+        auto* to = static_cast<typename Store::Raw*>(target.mutable_data_ptr()) + s.offset + tile.begin;
+        std::memset(to, 0, tile.numel * sizeof(*to));
+        if (used[tile.segment]) add_tile<Store>(payloads, t, to, sum.data());
+      });
+    }
+  });
+}
+
+Tensor unpack_cpu(Tensor payloads, int64_t rank, Tensor segments, ScalarType wire_dtype, std::vector<Tensor> out) {
+  const Bucket bucket(segments);
+  check_sources(out, bucket, "out");
+  check_cpu(payloads, "payloads", ScalarType::Byte, 0);
+  STD_TORCH_CHECK(payloads.dim() == 2 && rank >= 0 && rank < payloads.size(0),
+                  "payloads: expected a row of bytes for each rank, this rank's (", rank, ") among them");
+  const int64_t ranks = payloads.size(0);
+  Tensor status = torch::stable::empty({&ranks, 1}, ScalarType::Int);
+  with_wire_type(wire_dtype, [&](auto wire) {
+    using Wire = decltype(wire);
+    const WireLayout at = bucket.wire(sizeof(typename Wire::Raw));
+    STD_TORCH_CHECK(payloads.size(1) == at.bytes, "payloads: expected rows of ", at.bytes, " bytes, got ",
+                    payloads.size(1));
+    const auto* bytes = static_cast<const uint8_t*>(payloads.const_data_ptr());
+    std::vector<Payload<Wire>> views;
+    for (int64_t r = 0; r < ranks; ++r) views.emplace_back(bytes + r * at.bytes, at);
+    unpack_to(views, rank, bucket, out, static_cast<int32_t*>(status.mutable_data_ptr()));
+  });
+  return status;
+}
+
+}  // namespace
+}  // namespace dgc
+
+STABLE_TORCH_LIBRARY_IMPL(dgc, CPU, m) { m.impl("unpack", TORCH_BOX(&dgc::unpack_cpu)); }

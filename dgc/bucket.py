@@ -1,0 +1,229 @@
+"""Bucket: the gradients that travel together, and the buffers of their exchange."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops, wire
+from .config import DGCConfig
+from .memory import Memory
+
+
+class Gradients(NamedTuple):
+    """One bucket of gradients, as a framework hands it over. The reduced ones are written to the same places."""
+
+    parameters: Sequence[Tensor]
+    buffers: list[Tensor]
+    """Contiguous tensors that hold the gradients: DDP's one bucket, or Horovod's tensor for each parameter."""
+    places: Sequence[tuple[int, int]]
+    """For each parameter: which buffer, and its first element there."""
+
+    def of(self, index: int) -> Tensor:
+        """Returns the gradient of one parameter, flat, in the order in which it lies in memory."""
+        source, offset = self.places[index]
+        return self.buffers[source].view(-1)[offset : offset + self.parameters[index].numel()]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One parameter of a bucket."""
+
+    name: str
+    index: int
+    """Position in the bucket."""
+    entries: int | None
+    """k, or None where it is dense."""
+
+
+class Bucket:
+    """What one bucket needs in one phase: the segment table, payloads and scratch, allocated once.
+
+    A bucket with compressed parameters has a payload. Its dense ones travel in `flat`; if all are dense, and lie in
+    one buffer, they are reduced in place.
+    """
+
+    def __init__(
+        self,
+        gradients: Gradients,
+        members: Sequence[Member],
+        memory: Memory,
+        world_size: int,
+        config: DGCConfig,
+        masking: bool,
+    ) -> None:
+        """Lays the bucket out.
+
+        Args:
+            gradients: the bucket as it comes; only sizes and places matter here.
+            members: every parameter of the bucket.
+            memory: where u and v are.
+            world_size: number of ranks whose payloads will come.
+            config: the user's.
+            masking: whether u of sent entries is masked, and so has to be kept until the step is taken.
+        """
+        device = gradients.buffers[0].device
+        self.wire_dtype = config.wire_dtype
+        self.compressed = [m for m in members if m.entries is not None]
+        self.dense = [m for m in members if m.entries is None]
+        self.averaged = [m for m in self.dense if m.name in memory.diverged]
+        """Dense parameters whose u has to be averaged first, since they were compressed until now."""
+        numel = [p.numel() for p in gradients.parameters]
+        self.entries = sum(m.entries or 0 for m in members)
+        self.compressed_numel = sum(numel[m.index] for m in self.compressed)
+        self.dense_numel = sum(numel[m.index] for m in self.dense)
+
+        rows = [(*gradients.places[m.index], memory.offset[m.name], numel[m.index], m.entries) for m in self.compressed]
+        self.segments = torch.tensor(rows, dtype=torch.int64).view(-1, len(wire.SEGMENT_COLUMNS))
+        self.payload: Tensor | None = None
+        self.gathered: Tensor | None = None
+        if rows:
+            nbytes = wire.wire_layout(self.segments, self.wire_dtype).nbytes
+            self.payload = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+            self.gathered = torch.zeros(world_size, nbytes, dtype=torch.uint8, device=device)
+            self.workspace = ops.workspace(self.segments, device)
+            layout = [(m.name, numel[m.index], m.entries) for m in self.compressed]
+            text = repr((layout, world_size, asdict(config)))
+            self.fingerprint = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+            masked = masking and memory.momentum is not None
+            self.sent_momentum = torch.zeros(self.entries, device=device) if masked else None
+            self.momentum_factors: list[float] = []
+            self.mu = torch.zeros(len(rows), device=device)
+        self.taken = torch.zeros(len(rows), dtype=torch.uint8, device=device)
+        """1 for each compressed parameter whose sent entries are out of v, and not yet applied."""
+
+        dtypes = {gradients.buffers[gradients.places[m.index][0]].dtype for m in self.dense}
+        # u is float32, and is averaged in float32.
+        self.flat_dtype = dtypes.pop() if len(dtypes) == 1 and not self.averaged else torch.float32
+        self.flat_numel = self.dense_numel + sum(numel[m.index] for m in self.averaged)
+        self.in_place = not self.compressed and not self.averaged and len(gradients.buffers) == 1
+        self.flat: Tensor | None = None
+        if self.dense and not self.in_place:
+            self.flat = torch.empty(self.flat_numel, dtype=self.flat_dtype, device=device)
+
+    @property
+    def nonfinite(self) -> bool:
+        """Whether compress() left entries out."""
+        return self.payload is not None and bool(int(wire.header(self.payload)[3]) & wire.NON_FINITE)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes that this rank sends for the compressed parameters, once."""
+        return 0 if self.payload is None else self.payload.numel()
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the tensor that is all-reduced."""
+        return self.flat_numel * self.flat_dtype.itemsize
+
+    def compress(
+        self, gradients: Gradients, memory: Memory, factors: list[float], scale: Tensor, nesterov: bool, step: int
+    ) -> None:
+        """Accumulates the compressed parameters and fills the payload.
+
+        Args:
+            gradients: the bucket.
+            memory: u and v, which change.
+            factors: mu of each compressed parameter.
+            scale: float32 [1], what gradients are multiplied with first.
+            nesterov: which form v accumulates.
+            step: for the header.
+        """
+        if self.payload is None:
+            return
+        if factors != self.momentum_factors:
+            self.mu.copy_(torch.tensor(factors))
+            self.momentum_factors = factors
+        wire.stamp(self.payload, step, self.fingerprint)
+        ops.compress_(
+            gradients.buffers,
+            memory.momentum,
+            memory.residual,
+            self.segments,
+            self.mu,
+            scale,
+            self.payload,
+            self.workspace,
+            self.sent_momentum,
+            nesterov,
+            self.wire_dtype,
+        )
+        self.taken.fill_(1)
+
+    def load_dense(self, gradients: Gradients, memory: Memory, scale: Tensor | None, world_size: int) -> Tensor | None:
+        """Returns what is to be all-reduced: dense gradients, then u of the averaged ones, divided by the world size."""
+        flat = gradients.buffers[0].view(-1) if self.in_place else self.flat
+        if flat is None:
+            return None
+        if not self.in_place:
+            torch.cat([gradients.of(m.index).to(flat.dtype) for m in self.dense], out=flat[: self.dense_numel])
+        if scale is not None:
+            flat[: self.dense_numel].mul_(scale)
+        at = self.dense_numel
+        for m in self.averaged:
+            u = memory.flat_momentum(m.name)
+            flat[at : at + u.numel()].copy_(u)
+            at += u.numel()
+        # Before the sum, as DDP divides, so that 16-bit sums do not overflow.
+        return flat.div_(world_size) if world_size > 1 else flat
+
+    def store_dense(self, gradients: Gradients, memory: Memory) -> bool:
+        """Writes the averages back; returns whether all of them are finite."""
+        flat = gradients.buffers[0].view(-1) if self.in_place else self.flat
+        if flat is None:
+            return True
+        low, high = flat.aminmax()  # one pass; both are NaN if any entry is
+        if not self.in_place:
+            at = 0
+            for m in self.dense:
+                gradient = gradients.of(m.index)
+                gradient.copy_(flat[at : at + gradient.numel()])
+                at += gradient.numel()
+            for m in self.averaged:
+                u = memory.flat_momentum(m.name)
+                u.copy_(flat[at : at + u.numel()])
+                at += u.numel()
+        return bool(low.isfinite() & high.isfinite())
+
+    def unpack(self, gradients: Gradients, rank: int) -> list[int]:
+        """Writes the average of the sent entries into the gradients; returns the ranks that met non-finite entries.
+
+        Raises:
+            wire.PayloadError: a rank sent what does not fit.
+        """
+        if self.gathered is None:
+            return []
+        status = ops.unpack(self.gathered, rank, self.segments, self.wire_dtype, gradients.buffers)
+        return wire.check_status(status, self.gathered)
+
+    def restore_unused(self, memory: Memory) -> None:
+        """Takes back what was sent for parameters whose gradient was zero on every rank.
+
+        unpack gave them zeros: under find_unused_parameters, DDP throws the result of such a parameter away.
+        """
+        if self.gathered is not None:
+            at = wire.wire_layout(self.segments, self.wire_dtype).used
+            unused = self.gathered[:, at : at + len(self.segments)].amax(0) == 0
+            if unused.any():
+                self.restore(memory, unused.to(torch.uint8))
+
+    def restore(self, memory: Memory, which: Tensor | None = None) -> None:
+        """Takes back what was sent for the chosen parameters, or for all: u and v are as before select."""
+        if self.payload is None:
+            return
+        which = self.taken if which is None else self.taken * which
+        ops.restore_(
+            self.payload,
+            which,
+            self.segments,
+            self.sent_momentum,
+            memory.momentum,
+            memory.residual,
+            self.wire_dtype,
+        )
+        self.taken = self.taken * (1 - which)

@@ -1,0 +1,36 @@
+"""Local gradient clipping (paper, section 3.2), for gradients that are means over each rank's own batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def squared_norm(gradient: Tensor) -> Tensor:
+    """Returns the sum of squares of a gradient's finite entries: a float64 scalar.
+
+    One Inf among the entries would otherwise scale all the others to zero.
+    """
+    norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+    if not norm.isfinite():
+        norm = torch.linalg.vector_norm(gradient.nan_to_num(0, 0, 0), dtype=torch.float64)
+    return norm * norm
+
+
+def clip_scale(squared_norms: Iterable[Tensor], clip_norm: float, world_size: int) -> Tensor:
+    """Returns min(1, sqrt(N) * clip_norm / norm), what every gradient of this rank is multiplied with: float32 [1].
+
+    The paper scales the threshold by N^-1/2 for gradients that already carry 1/N; ours are local means, N times as
+    large, hence N^1/2: N such gradients of independent samples average to a norm of about clip_norm.
+
+    Args:
+        squared_norms: of each parameter, in the order of the names, so that buckets do not matter to the last bit.
+        clip_norm: the threshold for one worker.
+        world_size: N.
+    """
+    norm = torch.stack(list(squared_norms)).cumsum(0)[-1].sqrt()  # cumsum: one after the other, in order
+    scale: Tensor = (math.sqrt(world_size) * clip_norm / norm).clamp(max=1)
+    return scale.to(torch.float32).view(1)

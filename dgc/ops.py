@@ -1,0 +1,164 @@
+"""The ops: schemas, fakes and documentation. Kernels are in csrc/, the same in plain PyTorch in dgc/reference.py.
+
+Importing this module loads the native library, where it was built.
+"""
+
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .wire import GROUP, TILE, WireLayout, div_up, wire_layout
+
+_LIBRARY = torch.library.Library("dgc", "DEF")
+_LIBRARY.define(
+    "compress_(Tensor[] gradients, Tensor(a!)? momentum, Tensor(b!) residual, Tensor segments, Tensor mu, "
+    "Tensor scale, Tensor(c!) payload, Tensor(d!) workspace, Tensor(e!)? sent_momentum, bool nesterov, "
+    "ScalarType wire_dtype) -> ()"
+)
+_LIBRARY.define("unpack(Tensor payloads, int rank, Tensor segments, ScalarType wire_dtype, Tensor(a!)[] out) -> Tensor")
+_LIBRARY.define(
+    "restore_(Tensor payload, Tensor which, Tensor segments, Tensor? sent_momentum, Tensor(a!)? momentum, "
+    "Tensor(b!) residual, ScalarType wire_dtype) -> ()"
+)
+# The reference serves every device that has no kernel of its own.
+for _name in ("compress_", "unpack", "restore_"):
+    _LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+
+
+def _load_native() -> bool:
+    library = next(Path(__file__).parent.glob("_native*.so"), None)
+    if library is None:
+        warnings.warn(
+            "dgc: the native library was not built, so plain PyTorch is used: correct, but some 25 times slower. "
+            "Install g++ and reinstall with `pip install --no-build-isolation .`",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    torch.ops.load_library(library)
+    return True
+
+
+_NATIVE = _load_native()
+
+
+def backend(device: str | torch.device) -> str:
+    """Returns what runs the ops on a device: "native" or "reference" (plain PyTorch)."""
+    return "native" if _NATIVE and torch.device(device).type == "cpu" else "reference"
+
+
+def workspace(segments: Tensor, device: torch.device) -> Tensor:
+    """Returns the scratch that compress_ needs for these segments: uint8, 4 bytes for every 32 elements."""
+    groups = sum(
+        tiles * (TILE // GROUP) + div_up(rest, GROUP)
+        for tiles, rest in (divmod(n, TILE) for n in segments[:, 3].tolist())
+    )
+    return torch.empty(4 * groups, dtype=torch.uint8, device=device)
+
+
+def compress_(
+    gradients: list[Tensor],
+    momentum: Tensor | None,
+    residual: Tensor,
+    segments: Tensor,
+    mu: Tensor,
+    scale: Tensor,
+    payload: Tensor,
+    workspace: Tensor,
+    sent_momentum: Tensor | None,
+    nesterov: bool,
+    wire_dtype: torch.dtype,
+) -> None:
+    """Accumulates gradients and packs the k largest entries of every parameter's residual (paper, Algorithm 4).
+
+    For each parameter: h = scale * gradient; u <- mu*u + h; v <- v + u, or v + h + mu*u with Nesterov; exactly the k
+    entries of v largest in magnitude (ties to the smaller index) go into the payload, rounded to the wire type, and are
+    taken off v; where something was sent, u becomes 0 (momentum factor masking). An entry whose new v would not be
+    finite keeps its u and v, and the payload's non-finite flag is set.
+
+    Args:
+        gradients: contiguous tensors, float32, bfloat16 or float16, that hold the bucket's gradients.
+        momentum: u, float32 [elements], or None where mu is 0 throughout.
+        residual: v, float32 [elements].
+        segments: int64 [segments, 5] on the CPU, a row per parameter as in wire.SEGMENT_COLUMNS.
+        mu: float32 [segments], the momentum factor of each parameter.
+        scale: float32 [1], what gradients are multiplied with: clipping, and the inverse of a loss scale.
+        payload: uint8 [wire_layout(...).nbytes]. Its header is the caller's (wire.stamp), except the flags.
+        workspace: from workspace(); its contents mean nothing between calls.
+        sent_momentum: float32 [entries], receives u of the sent entries before it is masked. None: no masking.
+        nesterov: whether v accumulates the Nesterov form.
+        wire_dtype: type of the values in the payload: float32, bfloat16 or float16.
+
+    Raises:
+        RuntimeError: a tensor that is too small, of another type, or on another device.
+    """
+    torch.ops.dgc.compress_(
+        gradients, momentum, residual, segments, mu, scale, payload, workspace, sent_momentum, nesterov, wire_dtype
+    )
+
+
+def unpack(payloads: Tensor, rank: int, segments: Tensor, wire_dtype: torch.dtype, out: list[Tensor]) -> Tensor:
+    """Writes the average of all ranks' sent entries into dense gradients: (1/N) * sum over ranks 0..N-1 in that order.
+
+    A parameter whose gradient was zero on every rank gets zeros: what was sent for it has to be given back (restore_),
+    since DDP throws away the result of a parameter that no rank used.
+
+    Args:
+        payloads: uint8 [world size, bytes], one row a rank.
+        rank: of this process; its header is the one that the others' must equal.
+        segments: as for compress_.
+        wire_dtype: as for compress_.
+        out: the tensors that `source` and `offset` of the segments refer to: written where segments are.
+
+    Returns:
+        int32 [world size]: 0, or a code of wire.STATUS, plus wire.NON_FINITE_STATUS where that rank met non-finite
+        entries. Where any code is not 0, `out` is as it was.
+    """
+    status: Tensor = torch.ops.dgc.unpack(payloads, rank, segments, wire_dtype, out)
+    return status
+
+
+def restore_(
+    payload: Tensor,
+    which: Tensor,
+    segments: Tensor,
+    sent_momentum: Tensor | None,
+    momentum: Tensor | None,
+    residual: Tensor,
+    wire_dtype: torch.dtype,
+) -> None:
+    """Undoes select and pack: the entries sent for the chosen parameters return to residual and momentum, to the bit.
+
+    Args:
+        payload: this rank's own, as compress_ wrote it.
+        which: uint8 [segments], 1 for each parameter whose entries come back.
+        segments: as for compress_.
+        sent_momentum: as compress_ left it, or None.
+        momentum: u, or None.
+        residual: v.
+        wire_dtype: as for compress_.
+    """
+    torch.ops.dgc.restore_(payload, which, segments, sent_momentum, momentum, residual, wire_dtype)
+
+
+@torch.library.register_fake("dgc::compress_", lib=_LIBRARY)
+def _(*_args: object) -> None:
+    return None
+
+
+@torch.library.register_fake("dgc::unpack", lib=_LIBRARY)
+def _(payloads: Tensor, *_args: object) -> Tensor:
+    return payloads.new_empty(payloads.size(0), dtype=torch.int32)
+
+
+@torch.library.register_fake("dgc::restore_", lib=_LIBRARY)
+def _(*_args: object) -> None:
+    return None
+
+
+__all__ = ["WireLayout", "backend", "compress_", "restore_", "unpack", "wire_layout", "workspace"]
+logging.getLogger("dgc").debug("ops on the CPU: %s", backend("cpu"))

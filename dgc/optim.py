@@ -1,0 +1,137 @@
+"""dgc.SGD: torch.optim.SGD whose momentum is applied before sparsification."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+
+class Reducer(Protocol):
+    """What dgc.SGD asks of the DGCState that reduces its gradients."""
+
+    def take(self) -> bool:
+        """Claims the gradients of the last backward pass; False if this step is to be left out."""
+
+    def dense_momentum(self, parameter: Tensor) -> Tensor | None:
+        """Returns u if the gradient is a plain average; None if it is an update that has momentum in it already."""
+
+
+class SGD(Optimizer):
+    """SGD with momentum, Nesterov momentum and weight decay, for gradients that DGC reduces.
+
+    Takes torch.optim.SGD's arguments and gives its results: exactly where everything is sent, in expectation of what
+    is sent where not. DGC accumulates momentum locally, before it selects (momentum correction, paper section 3.1), so
+    for a compressed parameter step() finds it in the gradient already. momentum and nesterov are read from the
+    parameter groups at every backward pass, so schedulers may change momentum. Weight decay has a momentum buffer of
+    its own, equal on all ranks; by linearity the sum is the same.
+
+    Raises:
+        ValueError: an argument out of range, or one of torch.optim.SGD's that DGC cannot honour.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        """Checks the arguments; see the class."""
+        refused = {"dampening": dampening, "maximize": maximize, "differentiable": differentiable, "fused": fused}
+        for name, value in refused.items():
+            if value:
+                raise ValueError(f"{name}: expected it unset, got {value!r}: dgc.SGD does not support it")
+        del foreach  # a hint about speed; dgc.SGD always works on lists
+        self._reducer: Reducer | None = None
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a parameter group, checking its values."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name in ("lr", "momentum", "weight_decay"):
+            value = group[name]
+            if isinstance(value, Tensor) or not value >= 0:
+                raise ValueError(f"{name}: expected a number >= 0, got {value!r}")
+        if group["nesterov"] and group["momentum"] <= 0:
+            raise ValueError(f"momentum: expected a number > 0 with nesterov=True, got {group['momentum']!r}")
+
+    def attach(self, reducer: Reducer) -> None:
+        """Names the DGCState that reduces the gradients; DGCState calls this itself."""
+        self._reducer = reducer
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Applies lr, the reduced gradient and weight decay.
+
+        Raises:
+            RuntimeError: there are gradients and momentum, but no DGCState has reduced since the last step: momentum
+                would be silently missing.
+            FloatingPointError: a gradient was not finite on some rank (DGCConfig.on_nonfinite).
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not any(p.grad is not None for group in self.param_groups for p in group["params"]):
+            return loss
+        if self._reducer is not None:
+            if not self._reducer.take():
+                return loss
+        elif any(group["momentum"] > 0 for group in self.param_groups):
+            raise RuntimeError(
+                "dgc.SGD: expected a DGCState to have reduced these gradients, got none, so momentum would be missing. "
+                "Create dgc.DGCState(model.named_parameters(), optimizer) and register it: "
+                "model.register_comm_hook(state, dgc.dgc_hook). Without DGC, use torch.optim.SGD"
+            )
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        lr, mu, decay, nesterov = group["lr"], group["momentum"], group["weight_decay"], group["nesterov"]
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if decay:
+            for p in parameters:
+                self._decay_weights(p, lr, mu, decay, nesterov)
+        ready: list[Tensor] = []
+        updates: list[Tensor] = []
+        for p in parameters:
+            u = self._reducer.dense_momentum(p) if self._reducer is not None and mu else None
+            ready.append(p)
+            updates.append(p.grad if u is None else _apply_momentum(u, p.grad, mu, nesterov))
+        if ready:
+            torch._foreach_add_(ready, updates, alpha=-lr)
+
+    def _decay_weights(self, p: Tensor, lr: float, mu: float, decay: float, nesterov: bool) -> None:
+        """Takes the weight-decay part of the update off p: lr times the momentum form of decay * p."""
+        if not mu:
+            p.mul_(1 - lr * decay)
+            return
+        state = self.state[p]
+        if "decay_momentum" not in state:
+            state["decay_momentum"] = torch.zeros_like(p)
+        u = state["decay_momentum"]
+        u.mul_(mu).add_(p, alpha=decay)
+        if nesterov:
+            p.mul_(1 - lr * decay).sub_(u, alpha=lr * mu)
+        else:
+            p.sub_(u, alpha=lr)
+
+
+def _apply_momentum(u: Tensor, gradient: Tensor, mu: float, nesterov: bool) -> Tensor:
+    """Returns the update of a dense parameter, and advances u, as torch.optim.SGD does."""
+    u.mul_(mu).add_(gradient)
+    return gradient.add(u, alpha=mu) if nesterov else u

@@ -1,0 +1,72 @@
+"""Phase: how each parameter travels while density and the dense switch stay as they are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .config import DGCConfig
+from .schedule import DensitySchedule, dense_is_cheaper
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of steps that send alike."""
+
+    density: float
+    masking: bool
+    """Whether u becomes 0 where an entry was sent."""
+    dense: Mapping[str, str]
+    """Parameters that are sent dense, with the reason; all others are compressed."""
+
+    def describe(self, parameters: Mapping[str, Tensor]) -> str:
+        """Returns one line for the log: what is compressed, what is dense and why."""
+        numel = {name: p.numel() for name, p in parameters.items()}
+        total = sum(numel.values())
+        share = sum(n for name, n in numel.items() if name not in self.dense) / total
+        reasons = ", ".join(f"{count} ({reason})" for reason, count in Counter(self.dense.values()).items())
+        compressed = len(numel) - len(self.dense)
+        unmasked = "" if self.masking else ", momentum not masked"
+        return (
+            f"density {100 * self.density:.4g} %: {compressed} of {len(numel)} parameters compressed, "
+            f"{100 * share:.2f} % of {total:,} elements{unmasked}; dense: {reasons or 'none'}"
+        )
+
+
+def phase_at(
+    step: int,
+    config: DGCConfig,
+    parameters: Mapping[str, Tensor],
+    never_compressed: Mapping[str, str],
+    world_size: int,
+    switched_off: bool,
+) -> Phase:
+    """Returns the phase of a step.
+
+    Args:
+        step: from 0.
+        config: the user's.
+        parameters: all trainable ones, by name.
+        never_compressed: those dense in every phase, with the reason.
+        world_size: number of ranks.
+        switched_off: whether the user has asked for dense steps.
+    """
+    schedule = DensitySchedule(config)
+    density = schedule.density(step)
+    masking = config.momentum_masking
+    if masking == "after_warmup":
+        masking = not schedule.warming_up(step)
+    dense = {}
+    for name, parameter in parameters.items():
+        if name in never_compressed:
+            dense[name] = never_compressed[name]
+        elif switched_off:
+            dense[name] = "state.dense is set"
+        elif density >= 1:
+            dense[name] = "density 1"
+        elif dense_is_cheaper(density, world_size, parameter.dtype.itemsize, config.wire_dtype.itemsize):
+            dense[name] = f"all-reduce is cheaper at this density with {world_size} ranks"
+    return Phase(density, masking, dense)

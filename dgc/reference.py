@@ -1,0 +1,169 @@
+"""Every op in plain PyTorch: the fallback where the native library is missing, and the oracle of its tests.
+
+Signatures and meaning are those of dgc/ops.py. Both give the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .wire import NON_FINITE, NON_FINITE_STATUS, TILE, div_up, header, wire_layout
+
+
+def compress_(
+    gradients: list[Tensor],
+    momentum: Tensor | None,
+    residual: Tensor,
+    segments: Tensor,
+    mu: Tensor,
+    scale: Tensor,
+    payload: Tensor,
+    workspace: Tensor,
+    sent_momentum: Tensor | None,
+    nesterov: bool,
+    wire_dtype: torch.dtype,
+) -> None:
+    """Accumulates, selects and packs, one parameter after the other: see dgc.ops.compress_."""
+    at = wire_layout(segments, wire_dtype)
+    ends, all_indices, all_values = _sections(payload, segments, wire_dtype)
+    entry = tile = 0
+    flags = torch.zeros((), dtype=torch.bool, device=payload.device)
+    for row, (source, offset, state, numel, k) in enumerate(segments.tolist()):
+        h = gradients[source].view(-1)[offset : offset + numel].float() * scale
+        v = residual[state : state + numel]
+        u = None if momentum is None else momentum[state : state + numel]
+        payload[at.used + row] = (h != 0).any()
+        flags |= accumulate_(u, v, h, float(mu[row]), nesterov)
+
+        chosen = select(v, k)
+        largest = torch.finfo(wire_dtype).max
+        sent = v[chosen].clamp(-largest, largest).to(wire_dtype)
+        w = sent.float()
+        v[chosen] -= w
+        mine = slice(entry, entry + k)
+        if sent_momentum is not None:
+            if u is None:
+                raise ValueError("sent_momentum: expected None where momentum is None")
+            sent_momentum[mine] = u[chosen]
+            u[chosen] = torch.where(w != 0, 0.0, u[chosen])
+        tiles = div_up(numel, TILE)
+        ends[tile : tile + tiles] = entry + torch.bincount(chosen // TILE, minlength=tiles).cumsum(0).int()
+        all_indices[mine] = (chosen % TILE).to(torch.int16)
+        all_values[mine] = sent
+        entry, tile = entry + k, tile + tiles
+    header(payload)[3] = flags * NON_FINITE
+
+
+def accumulate_(u: Tensor | None, v: Tensor, h: Tensor, mu: float, nesterov: bool) -> Tensor:
+    """Momentum-corrected accumulation (paper, section 3.1): u <- mu*u + h, v <- v + u, or v + h + mu*u for Nesterov.
+
+    Returns whether any entry was left as it was because its result is not finite: a bool scalar.
+    """
+    new_u = h if u is None else u * mu + h
+    new_v = v + (torch.add(h, new_u, alpha=mu) if nesterov else new_u)
+    finite = new_v.isfinite()
+    if u is not None:
+        torch.where(finite, new_u, u, out=u)
+    torch.where(finite, new_v, v, out=v)
+    return ~finite.all()
+
+
+def select(v: Tensor, k: int) -> Tensor:
+    """Returns the indices of the k entries largest in magnitude, ties to the smaller index, rising: int64 [k]."""
+    size = v.abs()
+    threshold = size.topk(k).values[-1]
+    above = (size > threshold).nonzero().view(-1)
+    ties = (size == threshold).nonzero().view(-1)[: k - len(above)]
+    return torch.cat([above, ties]).sort().values
+
+
+def unpack(payloads: Tensor, rank: int, segments: Tensor, wire_dtype: torch.dtype, out: list[Tensor]) -> Tensor:
+    """Checks all payloads, then averages them in rank order: see dgc.ops.unpack."""
+    at = wire_layout(segments, wire_dtype)
+    if payloads.size(1) != at.nbytes:
+        raise ValueError(f"payloads: expected rows of {at.nbytes} bytes, got {payloads.size(1)}")
+    headers = header(payloads).tolist()
+    found = [_check(payload, headers[r], headers[rank], segments, wire_dtype) for r, payload in enumerate(payloads)]
+    status = [s + NON_FINITE_STATUS * (s == 0 and h[3] & NON_FINITE) for s, h in zip(found, headers, strict=True)]
+    result = torch.tensor(status, dtype=torch.int32)
+    if any(found):
+        return result
+    used = payloads[:, at.used : at.used + len(segments)].any(0).tolist()
+    positions = [_positions(payload, segments, wire_dtype) for payload in payloads]
+    values = [_sections(payload, segments, wire_dtype)[2].float() for payload in payloads]
+    entry = 0
+    for row, (source, offset, _, numel, k) in enumerate(segments.tolist()):
+        total = torch.zeros(numel, device=payloads.device)
+        if used[row]:
+            for position, value in zip(positions, values, strict=True):
+                total.index_put_((position[entry : entry + k],), value[entry : entry + k], accumulate=True)
+        out[source].view(-1)[offset : offset + numel] = total * (1 / torch.tensor(len(payloads), dtype=torch.float32))
+        entry += k
+    return result
+
+
+def restore_(
+    payload: Tensor,
+    which: Tensor,
+    segments: Tensor,
+    sent_momentum: Tensor | None,
+    momentum: Tensor | None,
+    residual: Tensor,
+    wire_dtype: torch.dtype,
+) -> None:
+    """Puts back what was taken out for the chosen parameters: see dgc.ops.restore_."""
+    positions = _positions(payload, segments, wire_dtype)
+    values = _sections(payload, segments, wire_dtype)[2].float()
+    chosen = which.tolist()
+    entry = 0
+    for row, (_, _, state, _, k) in enumerate(segments.tolist()):
+        mine = slice(entry, entry + k)
+        entry += k
+        if not chosen[row]:
+            continue
+        residual[state + positions[mine]] += values[mine]
+        if sent_momentum is not None and momentum is not None:
+            momentum[state + positions[mine]] = sent_momentum[mine]
+
+
+def _sections(payload: Tensor, segments: Tensor, wire_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns views of one payload: tile ends int32, indices int16 (unsigned in truth), values in the wire type."""
+    at = wire_layout(segments, wire_dtype)
+    tiles = sum(div_up(numel, TILE) for numel in segments[:, 3].tolist())
+    entries = int(segments[:, 4].sum())
+    return (
+        payload[at.ends : at.ends + 4 * tiles].view(torch.int32),
+        payload[at.indices : at.indices + 2 * entries].view(torch.int16),
+        payload[at.values : at.values + wire_dtype.itemsize * entries].view(wire_dtype),
+    )
+
+
+def _positions(payload: Tensor, segments: Tensor, wire_dtype: torch.dtype) -> Tensor:
+    """Returns each entry's index inside its parameter: int64 [entries]."""
+    ends, indices, _ = _sections(payload, segments, wire_dtype)
+    first = torch.cat([torch.arange(div_up(numel, TILE)) * TILE for numel in segments[:, 3].tolist()])
+    counts = ends.diff(prepend=ends.new_zeros(1)).long()
+    return torch.repeat_interleave(first.to(payload.device), counts) + (indices.long() & 0xFFFF)
+
+
+def _check(payload: Tensor, words: list[int], own: list[int], segments: Tensor, wire_dtype: torch.dtype) -> int:
+    """Returns the status code of one payload, from dgc.wire.STATUS; 0 where it is sound."""
+    for code, (word, expected) in enumerate(zip(words[:3], own[:3], strict=True), start=1):
+        if word != expected:
+            return code
+    ends, indices, values = _sections(payload, segments, wire_dtype)
+    begins = torch.cat([ends.new_zeros(1), ends[:-1]]).long() & 0xFFFFFFFF
+    tile_ends = ends.long() & 0xFFFFFFFF
+    tiles = torch.tensor([div_up(numel, TILE) for numel in segments[:, 3].tolist()]).cumsum(0) - 1
+    if (tile_ends < begins).any() or not torch.equal(tile_ends[tiles.to(ends.device)].cpu(), segments[:, 4].cumsum(0)):
+        return 4
+    length = torch.tensor(
+        [min(TILE, numel - begin) for numel in segments[:, 3].tolist() for begin in range(0, numel, TILE)]
+    )
+    position = indices.long() & 0xFFFF
+    tile = torch.repeat_interleave(torch.arange(len(ends), device=ends.device), tile_ends - begins)
+    out_of_bounds = (position >= length.to(ends.device)[tile]).any()
+    if out_of_bounds or ((position.diff() <= 0) & (tile.diff() == 0)).any():
+        return 5
+    return 0 if values.float().isfinite().all() else 6

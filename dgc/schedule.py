@@ -1,0 +1,44 @@
+"""DensitySchedule: which density a step has, and when dense is the cheaper exchange."""
+
+from __future__ import annotations
+
+import math
+
+from .config import DGCConfig
+
+
+class DensitySchedule:
+    """Warm-up (paper, section 3.3): equal phases of falling density, then the final one."""
+
+    def __init__(self, config: DGCConfig) -> None:
+        """Keeps the phases of the warm-up that lie above the final density."""
+        self.final = config.density
+        self.warmup_steps = config.warmup_steps
+        self.phases = tuple(d for d in config.warmup_densities if d > config.density)
+
+    def warming_up(self, step: int) -> bool:
+        """Returns whether a step (from 0) belongs to the warm-up."""
+        return step < self.warmup_steps and bool(self.phases)
+
+    def density(self, step: int) -> float:
+        """Returns the density of a step (from 0)."""
+        if not self.warming_up(step):
+            return self.final
+        return self.phases[step * len(self.phases) // self.warmup_steps]
+
+
+def entries(density: float, numel: int) -> int:
+    """Returns k, how many of a parameter's numel > 0 entries are sent: at least one."""
+    # In double precision: in float32, ceil(0.001 * n) is one too many for many multiples of 1000.
+    return min(numel, max(1, math.ceil(density * numel)))
+
+
+def dense_is_cheaper(density: float, world_size: int, gradient_bytes: int, value_bytes: int) -> bool:
+    """Returns whether a ring all-reduce would carry no more bytes than the all-gather of the sent entries.
+
+    A rank receives (N-1) * density * (value_bytes + 2) bytes an element in the one, 2 (N-1)/N * gradient_bytes in the
+    other. With one rank there is nothing to carry, and density decides alone.
+    """
+    if density >= 1:
+        return True
+    return world_size > 1 and density * (value_bytes + 2) * world_size >= 2 * gradient_bytes

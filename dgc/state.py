@@ -1,0 +1,417 @@
+"""DGCState: the one place that knows the order of the steps: clip, accumulate, select, pack, exchange, unpack."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+from torch.optim.optimizer import Optimizer
+from torch.profiler import record_function
+
+from .bucket import Bucket, Gradients, Member
+from .clip import clip_scale, squared_norm
+from .config import DGCConfig
+from .exchange import Exchange
+from .memory import Memory
+from .optim import SGD
+from .parameters import by_name, check_optimizer, dense_reasons, group_indices
+from .phase import Phase, phase_at
+from .schedule import DensitySchedule, entries
+from .stats import Stats, traffic
+
+logger = logging.getLogger("dgc")
+
+STATE_VERSION = 1
+
+
+class DGCState:
+    """Reduces gradients by Deep Gradient Compression, and holds what has not been sent yet.
+
+    Making one is a collective: all ranks compare configuration and parameters.
+
+    Args:
+        named_parameters: the model's, all of them; "module." and "_orig_mod." in front of names do not matter.
+        optimizer: that applies the gradients. With dgc.SGD, momentum is corrected; an optimizer without momentum gets
+            plain accumulation (paper, Algorithm 1).
+        config: the same on all ranks.
+        process_group: DDP's; None for the default group.
+
+    Raises:
+        ValueError: parameters that are missing, double, of an unsupported type or on several devices; an optimizer
+            with momentum of its own; ranks that differ.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        optimizer: Optimizer,
+        config: DGCConfig | None = None,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Checks everything, agrees with the other ranks, and allocates v (and u, where there is momentum)."""
+        self.config = config or DGCConfig()
+        self.schedule = DensitySchedule(self.config)
+        self.exchange = Exchange(process_group)
+        self.optimizer = optimizer
+        self._parameters = by_name(named_parameters)
+        self._names = {id(p): name for name, p in self._parameters.items()}
+        self._group_of = group_indices(self._parameters, optimizer)
+        self._never_compressed = dense_reasons(self._parameters, self.config)
+        check_optimizer(optimizer, self.config)
+        self.exchange.agree(self._description())
+
+        compressed = [name for name in self._parameters if name not in self._never_compressed]
+        device = next(iter(self._parameters.values())).device
+        self.memory = Memory(self._parameters, compressed, device)
+        if any(self._momentum_factor(name) for name in self._parameters):
+            self.memory.allocate_momentum()
+        self._one = torch.ones(1, device=device)
+
+        self.step = 0
+        """Backward passes reduced so far, without skipped ones: the position in the warm-up."""
+        self._dense = False
+        self._phase_key: tuple[object, ...] = ()
+        self._phase: Phase
+        self._buckets: dict[tuple[int, ...], Bucket] = {}
+        self._reduced: dict[tuple[int, ...], Bucket] = {}  # those of this backward pass
+        self._waiting: list[tuple[Gradients, Future[Tensor]]] = []
+        self._open = False  # between the first and the last bucket of a backward pass
+        self._pending = False  # gradients were reduced that no step() has taken
+        self._nonfinite: set[str] = set()  # where, in words
+        self._stats = Stats()
+        if isinstance(optimizer, SGD):
+            optimizer.attach(self)
+        else:
+            optimizer.register_step_pre_hook(lambda *_: self._before_foreign_step())
+
+    # One backward pass, in the order in which a gradient meets it.
+
+    def reduce(self, gradients: Gradients, *, last: bool, shadow: bool = False) -> Future[Tensor]:
+        """Reduces one bucket of gradients in place.
+
+        Args:
+            gradients: the bucket. All ranks reduce the same buckets in the same order.
+            last: whether it is the last one of this backward pass.
+            shadow: no step() will follow on this rank (DDP's join).
+
+        Returns:
+            A future of gradients.buffers[0], completed when all buffers hold the result, or with the error.
+
+        Raises:
+            ValueError: a parameter that named_parameters did not have.
+            RuntimeError: the gradients of the backward pass before have not been taken by a step().
+        """
+        if not self._open:
+            self._begin()
+        future: Future[Tensor] = Future()
+        self._waiting.append((gradients, future))
+        if self.config.clip_norm is None or last:
+            # Clipping needs the norm of all gradients, so all buckets wait for the last.
+            scale = self._clip()
+            waiting, self._waiting = self._waiting, []
+            for waiting_gradients, waiting_future in waiting:
+                self._send(waiting_gradients, scale, waiting_future)
+        if last:
+            self._end(shadow)
+        return future
+
+    def _begin(self) -> None:
+        if self._pending:
+            raise RuntimeError(
+                "DGCState: expected optimizer.step() after the last backward pass, got another backward pass: its "
+                "gradients would carry the averaged ones into the residual. To accumulate, run all but the last "
+                "backward under model.no_sync(); to drop an update on purpose, call state.discard() and zero_grad()"
+            )
+        self._open = True
+        self._reduced = {}
+        self._nonfinite = set()
+        key = (self.density, self.schedule.warming_up(self.step), self._dense)
+        if key != self._phase_key:
+            self._phase_key = key
+            self._phase = phase_at(
+                self.step,
+                self.config,
+                self._parameters,
+                self._never_compressed,
+                self.exchange.world_size,
+                self._dense,
+            )
+            self._buckets.clear()
+            self._log_phase()
+
+    def _clip(self) -> Tensor | None:
+        if self.config.clip_norm is None:
+            return None
+        with record_function("dgc.clip"):
+            norms = {
+                self._name(p): squared_norm(gradients.of(i))
+                for gradients, _ in self._waiting
+                for i, p in enumerate(gradients.parameters)
+            }
+            ordered = [norms[name] for name in self._parameters if name in norms]
+            return clip_scale(ordered, self.config.clip_norm, self.exchange.world_size)
+
+    def _send(self, gradients: Gradients, scale: Tensor | None, future: Future[Tensor]) -> None:
+        bucket = self._bucket(gradients)
+        with record_function("dgc.accumulate_select_pack"):
+            factors = [self._momentum_factor(m.name) for m in bucket.compressed]
+            if any(factors):
+                self.memory.allocate_momentum()
+            bucket.compress(
+                gradients, self.memory, factors, self._one if scale is None else scale, self._nesterov, self.step
+            )
+            self.memory.diverged.update(m.name for m in bucket.compressed)
+            if bucket.nonfinite:
+                self._log_nonfinite(bucket, gradients)
+        with record_function("dgc.exchange"):
+            dense = bucket.load_dense(gradients, self.memory, scale, self.exchange.world_size)
+            done = self.exchange.start(bucket.payload, bucket.gathered, dense)
+        # Runs in the backend's thread: local work only, it must never wait.
+        done.add_done_callback(lambda works: self._receive(bucket, gradients, works, future))
+
+    def _receive(self, bucket: Bucket, gradients: Gradients, works: Future[list[Any]], future: Future[Tensor]) -> None:
+        try:
+            for work in works.value():
+                work.value()  # raises if the collective failed; its buffers hold nothing of worth then
+            with record_function("dgc.unpack"):
+                self._nonfinite.update(f"rank {rank}" for rank in bucket.unpack(gradients, self.exchange.rank))
+                bucket.restore_unused(self.memory)
+                if not bucket.store_dense(gradients, self.memory):
+                    self._nonfinite.add("the average of dense parameters")
+                self.memory.diverged.difference_update(m.name for m in bucket.averaged)
+        except Exception as error:
+            # Left to itself, an exception in a callback would leave backward() waiting past every timeout.
+            future.set_exception(error)  # type: ignore[arg-type]  # torch's annotation is wrong
+        else:
+            future.set_result(gradients.buffers[0])
+
+    def _end(self, shadow: bool) -> None:
+        self._open = False
+        self._pending = not shadow
+        self.step += 1
+        # DDP changes its buckets after the first pass: the old ones' buffers go. Momentum is averaged only once.
+        self._buckets = {key: bucket for key, bucket in self._reduced.items() if not bucket.averaged}
+        self._stats = self._count(self._stats.skipped)
+
+    # What the optimizer asks.
+
+    def take(self) -> bool:
+        """Claims the reduced gradients for step(); False if the step is to be left out, on all ranks alike.
+
+        Raises:
+            RuntimeError: no backward pass was reduced since the last step().
+            FloatingPointError: a rank's gradient was not finite, and config.on_nonfinite is "raise". Nothing was
+                applied; finite entries stay accumulated.
+        """
+        if not self._pending:
+            raise RuntimeError(
+                "DGCState: expected a backward pass since the last step(), got none. Did it run under no_sync(), or "
+                "is the hook missing? model.register_comm_hook(state, dgc.dgc_hook)"
+            )
+        if not self._nonfinite:
+            self._pending = False
+            return True
+        where = ", ".join(sorted(self._nonfinite))
+        self.discard()
+        if self.config.on_nonfinite == "skip":
+            logger.warning("dgc: step left out on all ranks: gradients not finite (%s)", where)
+            return False
+        raise FloatingPointError(
+            f"DGCState: expected finite gradients, got Inf or NaN ({where}). Nothing was applied, and what was sent is "
+            'back in the residual. Look at the loss; or leave such steps out with DGCConfig(on_nonfinite="skip")'
+        )
+
+    def dense_momentum(self, parameter: Tensor) -> Tensor | None:
+        """Returns u of a parameter whose last gradient is a plain average; None if it is an update already."""
+        name = self._name(parameter)
+        if name not in self._phase.dense:
+            return None
+        self.memory.allocate_momentum()
+        return self.memory.momentum_of(name)
+
+    def _before_foreign_step(self) -> None:
+        if any(p.grad is not None for p in self._parameters.values()):
+            self.take()
+
+    def discard(self) -> None:
+        """Gives up the update of the last backward pass: what was sent returns to the residual, nothing is lost.
+
+        For a loop that leaves step() out on purpose, on all ranks alike; call zero_grad() too. The gradient itself
+        stays accumulated in u and v, except that of dense parameters, which is dropped.
+        """
+        for bucket in self._reduced.values():
+            bucket.restore(self.memory)
+        if self._pending:
+            self.step -= 1
+            self._stats = self._count(self._stats.skipped + 1)
+        self._waiting = []
+        self._open = self._pending = False
+
+    # What is sent how.
+
+    @property
+    def density(self) -> float:
+        """Density of the next step."""
+        return self.schedule.density(self.step)
+
+    @property
+    def dense(self) -> bool:
+        """Whether DGC is switched off. Set it between steps, on all ranks alike.
+
+        While it is True, gradients are averaged as DDP does. What waits in the residual stays there for the next
+        compressed step: sent all at once it would wreck the model. Momentum that differs between ranks is averaged
+        once.
+        """
+        return self._dense
+
+    @dense.setter
+    def dense(self, value: bool) -> None:
+        self._dense = bool(value)
+
+    @property
+    def stats(self) -> Stats:
+        """Figures of the last backward pass."""
+        return self._stats
+
+    @property
+    def _nesterov(self) -> bool:
+        return isinstance(self.optimizer, SGD) and bool(self.optimizer.param_groups[0]["nesterov"])
+
+    def _momentum_factor(self, name: str) -> float:
+        if not isinstance(self.optimizer, SGD):
+            return 0.0
+        # By index: load_state_dict() replaces the groups.
+        return float(self.optimizer.param_groups[self._group_of[name]]["momentum"])
+
+    def _name(self, parameter: Tensor) -> str:
+        name = self._names.get(id(parameter))
+        if name is None:
+            raise ValueError(
+                f"DGCState: expected the parameters of named_parameters, got a gradient for another one, of shape "
+                f"{tuple(parameter.shape)}. Pass named_parameters() of the model that the hook is registered on"
+            )
+        return name
+
+    def _bucket(self, gradients: Gradients) -> Bucket:
+        key = tuple(map(id, gradients.parameters))
+        bucket = self._buckets.get(key)
+        if bucket is None:
+            members = []
+            for index, parameter in enumerate(gradients.parameters):
+                name = self._name(parameter)
+                k = None if name in self._phase.dense else entries(self._phase.density, parameter.numel())
+                members.append(Member(name, index, k))
+            bucket = Bucket(gradients, members, self.memory, self.exchange.world_size, self.config, self._phase.masking)
+            self._buckets[key] = bucket
+        self._reduced[key] = bucket
+        return bucket
+
+    # What it tells.
+
+    def _description(self) -> dict[str, object]:
+        from . import __version__
+
+        groups = [(g.get("momentum", 0), g.get("nesterov", False)) for g in self.optimizer.param_groups]
+        return {
+            "dgc": __version__,
+            **asdict(self.config),
+            "optimizer": type(self.optimizer).__name__,
+            "(momentum, nesterov) by group": groups,
+            "number of parameters": len(self._parameters),
+            **{f"parameter {name}": (tuple(p.shape), p.dtype) for name, p in self._parameters.items()},
+        }
+
+    def _count(self, skipped: int) -> Stats:
+        world_size = self.exchange.world_size
+        buckets = self._reduced.values()
+        payload = sum(b.payload_bytes for b in buckets)
+        dense = sum(b.dense_bytes for b in buckets)
+        whole = sum(p.nbytes for p in self._parameters.values())
+        compressed = sum(b.compressed_numel for b in buckets)
+        sent = traffic(payload, dense, world_size)
+        return Stats(
+            steps=self.step,
+            density=self._phase.density,
+            sent_density=sum(b.entries for b in buckets) / compressed if compressed else 0.0,
+            bytes_sent=sent,
+            bytes_received=sent,
+            bytes_dense=traffic(0, whole, world_size),
+            compression_ratio=whole / (payload + dense),
+            dense=self._phase.dense,
+            skipped=skipped,
+            _residual=self.memory.residual,
+        )
+
+    def _log_nonfinite(self, bucket: Bucket, gradients: Gradients) -> None:
+        names = [m.name for m in bucket.compressed if not gradients.of(m.index).isfinite().all()]
+        logger.warning(
+            "dgc: rank %d, step %d: non-finite entries left out, gradient of %s",
+            self.exchange.rank,
+            self.step,
+            ", ".join(names) or "no parameter, but the residual overflowed",
+        )
+
+    def _log_phase(self) -> None:
+        if self.exchange.rank == 0:
+            # Louder where DGC does nothing, and was not asked to.
+            nothing = len(self._phase.dense) == len(self._parameters) and not self.schedule.warming_up(self.step)
+            level = logging.WARNING if nothing and not self._dense else logging.INFO
+            logger.log(level, "dgc: step %d, %s", self.step, self._phase.describe(self._parameters))
+
+    # What is saved.
+
+    def state_dict(self) -> dict[str, object]:
+        """Returns this rank's momentum and residual by parameter name, and its step; each rank saves its own.
+
+        Tensors are views, not copies. torch.load(weights_only=True) reads it back.
+
+        Raises:
+            RuntimeError: between backward() and step(): what was sent would be in neither the residual nor the model.
+        """
+        if self._open or self._pending:
+            raise RuntimeError(
+                "DGCState.state_dict: expected to be called between optimizer.step() and the next backward(), got a "
+                "call with an update outstanding: call step() first, or state.discard()"
+            )
+        return {
+            "version": STATE_VERSION,
+            "step": self.step,
+            "dense": self._dense,
+            "rank": self.exchange.rank,
+            "world_size": self.exchange.world_size,
+            **self.memory.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes up where this rank's state_dict() was saved. Changes nothing unless all of it fits.
+
+        Raises:
+            ValueError: it is of another model, version, rank or number of ranks; the message lists what differs.
+        """
+        missing = {"version", "step", "dense", "rank", "world_size", "momentum", "residual", "diverged"} - set(
+            state_dict
+        )
+        if missing:
+            raise ValueError(f"state_dict: expected a DGCState's, but {', '.join(sorted(missing))} is missing")
+        expected = {"version": STATE_VERSION, "rank": self.exchange.rank, "world_size": self.exchange.world_size}
+        for key, value in expected.items():
+            if state_dict[key] != value:
+                raise ValueError(
+                    f"state_dict[{key!r}]: expected {value!r}, got {state_dict[key]!r}. A residual belongs to one rank "
+                    "of one run: give each rank the file that it saved, and start as many ranks"
+                )
+        self.memory.load_state_dict(state_dict)
+        self.step = int(state_dict["step"])
+        self._dense = bool(state_dict["dense"])
+        self._phase_key = ()
+        self._buckets.clear()
+        self._reduced = {}
+        self._waiting = []
+        self._open = self._pending = False

@@ -1,0 +1,47 @@
+"""Stats: what was compressed, what was not and why, and how many bytes that took."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Figures of the last backward pass, of one rank. Bytes are bytes of tensors, without the network's own headers."""
+
+    steps: int = 0
+    """Backward passes reduced, without skipped ones."""
+    density: float = 0.0
+    """Density asked for at the last step."""
+    sent_density: float = 0.0
+    """Entries sent as a share of the elements of the compressed parameters; 0 where none was compressed."""
+    bytes_sent: int = 0
+    """Bytes that left this rank: the payload to N-1 ranks, and 2 (N-1)/N of the dense gradients (ring)."""
+    bytes_received: int = 0
+    """Bytes that came: the same, since all ranks send alike."""
+    bytes_dense: int = 0
+    """Bytes that a ring all-reduce of the whole gradient would have sent."""
+    compression_ratio: float = 1.0
+    """The paper's: bytes of the whole gradient over bytes of one payload and the dense gradients. It counts what one
+    worker sends once, and says nothing of the N-fold receive; for that compare bytes_received with bytes_dense."""
+    dense: Mapping[str, str] = field(default_factory=dict)
+    """Parameters that were not compressed, with the reason."""
+    skipped: int = 0
+    """Backward passes that were left out: non-finite, or discarded."""
+    _residual: Tensor | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def residual_norm(self) -> float:
+        """Euclidean norm of everything that waits in v, now. Reads all of v: not for every step."""
+        if self._residual is None:
+            return 0.0
+        return float(torch.linalg.vector_norm(self._residual, dtype=torch.float64))
+
+
+def traffic(payload_bytes: int, dense_bytes: int, world_size: int) -> int:
+    """Returns the bytes that a rank sends, and receives: all-gather of payloads and ring all-reduce of the dense."""
+    return (world_size - 1) * payload_bytes + 2 * (world_size - 1) * dense_bytes // world_size

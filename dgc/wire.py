@@ -1,0 +1,114 @@
+"""The wire format: where everything stands in the bytes that one rank sends for one bucket. csrc/wire.h is its twin.
+
+    header (32) | used (1 a parameter) | tile ends (4 a tile) | indices (2 an entry) | values (4 or 2 an entry)
+
+Each section starts at a multiple of 16 bytes. A tile is a stretch of 65,536 elements of one parameter; an index is
+16 bits, counted inside its tile; a tile's end is the number of entries of the bucket up to and including it. Entries
+are sorted by parameter, then by index. How many entries a parameter has is fixed by density, so all ranks' payloads
+have the same size and one all-gather without a size exchange carries them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TILE = 65536
+GROUP = 32
+HEADER_BYTES = 32
+ALIGN = 16
+MAGIC = int.from_bytes(b"DGCWIRE1", "little")
+NON_FINITE = 1
+"""Flag of the header: this rank left entries out because they were not finite."""
+
+SEGMENT_COLUMNS = ("source", "offset", "state", "numel", "entries")
+"""A row of the int64 segment table, one per compressed parameter of a bucket: which gradient tensor holds it, its first
+element there, its first element in momentum and residual, its elements, and k, the entries it sends."""
+
+NON_FINITE_STATUS = 256
+STATUS = {
+    1: "these are not bytes of this version of dgc",
+    2: "it is at another step: a rank skipped a backward pass or ran one more",
+    3: "its parameters, their order or its DGC configuration differ",
+    4: "its tile table contradicts itself",
+    5: "an index is out of bounds or out of order",
+    6: "a value is not finite",
+}
+
+
+class PayloadError(RuntimeError):
+    """Bytes from another rank that cannot be what this rank's peers should have sent. Nothing of them was used."""
+
+
+def div_up(a: int, b: int) -> int:
+    """Returns a / b, rounded up."""
+    return -(-a // b)
+
+
+def align_up(nbytes: int, to: int = ALIGN) -> int:
+    """Returns the next multiple of `to` that is not below nbytes."""
+    return div_up(nbytes, to) * to
+
+
+@dataclass(frozen=True)
+class WireLayout:
+    """Byte offsets of a payload's sections, and its size."""
+
+    used: int
+    ends: int
+    indices: int
+    values: int
+    nbytes: int
+
+
+def wire_layout(segments: Tensor, wire_dtype: torch.dtype) -> WireLayout:
+    """Returns where the sections of a bucket's payload start.
+
+    Args:
+        segments: int64 [segments, 5], rows as in SEGMENT_COLUMNS.
+        wire_dtype: of the values: float32, bfloat16 or float16.
+    """
+    tiles = sum(div_up(numel, TILE) for numel in segments[:, 3].tolist())
+    entries = int(segments[:, 4].sum())
+    used = HEADER_BYTES
+    ends = align_up(used + len(segments))
+    indices = align_up(ends + 4 * tiles)
+    values = align_up(indices + 2 * entries)
+    return WireLayout(used, ends, indices, values, align_up(values + wire_dtype.itemsize * entries))
+
+
+def header(payload: Tensor) -> Tensor:
+    """Returns the header of a payload as a view: int64 [4], magic, step, fingerprint, flags."""
+    return payload[..., :HEADER_BYTES].view(torch.int64)
+
+
+def stamp(payload: Tensor, step: int, fingerprint: int) -> None:
+    """Writes what the other ranks will compare with theirs; the flags are compress_'s to write."""
+    words = header(payload)
+    words[0] = MAGIC
+    words[1] = step
+    words[2] = fingerprint
+
+
+def check_status(status: Tensor, payloads: Tensor) -> list[int]:
+    """Returns the ranks whose gradients had non-finite entries.
+
+    Args:
+        status: int32 [world size], from dgc::unpack.
+        payloads: uint8 [world size, bytes], for the step numbers of the message.
+
+    Raises:
+        PayloadError: a rank sent what does not fit; the message names it.
+    """
+    codes = status.tolist()
+    for rank, code in enumerate(codes):
+        reason = STATUS.get(code & (NON_FINITE_STATUS - 1))
+        if reason is not None:
+            steps = header(payloads)[:, 1].tolist()
+            raise PayloadError(
+                f"payload of rank {rank}: {reason}. Steps by rank: {steps}. Nothing of it was applied; "
+                "restart all ranks from the same checkpoint with the same model and configuration"
+            )
+    return [rank for rank, code in enumerate(codes) if code & NON_FINITE_STATUS]
