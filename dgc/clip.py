@@ -14,7 +14,7 @@ def squared_norm(gradient: Tensor) -> Tensor:
 
     One Inf among the entries would otherwise scale all the others to zero.
     """
-    norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float64)
     if not norm.isfinite():
         norm = torch.linalg.vector_norm(gradient.nan_to_num(0, 0, 0), dtype=torch.float64)
     return norm * norm

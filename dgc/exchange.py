@@ -1,4 +1,4 @@
-"""Exchange: the two collectives of a bucket, and the agreement at the start. The only file that talks to other ranks."""
+"""Exchange: a bucket's two collectives, and the agreement at the start. The only file that talks to other ranks."""
 
 from __future__ import annotations
 
