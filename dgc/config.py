@@ -58,6 +58,12 @@ class DGCConfig:
 
     def __post_init__(self) -> None:
         """Checks every field."""
+        _expect(
+            "dense_parameters",
+            not isinstance(self.dense_parameters, str) and all(isinstance(n, str) for n in self.dense_parameters),
+            "a sequence of parameter names",
+            self.dense_parameters,
+        )
         # Lists are what a JSON or YAML file gives.
         object.__setattr__(self, "warmup_densities", tuple(self.warmup_densities))
         object.__setattr__(self, "dense_parameters", tuple(self.dense_parameters))
@@ -83,12 +89,6 @@ class DGCConfig:
             self.clip_norm,
         )
         _expect("dense_below", _is_count(self.dense_below), "an integer >= 0", self.dense_below)
-        _expect(
-            "dense_parameters",
-            all(isinstance(name, str) for name in self.dense_parameters),
-            "a sequence of parameter names",
-            self.dense_parameters,
-        )
         _expect("wire_dtype", self.wire_dtype in WIRE_DTYPES, "float32, bfloat16 or float16", self.wire_dtype)
         _expect("on_nonfinite", self.on_nonfinite in ("raise", "skip"), '"raise" or "skip"', self.on_nonfinite)
 

@@ -1,0 +1,449 @@
+"""The ops against plain PyTorch, bit for bit, and against the equations."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from buckets import Args, make
+
+from dgc import backend, ops, reference, wire
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+SIZES = [[1], [31], [33, 1, 64], [65535], [65537], [100_000, 1, 33, 70_000]]
+# (Nesterov, with momentum)
+MODES = [(False, True), (True, True), (False, False)]
+
+
+def equal(a: Args, b: Args) -> None:
+    for name in ("momentum", "residual", "payload", "sent_momentum"):
+        x, y = getattr(a, name), getattr(b, name)
+        # As integers: NaN and the sign of zero count.
+        if x is not None:
+            assert torch.equal(x.view(torch.uint8), y.view(torch.uint8)), name
+
+
+def compress_both(args: Args) -> Args:
+    """Runs the op and the reference, compares all bits, and returns the op's."""
+    expected = args.clone()
+    reference.compress_(*expected.list())
+    ops.compress_(*args.list())
+    equal(args, expected)
+    return args
+
+
+def unpack_both(args: Args, payloads: torch.Tensor, rank: int = 0, dtype: torch.dtype = torch.float32):
+    numel = int((args.segments[:, 1] + args.segments[:, 3]).max())
+    out, expected = torch.full((numel,), 7.0, dtype=dtype), torch.full((numel,), 7.0, dtype=dtype)
+    status = ops.unpack(payloads, rank, args.segments, args.wire_dtype, [out])
+    assert torch.equal(status, reference.unpack(payloads, rank, args.segments, args.wire_dtype, [expected]))
+    assert torch.equal(out.view(torch.uint8), expected.view(torch.uint8))
+    return out, status.tolist()
+
+
+def test_the_native_library_is_what_is_tested():
+    assert backend("cpu") == "native"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "density"),
+    [(sizes, density) for sizes in SIZES for density in (0.001, 0.01, 0.25, 1.0) if sum(sizes) * density < 20_000],
+    ids=str,
+)
+def test_native_equals_reference_for_every_type(sizes, density):
+    for dtype, wire_dtype, (nesterov, momentum) in itertools.product(FLOATS, FLOATS, MODES):
+        args = make(sizes, density, dtype, wire_dtype, nesterov=nesterov, momentum=momentum, offset=3, scale=0.7)
+        compress_both(args)
+        other = args.clone()
+        other.gradients[0].neg_()
+        compress_both(other)
+        unpack_both(args, torch.stack([args.payload, other.payload, args.payload]), 2, dtype)
+
+
+def special(kind: str, n: int) -> torch.Tensor:
+    index = torch.arange(n)
+    return {
+        "zeros": torch.zeros(n),
+        "negative zeros": torch.full((n,), -0.0),
+        "all equal": torch.full((n,), -2.5),
+        "few values": (index % 7 - 3).float(),
+        "one": (index == n - 1).float(),
+        "fewer than k": torch.where(index % 5000 == 17, index.float(), 0.0),
+        "large then zeros": torch.where(index < 40, 3.0, 0.0),
+        "denormal": index.float() * 1e-42,
+        "rising": index.float(),
+        "periodic": ((index // 32) % 128 < 2).float() + 1e-3 * (index % 97).float(),
+        "nearly overflowing": torch.where(index % 2 == 0, 3e38, -3e38),
+        "half overflow": 65504.0 + index.float(),
+        "half tiny": 2.0**-26 * (index % 64).float(),
+    }[kind]
+
+
+KINDS = [
+    "zeros",
+    "negative zeros",
+    "all equal",
+    "few values",
+    "one",
+    "fewer than k",
+    "large then zeros",
+    "denormal",
+    "rising",
+    "periodic",
+    "nearly overflowing",
+    "half overflow",
+    "half tiny",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("density", [0.001, 0.02, 0.3], ids=str)
+def test_native_equals_reference_on_hard_data(kind, density):
+    # 700,000 elements have groups enough for the threshold to be guessed from a sample.
+    for wire_dtype, n in zip(FLOATS, (70_000, 700_000, 100), strict=True):
+        args = make([n], density, wire_dtype=wire_dtype)
+        args.gradients[0].copy_(special(kind, n))
+        args.momentum.zero_()
+        args.residual.zero_()
+        compress_both(args)
+        compress_both(args)
+        unpack_both(args, args.payload.view(1, -1))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_native_equals_reference_on_random_shapes(seed):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [int(10 ** (5 * torch.rand(1, generator=generator))) for _ in range(6)]
+    density = float(10 ** (-3.5 * torch.rand(1, generator=generator)))
+    args = make(sizes, density, FLOATS[seed % 3], FLOATS[seed // 3 % 3], seed=seed, masking=seed % 2 == 0, offset=seed)
+    for _ in range(3):
+        compress_both(args)
+
+
+def test_exactly_the_k_largest_are_sent_ties_to_the_smaller_index():
+    args = make([1000], 0.005)
+    args.gradients[0].copy_(torch.arange(1000) % 10)
+    args.momentum.zero_()
+    args.residual.zero_()
+    compress_both(args)
+    # A hundred entries are 9; five are sent.
+    assert args.entries(0) == {9: 9.0, 19: 9.0, 29: 9.0, 39: 9.0, 49: 9.0}
+
+
+@pytest.mark.parametrize("wire_dtype", FLOATS)
+def test_nothing_is_lost_to_the_bit(wire_dtype):
+    args = make([70_000, 5_000], 0.01, wire_dtype=wire_dtype)
+    args.gradients[0] *= 1e5  # beyond what float16 can say
+    before = args.residual.double() + 0
+    mu_u = args.momentum.clone()
+    ops.compress_(*args.list())
+    for row, (_, offset, state, n, k) in enumerate(args.segments.tolist()):
+        mine = slice(state, state + n)
+        u = args.mu[row] * mu_u[mine] + args.gradients[0][offset : offset + n]
+        accumulated = (before[mine].float() + u).double()
+        sent = torch.zeros(n, dtype=torch.float64)
+        for index, value in args.entries(row).items():
+            sent[index] = value
+        assert len(args.entries(row)) == k
+        assert torch.equal(args.residual[mine].double() + sent, accumulated)
+
+
+def test_masking_zeroes_momentum_only_where_something_was_sent():
+    args = make([1000], 0.01)
+    u = args.mu[0] * args.momentum[:1000] + args.gradients[0]
+    ops.compress_(*args.list())
+    sent = sorted(args.entries(0))
+    assert args.momentum[sent].tolist() == [0.0] * 10
+    assert torch.equal(args.sent_momentum, u[sent])
+    u[sent] = 0
+    assert torch.equal(args.momentum[:1000], u)
+
+
+def test_a_value_too_small_for_the_wire_is_not_sent_and_not_masked():
+    args = make([10], 0.1, wire_dtype=torch.float16)
+    args.gradients[0].fill_(1e-9)
+    args.momentum.zero_()
+    args.residual.zero_()
+    compress_both(args)
+    assert args.entries(0) == {0: 0.0}
+    assert args.residual[0] == args.residual[1] > 0
+    assert args.momentum[0] == args.momentum[1] > 0
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_non_finite_gradient_leaves_its_entry_alone_and_raises_the_flag(bad, dtype, nesterov):
+    args = make([70_000, 100], 0.001, dtype, nesterov=nesterov)
+    where = torch.tensor([0, 77, 69_999, 70_050])
+    args.gradients[0][where] = bad
+    state = torch.tensor([0, 77, 69_999, 70_016 + 50])
+    args.residual[state] = 1e-6  # too small to be sent
+    u, v = args.momentum[state].clone(), args.residual[state].clone()
+    compress_both(args)
+    assert args.flags == wire.NON_FINITE
+    assert torch.equal(args.momentum[state], u)
+    assert torch.equal(args.residual[state], v)
+    assert args.momentum.isfinite().all()
+    assert args.residual.isfinite().all()
+
+
+def test_finite_gradients_that_overflow_are_left_out_too():
+    args = make([64])
+    args.residual.fill_(3e38)
+    args.momentum.zero_()
+    args.gradients[0].fill_(3e38)
+    compress_both(args)
+    assert args.flags == wire.NON_FINITE
+    assert args.momentum.abs().max() == 0
+
+
+def test_without_non_finite_entries_the_flag_is_taken_down():
+    args = make([100])
+    args.gradients[0][5] = float("nan")
+    ops.compress_(*args.list())
+    args.gradients[0][5] = 0.0
+    compress_both(args)
+    assert args.flags == 0
+
+
+def test_used_bytes_tell_which_gradients_were_not_zero():
+    args = make([100, 70_000, 50])
+    args.gradients[0].zero_()
+    args.gradients[0][100 + 65_536 + 5] = 1e-30
+    args.gradients[0][:100] = -0.0
+    compress_both(args)
+    assert args.used == [0, 1, 0]
+
+
+def test_the_average_is_taken_in_rank_order_and_scaled_once():
+    # In float32 the order of a sum of three can be seen.
+    values = [1.0, 2.0**-24, 2.0**-24]
+    args = make([100], 0.01)
+    payloads = []
+    for value in values:
+        args.gradients[0].zero_()
+        args.gradients[0][30] = value
+        args.momentum.zero_()
+        args.residual.zero_()
+        ops.compress_(*args.list())
+        payloads.append(args.payload.clone())
+    forward, _ = unpack_both(args, torch.stack(payloads))
+    backward, _ = unpack_both(args, torch.stack(payloads[::-1]))
+    third = torch.tensor(1.0) / 3
+    assert forward[30] == (torch.tensor(1.0) + 2.0**-24 + 2.0**-24) * third
+    assert backward[30] == torch.tensor(1.0 + 2.0**-23) * third
+    assert forward[30] != backward[30]
+    assert forward.count_nonzero() == 1
+
+
+def test_unpack_writes_nothing_outside_its_segments():
+    args = make([40], offset=10)
+    ops.compress_(*args.list())
+    out = torch.full((60,), 5.0)
+    ops.unpack(args.payload.view(1, -1), 0, args.segments, torch.float32, [out])
+    assert out[:10].tolist() == [5.0] * 10
+    assert out[50:].tolist() == [5.0] * 10
+    assert (out[10:50] == 0).sum() == 39
+
+
+def test_gradients_in_tensors_of_their_own():
+    # Horovod's case: one tensor a parameter.
+    whole = make([100, 70_000, 33], 0.01)
+    apart = whole.clone()
+    flat = whole.gradients[0]
+    apart.gradients = [flat[:100].clone(), flat[100:70_100].clone(), flat[70_100:].clone()]
+    apart.segments[:, 0] = torch.arange(3)
+    apart.segments[:, 1] = 0
+    compress_both(whole)
+    compress_both(apart)
+    assert torch.equal(whole.payload, apart.payload)
+    out = [torch.empty_like(g) for g in apart.gradients]
+    ops.unpack(apart.payload.view(1, -1), 0, apart.segments, torch.float32, out)
+    joined, _ = unpack_both(whole, whole.payload.view(1, -1))
+    assert torch.equal(torch.cat(out), joined)
+
+
+@pytest.mark.parametrize("wire_dtype", FLOATS)
+@pytest.mark.parametrize("masking", [True, False])
+def test_restore_gives_back_every_bit(wire_dtype, masking):
+    args = make([70_000, 500, 3_000], 0.01, wire_dtype=wire_dtype, masking=masking)
+    args.gradients[0] *= 3e4
+    before = args.clone()
+    for row, (_, offset, state, n, _) in enumerate(args.segments.tolist()):
+        u, v = before.momentum[state : state + n], before.residual[state : state + n]
+        reference.accumulate_(u, v, before.gradients[0][offset : offset + n], float(args.mu[row]), False)
+    ops.compress_(*args.list())
+    after = args.clone()
+    which = torch.tensor([1, 0, 1], dtype=torch.uint8)
+    for op, a in ((ops, args), (reference, after)):
+        op.restore_(a.payload, which, a.segments, a.sent_momentum, a.momentum, a.residual, a.wire_dtype)
+    equal(args, after)
+    for row, (_, _, state, n, _) in enumerate(args.segments.tolist()):
+        mine = slice(state, state + n)
+        restored = torch.equal(args.residual[mine], before.residual[mine])
+        assert restored == bool(which[row])
+        assert not which[row] or torch.equal(args.momentum[mine], before.momentum[mine])
+
+
+def corrupt(args: Args, what: str) -> torch.Tensor:
+    """Returns three payloads of which the middle one is wrong."""
+    at = wire.wire_layout(args.segments, args.wire_dtype)
+    bad = args.payload.clone()
+    ends = bad[at.ends : at.ends + 4 * 3].view(torch.int32)  # two tiles and one
+    indices = bad[at.indices : at.values].view(torch.int16)
+    values = bad[at.values :][: 4 * int(args.segments[:, 4].sum())].view(torch.float32)
+    if what == "magic":
+        bad[0] ^= 1
+    elif what == "step":
+        wire.header(bad)[1] = 6
+    elif what == "layout":
+        wire.header(bad)[2] = 43
+    elif what == "ends fall":
+        ends[0] = ends[1] + 1
+    elif what == "ends beyond":
+        ends[0] = 1_000_000_000
+    elif what == "ends negative":
+        ends[0] = -5
+    elif what == "ends of another parameter":
+        ends[1] -= 1
+    elif what == "index out of the last tile":
+        indices[int(ends[-1]) - 1] = 300
+    elif what == "index out of the tensor":
+        indices[int(ends[-1]) - 1] = -1
+    elif what == "index twice":
+        indices[1] = indices[0]
+    elif what == "indices fall":
+        indices[:2] = indices[:2].flip(0)
+    elif what == "nan":
+        values[3] = float("nan")
+    elif what == "inf":
+        values[-1] = float("-inf")
+    return torch.stack([args.payload, bad, args.payload])
+
+
+@pytest.mark.parametrize(
+    ("what", "code"),
+    [
+        ("magic", 1),
+        ("step", 2),
+        ("layout", 3),
+        ("ends fall", 4),
+        ("ends beyond", 4),
+        ("ends negative", 4),
+        ("ends of another parameter", 4),
+        ("index out of the last tile", 5),
+        ("index out of the tensor", 5),
+        ("index twice", 5),
+        ("indices fall", 5),
+        ("nan", 6),
+        ("inf", 6),
+    ],
+)
+def test_a_corrupt_payload_is_reported_and_nothing_is_written(what, code):
+    args = make([70_000, 300], 0.01)
+    ops.compress_(*args.list())
+    payloads = corrupt(args, what)
+    out, status = unpack_both(args, payloads)
+    assert status == [0, code, 0]
+    assert (out == 7).all()
+    with pytest.raises(wire.PayloadError, match="payload of rank 1: "):
+        wire.check_status(torch.tensor(status), payloads)
+
+
+def test_random_bytes_never_crash_and_never_pass():
+    args = make([70_000, 300], 0.01)
+    ops.compress_(*args.list())
+    generator = torch.Generator().manual_seed(0)
+    at = wire.wire_layout(args.segments, args.wire_dtype)
+    for _ in range(200):
+        payloads = torch.stack([args.payload] * 2)
+        noise = torch.randint(0, 256, (at.nbytes - at.ends,), generator=generator, dtype=torch.uint8)
+        payloads[1, at.ends :] = noise
+        out, status = unpack_both(args, payloads)
+        assert status[1] != 0
+        assert (out == 7).all()
+
+
+def test_the_non_finite_flag_of_a_rank_is_reported_beside_the_result():
+    args = make([100], 0.01)
+    ops.compress_(*args.list())
+    flagged = args.payload.clone()
+    wire.header(flagged)[3] = wire.NON_FINITE
+    out, status = unpack_both(args, torch.stack([args.payload, flagged]))
+    assert status == [0, wire.NON_FINITE_STATUS]
+    assert wire.check_status(torch.tensor(status), torch.stack([args.payload, flagged])) == [1]
+    assert out.count_nonzero() == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("residual", torch.zeros(10)),
+        ("residual", torch.zeros(128, dtype=torch.float64)),
+        ("momentum", torch.zeros(10)),
+        ("mu", torch.zeros(0)),
+        ("scale", torch.zeros(0)),
+        ("payload", torch.zeros(10, dtype=torch.uint8)),
+        ("workspace", torch.zeros(1, dtype=torch.uint8)),
+        ("sent_momentum", torch.zeros(0)),
+        ("gradients", [torch.zeros(10)]),
+        ("gradients", [torch.zeros(100, dtype=torch.float64)]),
+        ("gradients", [torch.zeros(200)[::2]]),
+        ("segments", torch.tensor([[0, 0, 0, 100, 101]])),
+        ("segments", torch.tensor([[0, 0, 0, -1, 1]])),
+        ("segments", torch.tensor([[0, 0, -32, 100, 1]])),
+        ("segments", torch.tensor([[0, 2**62, 0, 100, 1]])),
+        ("segments", torch.tensor([[1, 0, 0, 100, 1]])),
+        ("segments", torch.zeros(1, 4, dtype=torch.int64)),
+    ],
+)
+def test_compress_refuses_what_would_read_or_write_out_of_bounds(field, value):
+    args = make([100])
+    setattr(args, field, value)
+    before = args.clone()
+    with pytest.raises(RuntimeError, match="gradients" if "segments" in field and value[0][0] == 1 else field):
+        ops.compress_(*args.list())
+    assert torch.equal(args.payload, before.payload)
+
+
+def test_restore_refuses_a_payload_of_other_segments():
+    args = make([100], 0.05)
+    ops.compress_(*args.list())
+    at = wire.wire_layout(args.segments, args.wire_dtype)
+    args.payload[at.indices : at.indices + 2].view(torch.int16).fill_(-1)
+    which = torch.ones(1, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="payload"):
+        ops.restore_(args.payload, which, args.segments, None, None, args.residual, torch.float32)
+
+
+def test_schemas_name_what_is_mutated():
+    args = make([1000, 64], 0.01)
+    torch.library.opcheck(torch.ops.dgc.compress_, tuple(args.list()), test_utils=("test_schema", "test_faketensor"))
+    payloads = torch.stack([args.payload] * 2)
+    call = (payloads, 0, args.segments, torch.float32, [torch.zeros(1064)])
+    torch.library.opcheck(torch.ops.dgc.unpack, call, test_utils=("test_schema", "test_faketensor"))
+    which = torch.ones(2, dtype=torch.uint8)
+    call = (args.payload, which, args.segments, args.sent_momentum, args.momentum, args.residual, torch.float32)
+    torch.library.opcheck(torch.ops.dgc.restore_, call, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_number_of_threads_does_not_matter(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        compress_both(make([1_500_000, 70_000, 20_000], 0.001))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_portable_path_gives_the_same_bits():
+    # The choice is made once a process, so the other path needs another process.
+    tests = "random_shapes or (hard_data and 0.02) or non_finite"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", tests, "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(command, env={**os.environ, "DGC_CPU": "portable"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert " passed" in result.stdout
