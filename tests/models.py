@@ -11,7 +11,9 @@ from torch import Tensor, nn
 class Given(nn.Module):
     """Parameters whose gradients are the inputs: forward(g).backward() adds g to every .grad."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], seed: int = 0, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         for name, shape in shapes.items():

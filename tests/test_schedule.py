@@ -30,7 +30,9 @@ def test_a_warm_up_shorter_than_its_phases_still_falls():
     assert densities(4, warmup_steps=2) == [0.25, 0.015625, 0.001, 0.001]
 
 
-@pytest.mark.parametrize(("density", "share"), [(0.001, Fraction(1, 1000)), (0.01, Fraction(1, 100)), (0.25, Fraction(1, 4))])
+@pytest.mark.parametrize(
+    ("density", "share"), [(0.001, Fraction(1, 1000)), (0.01, Fraction(1, 100)), (0.25, Fraction(1, 4))]
+)
 def test_entries_is_the_ceiling_at_multiples_and_beside_them(density, share):
     wrong = [
         n
