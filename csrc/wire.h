@@ -1,5 +1,6 @@
 // The wire format and the arithmetic of one gradient entry, free of torch: the CPU code includes it and the CUDA
-// code will, so that both write the same bytes and the same bits. dgc/wire.py is its twin in Python; DESIGN: docs/wire.md.
+// code will, so that both write the same bytes and the same bits. dgc/wire.py is its twin in Python; DESIGN:
+// docs/wire.md.
 #pragma once
 
 #include <cstdint>

@@ -14,7 +14,7 @@ from .state import DGCState
 
 def dgc_hook(
     state: DGCState,
-    bucket: dist.GradBucket,  # type: ignore[name-defined]  # torch's stubs do not show it
+    bucket: dist.GradBucket,
 ) -> torch.futures.Future[torch.Tensor]:
     """Reduces one DDP bucket: `model.register_comm_hook(state, dgc.dgc_hook)`.
 

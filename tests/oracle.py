@@ -1,5 +1,7 @@
-"""N ranks of Deep Gradient Compression in float64 numpy, written from the equations alone (paper, Algorithms 4 and 5;
-section 1 of the algorithm notes). Shares no code with dgc and imports none of it.
+"""N ranks of Deep Gradient Compression in float64 numpy, written from the equations alone.
+
+They are those of the paper (Algorithms 4 and 5), for gradients that are means over each rank's own batch. This file
+shares no code with dgc and imports none of it.
 """
 
 from __future__ import annotations

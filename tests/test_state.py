@@ -350,3 +350,18 @@ def test_the_steps_are_labelled_for_the_profiler():
         one.train(normals(SHAPES, 0))
     labels = {event.key for event in profile.key_averages() if event.key.startswith("dgc.")}
     assert labels == {"dgc.clip", "dgc.accumulate_select_pack", "dgc.exchange", "dgc.unpack"}
+
+
+@pytest.mark.parametrize("density", [0.001, 0.01])
+def test_what_is_allocated_is_little_more_than_u_and_v(density):
+    shapes = {f"w{i}": (500, 400) for i in range(20)}
+    one = Alone(shapes, dgc.DGCConfig(density=density, warmup_steps=2, warmup_densities=(0.25,)), lr=0.1, momentum=0.9)
+    held = []
+    for step in range(4):
+        one.train(normals(shapes, step))
+        buckets = one.state._buckets.values()
+        tensors = [one.state.memory.momentum, one.state.memory.residual]
+        tensors += [t for b in buckets for t in vars(b).values() if isinstance(t, torch.Tensor)]
+        held.append(sum(t.nbytes for t in tensors) / (20 * 200_000))
+    assert 8 <= held[-1] <= 8.8
+    assert held[0] > held[-1]  # warm-up needs more, and gives it back

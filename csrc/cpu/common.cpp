@@ -47,11 +47,10 @@ Bucket::Bucket(const Tensor& table) {
 }
 
 void check_cpu(const Tensor& tensor, const char* name, ScalarType dtype, int64_t min_numel) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == dtype && tensor.is_contiguous() &&
-                      tensor.numel() >= min_numel,
-                  name, ": expected a contiguous CPU tensor of scalar type ", static_cast<int>(dtype),
-                  " with at least ", min_numel, " elements, got scalar type ", static_cast<int>(tensor.scalar_type()),
-                  " with ", tensor.numel());
+  STD_TORCH_CHECK(
+      tensor.is_cpu() && tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.numel() >= min_numel, name,
+      ": expected a contiguous CPU tensor of scalar type ", static_cast<int>(dtype), " with at least ", min_numel,
+      " elements, got scalar type ", static_cast<int>(tensor.scalar_type()), " with ", tensor.numel());
 }
 
 void check_sources(const std::vector<Tensor>& sources, const Bucket& bucket, const char* name) {
@@ -59,8 +58,7 @@ void check_sources(const std::vector<Tensor>& sources, const Bucket& bucket, con
     STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous(), name, ": expected contiguous CPU tensors");
   }
   for (const Segment& s : bucket.segments) {
-    STD_TORCH_CHECK(s.source < static_cast<int64_t>(sources.size()) &&
-                        s.offset + s.numel <= sources[s.source].numel(),
+    STD_TORCH_CHECK(s.source < static_cast<int64_t>(sources.size()) && s.offset + s.numel <= sources[s.source].numel(),
                     name, ": a segment of ", s.numel, " elements at offset ", s.offset, " of tensor ", s.source,
                     " does not fit");
   }

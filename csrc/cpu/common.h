@@ -39,9 +39,7 @@ struct Tile {
 struct Bucket {
   explicit Bucket(const Tensor& table);
 
-  WireLayout wire(int64_t value_bytes) const {
-    return WireLayout(segments.size(), tiles.size(), entries, value_bytes);
-  }
+  WireLayout wire(int64_t value_bytes) const { return WireLayout(segments.size(), tiles.size(), entries, value_bytes); }
 
   std::vector<Segment> segments;
   std::vector<Tile> tiles;

@@ -50,8 +50,7 @@ class Compressor {
                             mu[tile.segment],
                             scale,
                             nesterov};
-      work.report =
-          update(avx2_, gradient.scalar_type(), gradient.const_data_ptr(), s.offset + tile.begin, args);
+      work.report = update(avx2_, gradient.scalar_type(), gradient.const_data_ptr(), s.offset + tile.begin, args);
     });
   }
 
@@ -59,8 +58,9 @@ class Compressor {
     over_segments([&](int64_t i) {
       const Segment& s = bucket_.segments[i];
       const int64_t group = bucket_.tiles[bucket_.first_tile[i]].group;
-      bound_[i] = threshold_from_groups(s) ? bound_on_kth_largest(group_max_ + group, div_up(s.numel, kGroup), s.entries)
-                                           : kth_largest(bits(s.state), s.numel, s.entries);
+      bound_[i] = threshold_from_groups(s)
+                      ? bound_on_kth_largest(group_max_ + group, div_up(s.numel, kGroup), s.entries)
+                      : kth_largest(bits(s.state), s.numel, s.entries);
     });
     over_tiles([&](const Tile& tile, TileWork& work) { collect(tile, work); });
     over_segments([&](int64_t i) {
@@ -149,9 +149,7 @@ class Compressor {
       if (segments[i].numel >= kLarge) f(i);
   }
 
-  static bool threshold_from_groups(const Segment& s) {
-    return s.numel >= s.entries * kMinElementsPerEntry;
-  }
+  static bool threshold_from_groups(const Segment& s) { return s.numel >= s.entries * kMinElementsPerEntry; }
 
   const uint32_t* bits(int64_t at) const { return reinterpret_cast<const uint32_t*>(residual_ + at); }
 

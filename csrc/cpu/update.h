@@ -119,8 +119,8 @@ DGC_AVX2 TileReport update_avx2(const typename Read::Raw* g, const UpdateArgs& a
     m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
     const uint32_t group_max = static_cast<uint32_t>(_mm_cvtsi128_si32(m));
     if (__builtin_expect(group_max >= kInfinity, 0)) {
-      a.group_max[group] = update_group<Read>(g + i, kMomentum ? u + i : nullptr, v + i, kGroup, a, &rest_bits,
-                                              &report.nonfinite);
+      a.group_max[group] =
+          update_group<Read>(g + i, kMomentum ? u + i : nullptr, v + i, kGroup, a, &rest_bits, &report.nonfinite);
       continue;
     }
     a.group_max[group] = group_max;
@@ -131,8 +131,8 @@ DGC_AVX2 TileReport update_avx2(const typename Read::Raw* g, const UpdateArgs& a
     }
   }
   if (i < a.numel) {
-    a.group_max[group] = update_group<Read>(g + i, kMomentum ? u + i : nullptr, v + i, a.numel - i, a, &rest_bits,
-                                            &report.nonfinite);
+    a.group_max[group] =
+        update_group<Read>(g + i, kMomentum ? u + i : nullptr, v + i, a.numel - i, a, &rest_bits, &report.nonfinite);
   }
   const __m256i bits = _mm256_and_si256(_mm256_castps_si256(gradient_bits), size);
   report.used = !_mm256_testz_si256(bits, bits) || (rest_bits & kMagnitude) != 0;

@@ -1,0 +1,92 @@
+"""What the benchmarks share: fair timing, a description of the machine, and results as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+import dgc
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleave(
+    competitors: Mapping[str, Callable[[], object]], rounds: int, progress: Callable[[], object] = lambda: None
+) -> dict[str, list[float]]:
+    """Times every competitor once a round, in turn, so that a machine that slows down slows all of them.
+
+    The first round warms up and is not counted.
+
+    Returns:
+        Seconds of each competitor, by round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in competitors}
+    for round_index in range(rounds + 1):
+        for name, run in competitors.items():
+            begin = time.perf_counter()
+            run()
+            if round_index:
+                seconds[name].append(time.perf_counter() - begin)
+        progress()
+    return seconds
+
+
+def ratio(seconds: Mapping[str, Sequence[float]], name: str, to: str) -> tuple[float, float, float]:
+    """Returns median, lowest and highest ratio of two competitors' times, round by round."""
+    ratios = [a / b for a, b in zip(seconds[name], seconds[to], strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def shown(median: float, low: float, high: float) -> str:
+    """Returns a ratio with its spread, as the tables show it."""
+    return f"{median:.2f} ({low:.2f} to {high:.2f})"
+
+
+def machine() -> dict[str, Any]:
+    """Returns what a figure depends on: processor, versions, commit, command."""
+    model = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "dgc": dgc.__version__,
+        "backend": dgc.backend("cpu"),
+        "commit": commit,
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def report(
+    name: str, title: str, headers: Sequence[str], rows: Sequence[Sequence[Any]], raw: Mapping[str, Any]
+) -> None:
+    """Prints a table, and writes it with the raw figures to results/NAME.md and NAME.json."""
+    about = machine()
+    table = tabulate(rows, headers=headers, tablefmt="github")
+    described = ", ".join(f"{key} {value}" for key, value in about.items() if key != "command")
+    text = f"{title}\n\n{table}\n\n{described}\n`{about['command']}`\n"
+    print("\n" + text)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text(text)
+    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": about, **raw}, indent=1) + "\n")

