@@ -14,6 +14,7 @@ from torch.futures import Future
 from torch.optim.optimizer import Optimizer
 from torch.profiler import record_function
 
+from . import ops
 from .bucket import Bucket, Gradients, Member
 from .clip import clip_scale, squared_norm
 from .config import DGCConfig
@@ -73,6 +74,8 @@ class DGCState:
         if any(self._momentum_factor(name) for name in self._parameters):
             self.memory.allocate_momentum()
         self._one = torch.ones(1, device=device)
+        if device.type != "cpu" and ops.backend(device) == "reference" and self.exchange.rank == 0:
+            logger.warning("dgc: no kernels for %s yet: plain PyTorch is used, correct but slow", device.type)
 
         self.step = 0
         """Backward passes reduced so far, without skipped ones: the position in the warm-up."""
@@ -110,7 +113,8 @@ class DGCState:
         """
         if not self._open:
             self._begin()
-        future: Future[Tensor] = Future()
+        # On CUDA a future has to know the device, so that whoever waits for it waits for its stream.
+        future: Future[Tensor] = Future(devices=[self.memory.device] if self.memory.device.type == "cuda" else None)
         self._waiting.append((gradients, future))
         if self.config.clip_norm is None or last:
             # Clipping needs the norm of all gradients, so all buckets wait for the last.
