@@ -29,6 +29,6 @@ def run_ranks(world_size: int, body: Callable[..., Any], *args: Any, timeout: fl
         # A fork server that has torch imported already: a rank then starts in well under a second.
         mp.get_context("forkserver").set_forkserver_preload(["torch", "torch.distributed", "dgc"])
         mp.start_processes(
-            _main, (world_size, folder, timeout, body, args), nprocs=world_size, start_method="forkserver"
+            _main, (world_size, folder, timeout, body, args), nprocs=world_size, start_method="forkserver", daemon=True
         )
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
