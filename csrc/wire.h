@@ -114,7 +114,7 @@ struct WireHalf {
     } else {
       half = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13;
     }
-    return static_cast<Raw>(sign | (half < 0x7bffu ? half : 0x7bffu));
+    return static_cast<Raw>(sign | half);
   }
   static float load(Raw raw) {
     const uint32_t sign = static_cast<uint32_t>(raw & 0x8000u) << 16, exponent = (raw >> 10) & 31u,
