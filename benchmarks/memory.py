@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py
 
-Two processes train a stack of layers of 50M parameters with DDP, once with torch.optim.SGD without momentum and once with DGC
-and momentum; the difference of their peak resident memory is what DGC holds: u and v are 8 bytes a parameter.
+Two processes train a stack of layers of 50M parameters with DDP, once with torch.optim.SGD without momentum and once
+with DGC and momentum; the difference of their peak resident memory is what DGC holds: u and v are 8 bytes a parameter.
 """
 
 from __future__ import annotations

@@ -114,8 +114,8 @@ def main() -> None:
     report(
         "step_cpu",
         f"DDP step of a 12.6M-parameter MLP, batch {BATCH}, {args.processes} gloo processes of 1 thread, loopback "
-        f"without limit: time against no_sync, median of {args.runs} runs (lowest to highest), each the median of {args.steps} "
-        "steps.",
+        f"without limit: time against no_sync, median of {args.runs} runs (lowest to highest), each the median of "
+        f"{args.steps} steps.",
         ["DDP options", "competitor", "time / no_sync"],
         rows,
         {"seconds": raw},

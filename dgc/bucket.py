@@ -156,7 +156,7 @@ class Bucket:
         self.taken.fill_(1)
 
     def load_dense(self, gradients: Gradients, memory: Memory, scale: Tensor | None, world_size: int) -> Tensor | None:
-        """Returns what is to be all-reduced, divided by the world size: dense gradients, then u of the averaged ones."""
+        """Returns what is to be all-reduced: dense gradients, then u of the averaged ones, both divided by N."""
         flat = gradients.buffers[0].view(-1) if self.in_place else self.flat
         if flat is None:
             return None

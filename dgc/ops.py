@@ -24,8 +24,9 @@ _LIBRARY.define(
     "restore_(Tensor payload, Tensor which, Tensor segments, Tensor? sent_momentum, Tensor(a!)? momentum, "
     "Tensor(b!) residual, ScalarType wire_dtype) -> ()"
 )
+_LIBRARY.define("subtract_(Tensor(a!)[] parameters, Tensor[] updates, float lr) -> ()")
 # The reference serves every device that has no kernel of its own.
-for _name in ("compress_", "unpack", "restore_"):
+for _name in ("compress_", "unpack", "restore_", "subtract_"):
     _LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
 
@@ -145,6 +146,17 @@ def restore_(
     torch.ops.dgc.restore_(payload, which, segments, sent_momentum, momentum, residual, wire_dtype)
 
 
+def subtract_(parameters: list[Tensor], updates: list[Tensor], lr: float) -> None:
+    """Takes lr * update off each parameter, at the cost of reading the updates where these are nearly all zero.
+
+    Args:
+        parameters: contiguous, float32.
+        updates: one for each, of the same size; any values, so nothing is assumed of what unpack wrote.
+        lr: the learning rate.
+    """
+    torch.ops.dgc.subtract_(parameters, updates, lr)
+
+
 @torch.library.register_fake("dgc::compress_", lib=_LIBRARY)
 def _(*_args: object) -> None:
     return None
@@ -160,5 +172,10 @@ def _(*_args: object) -> None:
     return None
 
 
-__all__ = ["WireLayout", "backend", "compress_", "restore_", "unpack", "wire_layout", "workspace"]
+@torch.library.register_fake("dgc::subtract_", lib=_LIBRARY)
+def _(*_args: object) -> None:
+    return None
+
+
+__all__ = ["WireLayout", "backend", "compress_", "restore_", "subtract_", "unpack", "wire_layout", "workspace"]
 logging.getLogger("dgc").debug("ops on the CPU: %s", backend("cpu"))

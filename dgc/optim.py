@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from . import ops
+
 
 class Reducer(Protocol):
     """What dgc.SGD asks of the DGCState that reduces its gradients."""
@@ -110,10 +112,15 @@ class SGD(Optimizer):
         updates: list[Tensor] = []
         for p in parameters:
             u = self._reducer.dense_momentum(p) if self._reducer is not None and mu else None
-            ready.append(p)
-            updates.append(p.grad if u is None else _apply_momentum(u, p.grad, mu, nesterov))
+            if u is not None:
+                p.add_(_apply_momentum(u, p.grad, mu, nesterov), alpha=-lr)
+            elif p.dtype == torch.float32 and p.is_contiguous() and p.grad.is_contiguous():
+                ready.append(p)
+                updates.append(p.grad)
+            else:
+                p.add_(p.grad, alpha=-lr)
         if ready:
-            torch._foreach_add_(ready, updates, alpha=-lr)
+            ops.subtract_(ready, updates, lr)
 
     def _decay_weights(self, p: Tensor, lr: float, mu: float, decay: float, nesterov: bool) -> None:
         """Takes the weight-decay part of the update off p: lr times the momentum form of decay * p."""

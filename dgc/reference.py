@@ -127,6 +127,12 @@ def restore_(
             momentum[state + positions[mine]] = sent_momentum[mine]
 
 
+def subtract_(parameters: list[Tensor], updates: list[Tensor], lr: float) -> None:
+    """Takes lr * update off each parameter: see dgc.ops.subtract_."""
+    for parameter, update in zip(parameters, updates, strict=True):
+        parameter.add_(update, alpha=-lr)
+
+
 def _sections(payload: Tensor, segments: Tensor, wire_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Returns views of one payload: tile ends int32, indices int16 (unsigned in truth), values in the wire type."""
     at = wire_layout(segments, wire_dtype)

@@ -7,9 +7,10 @@ import dgc
 
 LAYERS = [
     {"config", "wire"},
-    {"reference", "schedule", "clip", "stats", "optim", "exchange", "memory"},
-    {"ops", "phase", "parameters"},
-    {"bucket"},
+    {"reference", "schedule", "clip", "stats", "exchange", "memory"},
+    {"ops", "phase"},
+    {"optim", "bucket"},
+    {"parameters"},
     {"state"},
     {"ddp"},
     {"__init__"},

@@ -304,6 +304,31 @@ def test_restore_gives_back_every_bit(wire_dtype, masking):
         assert not which[row] or torch.equal(args.momentum[mine], before.momentum[mine])
 
 
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 1.0])
+def test_subtract_gives_the_bits_of_torch(share):
+    generator = torch.Generator().manual_seed(1)
+    parameters = [torch.randn(n, generator=generator) for n in (1, 7, 100, 70_001)]
+    updates = [torch.randn(len(p), generator=generator) for p in parameters]
+    for g in updates:
+        g *= torch.rand(len(g), generator=generator) < share
+        g[0] = -0.0
+    updates[2][50], updates[2][3] = float("inf"), float("nan")
+    expected = [p.clone() for p in parameters]
+    reference.subtract_(expected, updates, 0.1)
+    ops.subtract_(parameters, updates, 0.1)
+    for p, q in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0, equal_nan=True)
+
+
+def test_subtract_refuses_what_does_not_fit():
+    with pytest.raises(RuntimeError, match="updates: expected one for each"):
+        ops.subtract_([torch.zeros(3)], [], 0.1)
+    with pytest.raises(RuntimeError, match="updates"):
+        ops.subtract_([torch.zeros(3)], [torch.zeros(2)], 0.1)
+    with pytest.raises(RuntimeError, match="parameters"):
+        ops.subtract_([torch.zeros(3).double()], [torch.zeros(3)], 0.1)
+
+
 def corrupt(args: Args, what: str) -> torch.Tensor:
     """Returns three payloads of which the middle one is wrong."""
     at = wire.wire_layout(args.segments, args.wire_dtype)
