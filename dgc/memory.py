@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -96,6 +97,16 @@ class Memory:
         elif self.momentum is not None:
             self.momentum.zero_()
         self.diverged = set(diverged)
+
+
+def return_free_memory() -> None:
+    """Gives the C library's free heap back to the system, where it can (glibc).
+
+    A phase of warm-up needs buffers many times as large as the next one's; glibc keeps what is freed for itself.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def dense_strides(parameter: Tensor) -> tuple[int, ...]:

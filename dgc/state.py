@@ -19,7 +19,7 @@ from .bucket import Bucket, Gradients, Member
 from .clip import clip_scale, squared_norm
 from .config import DGCConfig
 from .exchange import Exchange
-from .memory import Memory
+from .memory import Memory, return_free_memory
 from .optim import SGD
 from .parameters import by_name, check_optimizer, dense_reasons, group_indices
 from .phase import Phase, phase_at
@@ -148,6 +148,7 @@ class DGCState:
                 self._dense,
             )
             self._buckets.clear()
+            return_free_memory()
             self._log_phase()
 
     def _clip(self) -> Tensor | None:

@@ -48,7 +48,7 @@ def main() -> None:
     """Trains on this rank."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--dense", action="store_true", help="ordinary DDP, without DGC")
-    parser.add_argument("--density", type=float, default=0.005, help="share of the gradient that is sent")
+    parser.add_argument("--density", type=float, default=0.001, help="share of the gradient that is sent")
     parser.add_argument("--warmup-steps", type=int, help="steps until that density; None: a fifth of the run")
     parser.add_argument("--epochs", type=int, default=20, help="passes over the 4,000 training images")
     parser.add_argument("--batch-size", type=int, default=32, help="on each rank")

@@ -16,8 +16,15 @@ from matplotlib import pyplot
 from tabulate import tabulate
 
 EXPLANATION = """\
-Bytes are what one rank sends for one gradient; those of DGC, and its ratio, hold after the warm-up. "Whole run" has the
-warm-up in it.
+Bytes are what one rank sends for one gradient, of DGC after the warm-up; "whole run" has the warm-up in it.
+
+What to expect. With mnist.py's defaults on two ranks (0.1 %, 1240 steps, warm-up over the first fifth) five seeds gave
+97.5 % dense (97.3 to 97.6) and 97.5 % with DGC (97.3 to 97.7); one test image is 0.1 points. A warm-up of one epoch
+carries 2.6 times fewer bytes over the whole run and gave 97.3 % (97.2 to 97.4).
+Short runs favour dense: at 0.1 % most entries wait 600 to 1000 steps until they are sent. 310 steps (--epochs 5,
+three seeds) gave 96.7 % dense and 95.8 % with DGC.
+Time: here the network is this machine's memory, so dense costs little too, and what differs is mostly the load of the
+machine. Time is won where sending the gradient is what a step waits for.
 """
 
 
@@ -30,7 +37,7 @@ def name(run: dict[str, Any]) -> str:
 
 def table(runs: list[dict[str, Any]]) -> str:
     """Returns one row a run."""
-    headers = ["run", "test accuracy", "kB a step", "ratio", "MB, whole run", "ms a step"]
+    headers = ["run", "test accuracy", "kB a step", "compression", "MB, whole run", "ms a step"]
     rows = [
         (
             name(run),
@@ -51,15 +58,14 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     for run in runs:
         steps, accuracy = zip(*run["accuracy"], strict=True)
         label = f"{name(run)}: {accuracy[-1]:.1f} %, {run['bytes_sent'] / 1e3:,.0f} kB a step"
-        axes.plot(
-            steps, accuracy, label=label, linestyle="--" if run["config"]["dense"] else "-", marker="o", markersize=3
-        )
+        axes.plot(steps, accuracy, "o--" if run["config"]["dense"] else "o-", label=label, markersize=3)
     # The first epoch is far below: it would press the rest into one line.
     axes.set_ylim(bottom=max(0, min(min(a for _, a in run["accuracy"][1:] or run["accuracy"]) for run in runs) - 1))
+    axes.set_xlim(left=0)
     axes.set(xlabel="step", ylabel="test accuracy (%)", title="MNIST, 4,000 training images")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
@@ -68,9 +74,7 @@ def main() -> None:
     """Reads the logs, prints the table, writes the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("logs", nargs="+", type=Path, help="JSON files that mnist.py --log-file wrote")
-    parser.add_argument(
-        "--picture", type=Path, default=Path("curves.png"), help="PNG file to write (default: %(default)s)"
-    )
+    parser.add_argument("--picture", type=Path, default=Path("curves.png"), help="PNG file to write (curves.png)")
     args = parser.parse_args()
     missing = [str(path) for path in args.logs if not path.is_file()]
     if missing:

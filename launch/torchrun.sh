@@ -18,6 +18,7 @@ Two machines, numbered by hand; 0 on host1, 1 on the other:
 All options of torchrun work (python3 -m torch.distributed.run --help). Added where you do not give them:
   --standalone       unless --nnodes, --rdzv-... or --master-... is there
   --nproc-per-node   number of GPUs, else of cores
+A script option with which one of torchrun's begins (--log: --log-dir) needs -- in front of the script.
 Environment:
   PYTHON             the Python that has torch (default: python3)
   OMP_NUM_THREADS    threads of each process (default: cores / processes)
