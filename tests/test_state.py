@@ -119,6 +119,23 @@ def test_the_start_is_logged_once_with_what_is_dense_and_why(caplog):
     ]
 
 
+def test_each_phase_is_logged_with_the_density_that_warm_up_leads_to(caplog):
+    one = alone(warmup_steps=4, warmup_densities=(0.25, 0.05))
+    with caplog.at_level(logging.INFO, "dgc"):
+        for step in range(6):
+            one.train(normals(SHAPES, step))
+    lines = [r.getMessage() for r in caplog.records if r.name == "dgc"]
+    assert [line.split(":")[1].strip() for line in lines] == [
+        "step 0, density 25 %",
+        "step 2, density 5 %",
+        "step 4, density 1 %",
+    ]
+    assert [line.split("; ")[-1] for line in lines[:2]] == [
+        "1 % after 4 more steps of warm-up",
+        "1 % after 2 more steps of warm-up",
+    ]
+
+
 def test_a_state_that_compresses_nothing_warns(caplog):
     one = alone(dense_below=1_000_000)
     with caplog.at_level(logging.WARNING, "dgc"):

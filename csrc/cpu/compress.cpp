@@ -100,7 +100,7 @@ class Compressor {
       int64_t entry = work.entry, ties_left = work.ties_sent;
       const size_t n = work.candidates.size();
       for (size_t j = 0; j < n; ++j) {
-        constexpr size_t kAhead = 8;
+        constexpr size_t kAhead = 32;
         if (j + kAhead < n) prefetch(state + work.candidates[j + kAhead].index);
         const Candidate c = work.candidates[j];
         const uint32_t size = magnitude(c.value);
@@ -170,7 +170,7 @@ class Compressor {
          [&](int64_t group) { hits[n++] = static_cast<uint16_t>(group); });
     work.candidates.reserve(n + n / 4);
     for (int64_t j = 0; j < n; ++j) {
-      constexpr int64_t kAhead = 8;
+      constexpr int64_t kAhead = 32;
       if (j + kAhead < n) {  // a group is two cache lines
         const float* next = residual_ + state + hits[j + kAhead] * kGroup;
         __builtin_prefetch(next);
