@@ -26,7 +26,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Times every competitor once a round, in turn, so that a machine that slows down slows all of them.
 
-    The first round warms up and is not counted.
+    Each runs twice in a row, and the second run is timed: what the one before it did to caches and to pages of memory
+    is not its doing. The first round is not counted.
 
     Returns:
         Seconds of each competitor, by round.
@@ -34,6 +35,7 @@ def interleave(
     seconds: dict[str, list[float]] = {name: [] for name in competitors}
     for round_index in range(rounds + 1):
         for name, run in competitors.items():
+            run()
             begin = time.perf_counter()
             run()
             if round_index:

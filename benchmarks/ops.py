@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from harness import interleave, ratio, report, shown
 from torch import Tensor
+from torch.utils import cpp_extension
 from tqdm import tqdm
 
 from dgc import ops, wire
@@ -35,8 +36,11 @@ def compile_floor() -> Callable[[Tensor, Tensor, Tensor], None]:
     """Compiles floor.cpp for this machine."""
     library = Path(tempfile.mkdtemp()) / "floor.so"
     source = Path(__file__).with_name("floor.cpp")
-    flags = ["-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC"]
-    subprocess.run([os.environ.get("CXX", "g++"), *flags, str(source), "-o", str(library)], check=True)
+    flags = ["-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-shared", "-fPIC"]
+    # torch's threads: a second pool would wait for the first one's to stop spinning.
+    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-I{path}" for path in cpp_extension.include_paths())]
+    link = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu"]
+    subprocess.run([os.environ.get("CXX", "g++"), *flags, str(source), "-o", str(library), *link], check=True)
     update = ctypes.CDLL(str(library)).update
     update.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_float]
 
@@ -167,7 +171,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    os.environ["OMP_NUM_THREADS"] = str(args.threads)
     floor = compile_floor()
     rows, raw = [], {}
     for n in args.sizes:
