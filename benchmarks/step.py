@@ -98,7 +98,7 @@ def main() -> None:
     """Measures and reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of each competitor in a run")
+    parser.add_argument("--steps", type=int, default=30, help="timed steps of each competitor in a run")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     rows, raw = [], {}
