@@ -71,7 +71,7 @@ class DGCState:
         compressed = [name for name in self._parameters if name not in self._never_compressed]
         device = next(iter(self._parameters.values())).device
         self.memory = Memory(self._parameters, compressed, device)
-        if any(self._momentum_factor(name) for name in self._parameters):
+        if any(map(self._momentum_factor, self._parameters)):
             self.memory.allocate_momentum()
         self._one = torch.ones(1, device=device)
         if device.type != "cpu" and ops.backend(device) == "reference" and self.exchange.rank == 0:
@@ -137,6 +137,9 @@ class DGCState:
         self._open = True
         self._reduced = {}
         self._nonfinite = set()
+        if self.memory.momentum is None and any(map(self._momentum_factor, self._parameters)):
+            self.memory.allocate_momentum()
+            self._buckets.clear()  # they keep no room for masked momentum
         key = (self.density, self.schedule.warming_up(self.step), self._dense)
         if key != self._phase_key:
             self._phase_key = key
@@ -168,8 +171,6 @@ class DGCState:
         bucket = self._bucket(gradients)
         with record_function("dgc.accumulate_select_pack"):
             factors = [self._momentum_factor(m.name) for m in bucket.compressed]
-            if any(factors):
-                self.memory.allocate_momentum()
             bucket.compress(
                 gradients, self.memory, factors, self._one if scale is None else scale, self._nesterov, self.step
             )

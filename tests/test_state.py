@@ -184,6 +184,15 @@ def test_masking_follows_the_configuration():
             assert (zeros > 0) == (step in masked_at), (masking, step)
 
 
+def test_momentum_that_starts_late_is_masked_like_any_other():
+    one = alone(momentum=0.0)
+    for step in range(4):
+        one.optimizer.param_groups[0]["momentum"] = 0.5 if step >= 2 else 0.0
+        one.train(normals(SHAPES, step))
+        assert (one.state.memory.momentum is not None) == (step >= 2)
+    assert int((one.state.memory.momentum_of("big") == 0).sum()) == 900
+
+
 def test_warm_up_changes_how_much_is_sent():
     one = alone(warmup_steps=4, warmup_densities=(0.25, 0.05))
     sent = []
