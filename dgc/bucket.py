@@ -201,6 +201,11 @@ class Bucket:
         status = ops.unpack(self.gathered, rank, self.segments, self.wire_dtype, gradients.buffers)
         return wire.check_status(status, self.gathered)
 
+    def fits(self, gradients: Gradients) -> bool:
+        """Returns whether the averages of float16 gradients are finite; their float32 sums always are."""
+        halves = [g for m in self.compressed if (g := gradients.of(m.index)).dtype == torch.float16]
+        return all(bool(torch.stack(g.aminmax()).isfinite().all()) for g in halves)
+
     def restore_unused(self, memory: Memory) -> None:
         """Takes back what was sent for parameters whose gradient was zero on every rank.
 

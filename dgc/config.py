@@ -60,9 +60,15 @@ class DGCConfig:
         """Checks every field."""
         _expect(
             "dense_parameters",
-            not isinstance(self.dense_parameters, str) and all(isinstance(n, str) for n in self.dense_parameters),
+            isinstance(self.dense_parameters, (tuple, list)) and all(isinstance(n, str) for n in self.dense_parameters),
             "a sequence of parameter names",
             self.dense_parameters,
+        )
+        _expect(
+            "warmup_densities",
+            isinstance(self.warmup_densities, (tuple, list)),
+            "falling numbers in (0, 1]",
+            self.warmup_densities,
         )
         # Lists are what a JSON or YAML file gives.
         object.__setattr__(self, "warmup_densities", tuple(self.warmup_densities))

@@ -85,13 +85,14 @@ class Memory:
                 "state_dict: expected that of this model and DGCConfig, but " + "; ".join(wrong) + ". Build the model "
                 "and the DGCConfig (dense_below, dense_parameters) as they were when it was saved"
             )
-        diverged = state["diverged"]
-        assert isinstance(diverged, (list, tuple))
-        self.residual.zero_()
+        diverged = state.get("diverged")
+        if not isinstance(diverged, (list, tuple)) or not set(diverged) <= self.parameters.keys():
+            raise ValueError(f"state_dict['diverged']: expected a list of parameter names, got {diverged!r}")
+        # In place and without clearing first: the tensors may be views of this very memory.
         for name, tensor in residual.items():
             self._view(self.residual, name).copy_(tensor)
         if momentum:
-            flat = self.allocate_momentum().zero_()
+            flat = self.allocate_momentum()
             for name, tensor in momentum.items():
                 self._view(flat, name).copy_(tensor)
         elif self.momentum is not None:

@@ -155,6 +155,8 @@ def subtract_(parameters: list[Tensor], updates: list[Tensor], lr: float) -> Non
         lr: the learning rate.
     """
     torch.ops.dgc.subtract_(parameters, updates, lr)
+    # The kernel writes behind autograd's back; this keeps its check against modified saved tensors alive.
+    torch.autograd.graph.increment_version(parameters)
 
 
 @torch.library.register_fake("dgc::compress_", lib=_LIBRARY)

@@ -35,6 +35,8 @@ class SGD(Optimizer):
         ValueError: an argument out of range, or one of torch.optim.SGD's that DGC cannot honour.
     """
 
+    _reducer: Reducer | None = None  # of the class too, so that a copy without a DGCState says what is missing
+
     def __init__(
         self,
         params: ParamsT,
@@ -55,7 +57,6 @@ class SGD(Optimizer):
             if value:
                 raise ValueError(f"{name}: expected it unset, got {value!r}: dgc.SGD does not support it")
         del foreach  # a hint about speed; dgc.SGD always works on lists
-        self._reducer: Reducer | None = None
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(params, defaults)
 

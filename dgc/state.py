@@ -87,13 +87,14 @@ class DGCState:
         self._waiting: list[tuple[Gradients, Future[Tensor]]] = []
         self._open = False  # between the first and the last bucket of a backward pass
         self._pending = False  # gradients were reduced that no step() has taken
+        self._shadow = False  # the last backward pass has no step() on this rank
         self._nonfinite: set[str] = set()  # where, in words
         self._stats = Stats()
         self._total_bytes = 0
         if isinstance(optimizer, SGD):
             optimizer.attach(self)
         else:
-            optimizer.register_step_pre_hook(lambda *_: self._before_foreign_step())
+            optimizer.register_step_pre_hook(self._before_foreign_step)
 
     # One backward pass, in the order in which a gradient meets it.
 
@@ -134,6 +135,7 @@ class DGCState:
                 "gradients would carry the averaged ones into the residual. To accumulate, run all but the last "
                 "backward under model.no_sync(); to drop an update on purpose, call state.discard() and zero_grad()"
             )
+        self._settle_shadow()
         self._open = True
         self._reduced = {}
         self._nonfinite = set()
@@ -174,7 +176,8 @@ class DGCState:
             bucket.compress(
                 gradients, self.memory, factors, self._one if scale is None else scale, self._nesterov, self.step
             )
-            self.memory.diverged.update(m.name for m in bucket.compressed)
+            if self.memory.momentum is not None:
+                self.memory.diverged.update(m.name for m in bucket.compressed)
             if bucket.nonfinite:
                 self._log_nonfinite(bucket, gradients)
         with record_function("dgc.exchange"):
@@ -189,6 +192,8 @@ class DGCState:
                 work.value()  # raises if the collective failed; its buffers hold nothing of worth then
             with record_function("dgc.unpack"):
                 self._nonfinite.update(f"rank {rank}" for rank in bucket.unpack(gradients, self.exchange.rank))
+                if not bucket.fits(gradients):
+                    self._nonfinite.add("the average, in float16")
                 bucket.restore_unused(self.memory)
                 if not bucket.store_dense(gradients, self.memory):
                     self._nonfinite.add("the average of dense parameters")
@@ -202,6 +207,7 @@ class DGCState:
     def _end(self, shadow: bool) -> None:
         self._open = False
         self._pending = not shadow
+        self._shadow = shadow
         self.step += 1
         # DDP changes its buckets after the first pass: the old ones' buffers go. Momentum is averaged only once.
         self._buckets = {key: bucket for key, bucket in self._reduced.items() if not bucket.averaged}
@@ -244,7 +250,12 @@ class DGCState:
         self.memory.allocate_momentum()
         return self.memory.momentum_of(name)
 
-    def _before_foreign_step(self) -> None:
+    def _before_foreign_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if len(args) > 1 or kwargs.get("closure") is not None:
+            raise RuntimeError(
+                f"{type(self.optimizer).__name__}.step: expected no closure, since its backward pass would run after "
+                "DGC's check of the gradients. Call backward() before step(), or use dgc.SGD"
+            )
         if any(p.grad is not None for p in self._parameters.values()):
             self.take()
 
@@ -254,13 +265,24 @@ class DGCState:
         For a loop that leaves step() out on purpose, on all ranks alike; call zero_grad() too. The gradient itself
         stays accumulated in u and v, except that of dense parameters, which is dropped.
         """
-        for bucket in self._reduced.values():
-            bucket.restore(self.memory)
-        if self._pending:
-            self.step -= 1
-            self._stats = self._count(self._stats.skipped + 1)
+        if not (self._open or self._pending):
+            return  # nothing is outstanding: a step() has taken it
+        self._take_back(finished=self._pending)
         self._waiting = []
         self._open = self._pending = False
+
+    def _take_back(self, finished: bool) -> None:
+        for bucket in self._reduced.values():
+            bucket.restore(self.memory)
+        if finished:
+            self.step -= 1
+            self._stats = self._count(self._stats.skipped + 1)
+
+    def _settle_shadow(self) -> None:
+        """Does on a rank that has left DDP's join what step() does elsewhere when gradients were not finite."""
+        if self._shadow and self._nonfinite:
+            self._take_back(finished=True)
+        self._shadow = False
 
     # What is sent how.
 
@@ -399,6 +421,7 @@ class DGCState:
                 "DGCState.state_dict: expected to be called between optimizer.step() and the next backward(), got a "
                 "call with an update outstanding: call step() first, or state.discard()"
             )
+        self._settle_shadow()
         return {
             "version": STATE_VERSION,
             "step": self.step,

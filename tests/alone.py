@@ -13,11 +13,11 @@ import dgc
 from dgc.bucket import Gradients
 
 
-def reduce(state: dgc.DGCState, model: torch.nn.Module) -> None:
+def reduce(state: dgc.DGCState, model: torch.nn.Module, shadow: bool = False) -> None:
     """Reduces all gradients of the model in one bucket."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     gradients = Gradients(parameters, [p.grad.view(-1) for p in parameters], [(i, 0) for i in range(len(parameters))])
-    state.reduce(gradients, last=True).wait()
+    state.reduce(gradients, last=True, shadow=shadow).wait()
 
 
 class Alone:

@@ -320,6 +320,15 @@ def test_subtract_gives_the_bits_of_torch(share):
         torch.testing.assert_close(p, q, rtol=0, atol=0, equal_nan=True)
 
 
+def test_subtract_tells_autograd():
+    p = torch.ones(3, requires_grad=True)
+    loss = (p * p).sum()
+    with torch.no_grad():
+        ops.subtract_([p], [torch.ones(3)], 0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_subtract_refuses_what_does_not_fit():
     with pytest.raises(RuntimeError, match="updates: expected one for each"):
         ops.subtract_([torch.zeros(3)], [], 0.1)
@@ -439,6 +448,8 @@ def test_the_non_finite_flag_of_a_rank_is_reported_beside_the_result():
         ("segments", torch.tensor([[0, 2**62, 0, 100, 1]])),
         ("segments", torch.tensor([[1, 0, 0, 100, 1]])),
         ("segments", torch.zeros(1, 4, dtype=torch.int64)),
+        ("segments", torch.tensor([[0, 0, 0, 50, 1], [0, 50, 32, 50, 1]])),
+        ("segments", torch.tensor([[0, 40, 0, 50, 1], [0, 0, 64, 50, 1]])),
     ],
 )
 def test_compress_refuses_what_would_read_or_write_out_of_bounds(field, value):

@@ -391,3 +391,71 @@ def test_what_is_allocated_is_little_more_than_u_and_v(density):
         held.append(sum(t.nbytes for t in tensors) / (20 * 200_000))
     assert 8 <= held[-1] <= 8.8
     assert held[0] > held[-1]  # warm-up needs more, and gives it back
+
+
+def test_discard_after_a_step_does_nothing():
+    one = alone()
+    one.train(normals(SHAPES, 0))
+    v, u = one.state.memory.residual.clone(), one.state.memory.momentum.clone()
+    one.state.discard()
+    assert torch.equal(one.state.memory.residual, v)
+    assert torch.equal(one.state.memory.momentum, u)
+    assert one.state.step == 1
+
+
+def test_loading_its_own_state_dict_changes_nothing():
+    one = alone()
+    one.train(normals(SHAPES, 0))
+    v, u = one.state.memory.residual.clone(), one.state.memory.momentum.clone()
+    one.state.load_state_dict(one.state.state_dict())
+    assert torch.equal(one.state.memory.residual, v)
+    assert torch.equal(one.state.memory.momentum, u)
+
+
+def test_a_shadow_pass_with_non_finite_gradients_is_undone():
+    # What step() does on the other ranks, on one that has left DDP's join.
+    one = alone()
+    one.train(normals(SHAPES, 0))
+    v, u = one.state.memory.residual_of("big").clone(), one.state.memory.momentum_of("big").clone()
+    gradients = normals(SHAPES, 1)
+    gradients["bias"][3] = math.nan
+    one.model(gradients).backward()
+    reduce(one.state, one.model, shadow=True)
+    assert one.state.state_dict()["step"] == 1
+    assert one.state.stats.skipped == 1
+    u = 0.5 * u + gradients["big"]
+    assert torch.equal(one.state.memory.momentum_of("big"), u)
+    assert torch.equal(one.state.memory.residual_of("big"), v + u)
+
+
+def test_without_momentum_a_dense_step_averages_none():
+    one = alone(momentum=0.0)
+    one.train(normals(SHAPES, 0))
+    one.state.dense = True
+    one.train(normals(SHAPES, 1))
+    assert one.state.memory.momentum is None
+    assert one.state.stats.bytes_dense == 0
+    assert one.state.stats.compression_ratio == 1.0
+
+
+def test_a_float16_average_that_overflows_is_not_applied():
+    one = Alone(SHAPES, dgc.DGCConfig(density=0.01), dtype=torch.float16, lr=0.1, momentum=0.9)
+    gradients = {name: torch.full(shape, 3e4 if name == "big" else 0.0).half() for name, shape in SHAPES.items()}
+    for _ in range(5):
+        one.backward(gradients)
+        before = one.parameter("big").clone()
+        if not one.model.get_parameter("big").grad.isfinite().all():
+            break
+        one.optimizer.step()
+    with pytest.raises(FloatingPointError, match="in float16"):
+        one.optimizer.step()
+    assert torch.equal(one.parameter("big"), before)
+    assert before.isfinite().all()
+
+
+def test_a_closure_is_refused_by_other_optimizers():
+    model = Given(SHAPES)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    dgc.DGCState(model.named_parameters(), optimizer, dgc.DGCConfig(density=0.01))
+    with pytest.raises(RuntimeError, match="expected no closure"):
+        optimizer.step(lambda: 0.0)

@@ -1,7 +1,9 @@
 #include "common.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 namespace dgc {
 
@@ -16,6 +18,20 @@ bool use_avx2() {
 #else
   return false;
 #endif
+}
+
+template <class F>
+void Bucket::check_apart(const F& place) const {
+  std::vector<std::pair<std::pair<int64_t, int64_t>, int64_t>> spans;
+  for (const Segment& s : segments) spans.emplace_back(place(s), s.numel);
+  std::sort(spans.begin(), spans.end());
+  for (size_t i = 1; i < spans.size(); ++i) {
+    const auto& [before, numel] = spans[i - 1];
+    const auto& [at, _] = spans[i];
+    STD_TORCH_CHECK(before.first != at.first || before.second + numel <= at.second,
+                    "segments: expected none to overlap, got one of ", numel, " elements at ", before.second,
+                    " and one at ", at.second);
+  }
 }
 
 Bucket::Bucket(const Tensor& table) {
@@ -42,6 +58,9 @@ Bucket::Bucket(const Tensor& table) {
   }
   first_tile.push_back(tiles.size());
   first_entry.push_back(entries);
+  // Two segments on the same elements would race, and change them after their largest were found.
+  check_apart([](const Segment& s) { return std::make_pair(int64_t{0}, s.state); });
+  check_apart([](const Segment& s) { return std::make_pair(s.source, s.offset); });
   STD_TORCH_CHECK(entries < (int64_t{1} << 32), "segments: expected fewer than 2^32 entries a bucket, got ", entries,
                   ": use smaller buckets (bucket_cap_mb)");
 }

@@ -47,6 +47,10 @@ struct Bucket {
   std::vector<int64_t> first_entry;  // likewise, in the payload
   int64_t entries = 0;
   int64_t groups = 0;
+
+ private:
+  template <class F>
+  void check_apart(const F& place) const;
 };
 
 void check_cpu(const Tensor& tensor, const char* name, ScalarType dtype, int64_t min_numel);
