@@ -419,6 +419,7 @@ def test_a_shadow_pass_with_non_finite_gradients_is_undone():
     v, u = one.state.memory.residual_of("big").clone(), one.state.memory.momentum_of("big").clone()
     gradients = normals(SHAPES, 1)
     gradients["bias"][3] = math.nan
+    one.optimizer.zero_grad()
     one.model(gradients).backward()
     reduce(one.state, one.model, shadow=True)
     assert one.state.state_dict()["step"] == 1
