@@ -69,7 +69,7 @@ class Fused(Step):
         n = self.u.numel()
         self.segments = torch.tensor([[0, 0, 0, n, k]])
         self.payload = torch.zeros(wire.wire_layout(self.segments, torch.float32).nbytes, dtype=torch.uint8)
-        wire.stamp(self.payload, 0, 0)
+        wire.stamp(self.payload, fingerprint=0)
         self.workspace = ops.workspace(self.segments, torch.device("cpu"))
         self.sent = torch.zeros(k)
         self.mu, self.one = torch.tensor([MU]), torch.ones(1)
@@ -141,7 +141,7 @@ def compare(
     u, v = torch.zeros(n), torch.zeros(n)
     fused = Fused(gradients, u, v, k)
     payloads = torch.zeros(8, fused.payload.numel(), dtype=torch.uint8)
-    out = torch.empty(n)
+    out, status = torch.empty(n), torch.zeros(8, dtype=torch.int32)
     competitors: dict[str, Callable[[], object]] = {
         "floor": Floor(gradients, u, v, k, floor),
         "dgc": fused,
@@ -150,7 +150,7 @@ def compare(
         "sampled": EagerSampled(gradients, u, v, k),
         "topk": lambda: v.abs().topk(k, sorted=False),
         "zero fill": out.zero_,
-        "unpack 8": lambda: ops.unpack(payloads, 0, fused.segments, torch.float32, [out]),
+        "unpack 8": lambda: ops.unpack(payloads, 0, fused.segments, fused.workspace, torch.float32, [out], status),
     }
     # DGC cuts v off just above the threshold: time it on what it leaves behind, not on fresh noise.
     for _ in range(20):

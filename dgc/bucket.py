@@ -89,11 +89,14 @@ class Bucket:
             self.workspace = ops.workspace(self.segments, device)
             layout = [(m.name, numel[m.index], m.entries) for m in self.compressed]
             text = repr((layout, world_size, asdict(config)))
-            self.fingerprint = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+            fingerprint = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+            self.step_in_header = wire.stamp(self.payload, fingerprint)
             masked = masking and memory.momentum is not None
             self.sent_momentum = torch.zeros(self.entries, device=device) if masked else None
             self.momentum_factors: list[float] = []
             self.mu = torch.zeros(len(rows), device=device)
+        self.report = torch.zeros(world_size + 1, dtype=torch.int32, device=device)
+        """What this step found: unpack's status of each rank, then whether an average is not finite. On the device."""
         self.taken = torch.zeros(len(rows), dtype=torch.uint8, device=device)
         """1 for each compressed parameter whose sent entries are out of v, and not yet applied."""
 
@@ -136,10 +139,15 @@ class Bucket:
         """
         if self.payload is None:
             return
+        # By fill_, which passes the number along; a copy from the host would wait for the device.
         if factors != self.momentum_factors:
-            self.mu.copy_(torch.tensor(factors))
+            if len(set(factors)) == 1:
+                self.mu.fill_(factors[0])
+            else:
+                for row, factor in enumerate(factors):
+                    self.mu[row].fill_(factor)
             self.momentum_factors = factors
-        wire.stamp(self.payload, step, self.fingerprint)
+        self.step_in_header.fill_(step)
         ops.compress_(
             gradients.buffers,
             memory.momentum,
@@ -172,12 +180,12 @@ class Bucket:
         # Before the sum, as DDP divides, so that 16-bit sums do not overflow.
         return flat.div_(world_size) if world_size > 1 else flat
 
-    def store_dense(self, gradients: Gradients, memory: Memory) -> bool:
-        """Writes the averages back; returns whether all of them are finite."""
+    def store_dense(self, gradients: Gradients, memory: Memory) -> None:
+        """Writes the averages back, and reports whether one is not finite."""
         flat = gradients.buffers[0].view(-1) if self.in_place else self.flat
         if flat is None:
-            return True
-        low, high = flat.aminmax()  # one pass; both are NaN if any entry is
+            return
+        self._report_nonfinite(flat)
         if not self.in_place:
             at = 0
             for m in self.dense:
@@ -188,23 +196,42 @@ class Bucket:
                 u = memory.flat_momentum(m.name)
                 u.copy_(flat[at : at + u.numel()])
                 at += u.numel()
-        return bool(low.isfinite() & high.isfinite())
 
-    def unpack(self, gradients: Gradients, rank: int) -> list[int]:
-        """Writes the average of the sent entries into the gradients; returns the ranks that met non-finite entries.
+    def unpack(self, gradients: Gradients, rank: int) -> None:
+        """Writes the average of the sent entries into the gradients, and reports what is wrong with the payloads."""
+        self.report.zero_()
+        if self.gathered is None:
+            return
+        ops.unpack(
+            self.gathered,
+            rank,
+            self.segments,
+            self.workspace,
+            self.wire_dtype,
+            gradients.buffers,
+            self.report[:-1],
+        )
+        for m in self.compressed:  # float16 averages can overflow; their float32 sums cannot
+            if (gradient := gradients.of(m.index)).dtype == torch.float16:
+                self._report_nonfinite(gradient)
+
+    def _report_nonfinite(self, tensor: Tensor) -> None:
+        low, high = tensor.aminmax()  # one pass; both are NaN if any entry is
+        self.report[-1:] |= ~(low.isfinite() & high.isfinite())
+
+    def findings(self, report: list[int]) -> set[str]:
+        """Returns in words where gradients were not finite.
+
+        Args:
+            report: this bucket's, on the host.
 
         Raises:
             wire.PayloadError: a rank sent what does not fit.
         """
-        if self.gathered is None:
-            return []
-        status = ops.unpack(self.gathered, rank, self.segments, self.wire_dtype, gradients.buffers)
-        return wire.check_status(status, self.gathered)
-
-    def fits(self, gradients: Gradients) -> bool:
-        """Returns whether the averages of float16 gradients are finite; their float32 sums always are."""
-        halves = [g for m in self.compressed if (g := gradients.of(m.index)).dtype == torch.float16]
-        return all(bool(torch.stack(g.aminmax()).isfinite().all()) for g in halves)
+        found = set()
+        if self.gathered is not None:
+            found = {f"rank {rank}" for rank in wire.check_status(report[:-1], self.gathered)}
+        return found | {"the average"} if report[-1] else found
 
     def restore_unused(self, memory: Memory) -> None:
         """Takes back what was sent for parameters whose gradient was zero on every rank.
@@ -214,7 +241,7 @@ class Bucket:
         if self.gathered is not None:
             at = wire.wire_layout(self.segments, self.wire_dtype).used
             unused = self.gathered[:, at : at + len(self.segments)].amax(0) == 0
-            if unused.any():
+            if unused.is_cuda or unused.any():  # asking the device would wait for it
                 self.restore(memory, unused.to(torch.uint8))
 
     def restore(self, memory: Memory, which: Tensor | None = None) -> None:
@@ -226,6 +253,7 @@ class Bucket:
             self.payload,
             which,
             self.segments,
+            self.workspace,
             self.sent_momentum,
             memory.momentum,
             memory.residual,

@@ -14,8 +14,10 @@ def squared_norm(gradient: Tensor) -> Tensor:
 
     One Inf among the entries would otherwise scale all the others to zero.
     """
+    if gradient.is_cuda:  # to ask whether there is one would wait for the device
+        gradient = gradient.nan_to_num(0, 0, 0)
     norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float64)
-    if not norm.isfinite():
+    if not gradient.is_cuda and not norm.isfinite():
         norm = torch.linalg.vector_norm(gradient.nan_to_num(0, 0, 0), dtype=torch.float64)
     return norm * norm
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,17 +15,67 @@ from torch.futures import Future
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+class Transfer:
+    """The collectives of one bucket, under way.
+
+    On a GPU three things have to come in order, on three streams:
+
+    - Compress, then the collectives. Both are queued from inside the hook, on the stream that is current there; NCCL's
+      stream waits for that one, and gloo copies to the host on a stream that waits for it.
+    - The collectives, then unpack. NCCL's future completes when the collective has been queued, not when it is done,
+      and a future of collect_all carries no stream: its callback runs wherever, in order with nothing. So `arrived`
+      puts what follows on a stream of ours that waits for the collectives; the stream of the backward pass must not
+      wait, or nothing would overlap.
+    - Unpack, then the optimizer. The future that DDP gets is completed under that stream and knows the device: it
+      records an event there, and DDP's wait makes the stream of the backward pass wait for it.
+    """
+
+    def __init__(self, works: list[dist.Work], stream: torch.cuda.Stream | None) -> None:
+        """Takes the collectives, and on a GPU the stream for what follows them."""
+        self._works = works
+        self._stream = stream
+        self._futures = [work.get_future() for work in works]
+        self.done: Future[list[Any]] = torch.futures.collect_all(self._futures)
+        """Completes when all have, or one has failed; on a GPU perhaps before."""
+        # For what does not depend on a collective: with one rank there is none.
+        self._queued = None if stream is None else torch.cuda.current_stream(stream.device).record_event()
+
+    @contextmanager
+    def arrived(self) -> Iterator[None]:
+        """Surrounds the work on what has been received, in a callback of `done`.
+
+        Raises:
+            RuntimeError: a collective failed; its buffers hold nothing of worth.
+        """
+        for future in self._futures:
+            future.value()
+        if self._stream is None or self._queued is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._queued)
+            for work in self._works:
+                work.synchronize()  # this stream waits, nobody else does
+            yield
+
+
 class Exchange:
     """A process group as DGC uses it; one rank by itself where torch.distributed is not initialised."""
 
-    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
-        """Takes the default group unless another is given."""
+    def __init__(self, device: torch.device, process_group: dist.ProcessGroup | None = None) -> None:
+        """Takes the default group unless another is given; device is that of all tensors to come."""
         self.active = dist.is_available() and dist.is_initialized()
         self.group = process_group
         self.rank = dist.get_rank(process_group) if self.active else 0
         self.world_size = dist.get_world_size(process_group) if self.active else 1
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def start(self, payload: Tensor | None, gathered: Tensor | None, dense: Tensor | None) -> Future[list[Any]]:
+    def future(self) -> Future[Tensor]:
+        """Returns a future for a reduced tensor; on a GPU, whoever waits for it waits for the stream of `arrived`."""
+        return Future(devices=None if self._stream is None else [self._device])
+
+    def start(self, payload: Tensor | None, gathered: Tensor | None, dense: Tensor | None) -> Transfer:
         """Starts the all-gather of a payload and the all-reduce (sum) of dense gradients; either may be None.
 
         Every rank must call this for the same buckets in the same order, from inside the hook: a collective started
@@ -34,22 +85,16 @@ class Exchange:
             payload: uint8 [bytes], this rank's.
             gathered: uint8 [world size, bytes], receives all.
             dense: any float type, summed in place.
-
-        Returns:
-            A future that completes when both have. It completes too when one fails: read value() of every future in
-            its list before touching the tensors.
         """
-        futures = []
+        works: list[dist.Work] = []
         if payload is not None and gathered is not None:
             if self.world_size == 1:
                 gathered[0].copy_(payload)
             else:
-                work = _all_gather(gathered.view(-1), payload, group=self.group, async_op=True)
-                futures.append(work.get_future())
+                works.append(_all_gather(gathered.view(-1), payload, group=self.group, async_op=True))
         if dense is not None and self.world_size > 1:
-            work = dist.all_reduce(dense, group=self.group, async_op=True)
-            futures.append(work.get_future())
-        return torch.futures.collect_all(futures)
+            works.append(dist.all_reduce(dense, group=self.group, async_op=True))
+        return Transfer(works, self._stream)
 
     def agree(self, mine: Mapping[str, object]) -> None:
         """Compares a description of this rank's set-up with all others'; a collective.

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cuda, reference
 from .wire import GROUP, TILE, WireLayout, div_up, wire_layout
 
 _LIBRARY = torch.library.Library("dgc", "DEF")
@@ -19,12 +19,15 @@ _LIBRARY.define(
     "Tensor scale, Tensor(c!) payload, Tensor(d!) workspace, Tensor(e!)? sent_momentum, bool nesterov, "
     "ScalarType wire_dtype) -> ()"
 )
-_LIBRARY.define("unpack(Tensor payloads, int rank, Tensor segments, ScalarType wire_dtype, Tensor(a!)[] out) -> Tensor")
 _LIBRARY.define(
-    "restore_(Tensor payload, Tensor which, Tensor segments, Tensor? sent_momentum, Tensor(a!)? momentum, "
-    "Tensor(b!) residual, ScalarType wire_dtype) -> ()"
+    "unpack(Tensor payloads, int rank, Tensor segments, Tensor(a!) workspace, ScalarType wire_dtype, "
+    "Tensor(b!)[] out, Tensor(c!) status) -> ()"
 )
-_LIBRARY.define("subtract_(Tensor(a!)[] parameters, Tensor[] updates, float lr) -> ()")
+_LIBRARY.define(
+    "restore_(Tensor payload, Tensor which, Tensor segments, Tensor workspace, Tensor? sent_momentum, "
+    "Tensor(a!)? momentum, Tensor(b!) residual, ScalarType wire_dtype) -> ()"
+)
+_LIBRARY.define("subtract_(Tensor(a!)[] parameters, Tensor[] updates, float lr, Tensor? skip) -> ()")
 # The reference serves every device that has no kernel of its own.
 for _name in ("compress_", "unpack", "restore_", "subtract_"):
     _LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
@@ -45,15 +48,36 @@ def _load_native() -> bool:
 
 
 _NATIVE = _load_native()
+_NATIVE_CUDA = torch._C._dispatch_has_kernel_for_dispatch_key("dgc::compress_", "CUDA")
+_CUPY = not _NATIVE_CUDA and cuda.has_cupy()
+if _CUPY:
+    cuda.register_cupy(_LIBRARY)
 
 
 def backend(device: str | torch.device) -> str:
-    """Returns what runs the ops on a device: "native" or "reference" (plain PyTorch)."""
-    return "native" if _NATIVE and torch.device(device).type == "cpu" else "reference"
+    """Returns what runs the ops on a device.
+
+    "native": built by setup.py; "cupy", on CUDA only: the same kernels, compiled by CuPy at first use; "reference":
+    plain PyTorch.
+    """
+    kind = torch.device(device).type
+    if (kind == "cpu" and _NATIVE) or (kind == "cuda" and _NATIVE_CUDA):
+        return "native"
+    return "cupy" if kind == "cuda" and _CUPY else "reference"
 
 
 def workspace(segments: Tensor, device: torch.device) -> Tensor:
-    """Returns the scratch that compress_ needs for these segments: uint8, 4 bytes for every 32 elements."""
+    """Returns what the ops need besides their arguments, for these segments: uint8.
+
+    On the CPU it is scratch, 4 bytes for every 32 elements. On CUDA it holds tables too, and must be left as it is.
+
+    Raises:
+        RuntimeError: a CUDA device older than the kernels need.
+    """
+    choice = backend(device)
+    if device.type == "cuda" and choice != "reference":
+        cuda.check_capability(device, choice)
+        return cuda.workspace(segments, device)
     groups = sum(
         tiles * (TILE // GROUP) + div_up(rest, GROUP)
         for tiles, rest in (divmod(n, TILE) for n in segments[:, 3].tolist())
@@ -89,7 +113,7 @@ def compress_(
         mu: float32 [segments], the momentum factor of each parameter.
         scale: float32 [1], what gradients are multiplied with: clipping, and the inverse of a loss scale.
         payload: uint8 [wire_layout(...).nbytes]. Its header is the caller's (wire.stamp), except the flags.
-        workspace: from workspace(); its contents mean nothing between calls.
+        workspace: from workspace() for these segments.
         sent_momentum: float32 [entries], receives u of the sent entries before it is masked. None: no masking.
         nesterov: whether v accumulates the Nesterov form.
         wire_dtype: type of the values in the payload: float32, bfloat16 or float16.
@@ -102,7 +126,15 @@ def compress_(
     )
 
 
-def unpack(payloads: Tensor, rank: int, segments: Tensor, wire_dtype: torch.dtype, out: list[Tensor]) -> Tensor:
+def unpack(
+    payloads: Tensor,
+    rank: int,
+    segments: Tensor,
+    workspace: Tensor,
+    wire_dtype: torch.dtype,
+    out: list[Tensor],
+    status: Tensor,
+) -> None:
     """Writes the average of all ranks' sent entries into dense gradients: (1/N) * sum over ranks 0..N-1 in that order.
 
     A parameter whose gradient was zero on every rank gets zeros: what was sent for it has to be given back (restore_),
@@ -112,21 +144,20 @@ def unpack(payloads: Tensor, rank: int, segments: Tensor, wire_dtype: torch.dtyp
         payloads: uint8 [world size, bytes], one row a rank.
         rank: of this process; its header is the one that the others' must equal.
         segments: as for compress_.
+        workspace: as for compress_.
         wire_dtype: as for compress_.
         out: the tensors that `source` and `offset` of the segments refer to: written where segments are.
-
-    Returns:
-        int32 [world size]: 0, or a code of wire.STATUS, plus wire.NON_FINITE_STATUS where that rank met non-finite
-        entries. Where any code is not 0, `out` is as it was.
+        status: int32 [world size], receives 0 for each rank, or a code of wire.STATUS; plus wire.NON_FINITE_STATUS
+            where that rank met non-finite entries. Where any code is not 0, `out` is as it was.
     """
-    status: Tensor = torch.ops.dgc.unpack(payloads, rank, segments, wire_dtype, out)
-    return status
+    torch.ops.dgc.unpack(payloads, rank, segments, workspace, wire_dtype, out, status)
 
 
 def restore_(
     payload: Tensor,
     which: Tensor,
     segments: Tensor,
+    workspace: Tensor,
     sent_momentum: Tensor | None,
     momentum: Tensor | None,
     residual: Tensor,
@@ -138,23 +169,25 @@ def restore_(
         payload: this rank's own, as compress_ wrote it.
         which: uint8 [segments], 1 for each parameter whose entries come back.
         segments: as for compress_.
+        workspace: as for compress_.
         sent_momentum: as compress_ left it, or None.
         momentum: u, or None.
         residual: v.
         wire_dtype: as for compress_.
     """
-    torch.ops.dgc.restore_(payload, which, segments, sent_momentum, momentum, residual, wire_dtype)
+    torch.ops.dgc.restore_(payload, which, segments, workspace, sent_momentum, momentum, residual, wire_dtype)
 
 
-def subtract_(parameters: list[Tensor], updates: list[Tensor], lr: float) -> None:
+def subtract_(parameters: list[Tensor], updates: list[Tensor], lr: float, skip: Tensor | None = None) -> None:
     """Takes lr * update off each parameter, at the cost of reading the updates where these are nearly all zero.
 
     Args:
         parameters: contiguous, float32.
         updates: one for each, of the same size; any values, so nothing is assumed of what unpack wrote.
         lr: the learning rate.
+        skip: uint8 [1] on the same device; where it is not 0, nothing changes. None: never.
     """
-    torch.ops.dgc.subtract_(parameters, updates, lr)
+    torch.ops.dgc.subtract_(parameters, updates, lr, skip)
     # The kernel writes behind autograd's back; this keeps its check against modified saved tensors alive.
     torch.autograd.graph.increment_version(parameters)
 
@@ -165,8 +198,8 @@ def _(*_args: object) -> None:
 
 
 @torch.library.register_fake("dgc::unpack", lib=_LIBRARY)
-def _(payloads: Tensor, *_args: object) -> Tensor:
-    return payloads.new_empty(payloads.size(0), dtype=torch.int32)
+def _(*_args: object) -> None:
+    return None
 
 
 @torch.library.register_fake("dgc::restore_", lib=_LIBRARY)

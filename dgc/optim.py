@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,10 @@ class Reducer(Protocol):
 
     def take(self) -> bool:
         """Claims the gradients of the last backward pass; False if this step is to be left out."""
+
+    @property
+    def skip(self) -> Tensor | None:
+        """On a GPU, uint8 [1] there: not 0 where the step that take() claimed must change nothing. None on the CPU."""
 
     def dense_momentum(self, parameter: Tensor) -> Tensor | None:
         """Returns u if the gradient is a plain average; None if it is an update that has momentum in it already."""
@@ -82,7 +87,8 @@ class SGD(Optimizer):
         Raises:
             RuntimeError: there are gradients and momentum, but no DGCState has reduced since the last step: momentum
                 would be silently missing.
-            FloatingPointError: a gradient was not finite on some rank (DGCConfig.on_nonfinite).
+            FloatingPointError: a gradient was not finite on some rank (DGCConfig.on_nonfinite). On a GPU the device
+                leaves the step out, and the next backward pass raises.
         """
         loss = None
         if closure is not None:
@@ -105,41 +111,60 @@ class SGD(Optimizer):
 
     def _step_group(self, group: dict[str, Any]) -> None:
         lr, mu, decay, nesterov = group["lr"], group["momentum"], group["weight_decay"], group["nesterov"]
+        reducer = self._reducer
+        skip = reducer.skip if reducer is not None else None
         parameters = [p for p in group["params"] if p.grad is not None]
         if decay:
             for p in parameters:
-                self._decay_weights(p, lr, mu, decay, nesterov)
-        ready: list[Tensor] = []
+                self._decay_weights(p, lr, mu, decay, nesterov, skip)
+        together: list[Tensor] = []
         updates: list[Tensor] = []
         for p in parameters:
-            u = self._reducer.dense_momentum(p) if self._reducer is not None and mu else None
+            update = p.grad
+            u = reducer.dense_momentum(p) if reducer is not None and mu else None
             if u is not None:
-                p.add_(_apply_momentum(u, p.grad, mu, nesterov), alpha=-lr)
-            elif p.dtype == torch.float32 and p.is_contiguous() and p.grad.is_contiguous():
-                ready.append(p)
-                updates.append(p.grad)
+                _unless(skip, [u], partial(_apply_momentum, gradient=p.grad, mu=mu))
+                update = p.grad.add(u, alpha=mu) if nesterov else u
+            if p.dtype == torch.float32 and p.is_contiguous() and update.is_contiguous():
+                together.append(p)
+                updates.append(update)
             else:
-                p.add_(p.grad, alpha=-lr)
-        if ready:
-            ops.subtract_(ready, updates, lr)
+                _unless(skip, [p], partial(torch.Tensor.add_, other=update, alpha=-lr))
+        if together:
+            ops.subtract_(together, updates, lr, skip)
 
-    def _decay_weights(self, p: Tensor, lr: float, mu: float, decay: float, nesterov: bool) -> None:
+    def _decay_weights(
+        self, p: Tensor, lr: float, mu: float, decay: float, nesterov: bool, skip: Tensor | None
+    ) -> None:
         """Takes the weight-decay part of the update off p: lr times the momentum form of decay * p."""
         if not mu:
-            p.mul_(1 - lr * decay)
+            _unless(skip, [p], partial(torch.Tensor.mul_, other=1 - lr * decay))
             return
         state = self.state[p]
         if "decay_momentum" not in state:
             state["decay_momentum"] = torch.zeros_like(p)
-        u = state["decay_momentum"]
-        u.mul_(mu).add_(p, alpha=decay)
-        if nesterov:
-            p.mul_(1 - lr * decay).sub_(u, alpha=lr * mu)
-        else:
-            p.sub_(u, alpha=lr)
+        _unless(skip, [p, state["decay_momentum"]], partial(_decay, lr=lr, mu=mu, decay=decay, nesterov=nesterov))
 
 
-def _apply_momentum(u: Tensor, gradient: Tensor, mu: float, nesterov: bool) -> Tensor:
-    """Returns the update of a dense parameter, and advances u, as torch.optim.SGD does."""
+def _apply_momentum(u: Tensor, gradient: Tensor, mu: float) -> None:
+    """Advances u of a dense parameter, as torch.optim.SGD does."""
     u.mul_(mu).add_(gradient)
-    return gradient.add(u, alpha=mu) if nesterov else u
+
+
+def _decay(p: Tensor, u: Tensor, lr: float, mu: float, decay: float, nesterov: bool) -> None:
+    u.mul_(mu).add_(p, alpha=decay)
+    if nesterov:
+        p.mul_(1 - lr * decay).sub_(u, alpha=lr * mu)
+    else:
+        p.sub_(u, alpha=lr)
+
+
+def _unless(skip: Tensor | None, tensors: list[Tensor], change: Callable[..., object]) -> None:
+    """Changes tensors in place, unless the device says that this step is to be skipped; the host never knows."""
+    if skip is None:
+        change(*tensors)
+        return
+    changed = [tensor.clone() for tensor in tensors]
+    change(*changed)
+    for tensor, new in zip(tensors, changed, strict=True):
+        torch.where(skip != 0, tensor, new, out=tensor)

@@ -78,17 +78,25 @@ def select(v: Tensor, k: int) -> Tensor:
     return torch.cat([above, ties]).sort().values
 
 
-def unpack(payloads: Tensor, rank: int, segments: Tensor, wire_dtype: torch.dtype, out: list[Tensor]) -> Tensor:
+def unpack(
+    payloads: Tensor,
+    rank: int,
+    segments: Tensor,
+    workspace: Tensor,
+    wire_dtype: torch.dtype,
+    out: list[Tensor],
+    status: Tensor,
+) -> None:
     """Checks all payloads, then averages them in rank order: see dgc.ops.unpack."""
     at = wire_layout(segments, wire_dtype)
     if payloads.size(1) != at.nbytes:
         raise ValueError(f"payloads: expected rows of {at.nbytes} bytes, got {payloads.size(1)}")
     headers = header(payloads).tolist()
     found = [_check(payload, headers[r], headers[rank], segments, wire_dtype) for r, payload in enumerate(payloads)]
-    status = [s + NON_FINITE_STATUS * (s == 0 and h[3] & NON_FINITE) for s, h in zip(found, headers, strict=True)]
-    result = torch.tensor(status, dtype=torch.int32)
+    codes = [s + NON_FINITE_STATUS * (s == 0 and h[3] & NON_FINITE) for s, h in zip(found, headers, strict=True)]
+    status.copy_(torch.tensor(codes, dtype=torch.int32))
     if any(found):
-        return result
+        return
     used = payloads[:, at.used : at.used + len(segments)].any(0).tolist()
     positions = [_positions(payload, segments, wire_dtype) for payload in payloads]
     values = [_sections(payload, segments, wire_dtype)[2].float() for payload in payloads]
@@ -100,13 +108,13 @@ def unpack(payloads: Tensor, rank: int, segments: Tensor, wire_dtype: torch.dtyp
                 total.index_put_((position[entry : entry + k],), value[entry : entry + k], accumulate=True)
         out[source].view(-1)[offset : offset + numel] = total * (1 / torch.tensor(len(payloads), dtype=torch.float32))
         entry += k
-    return result
 
 
 def restore_(
     payload: Tensor,
     which: Tensor,
     segments: Tensor,
+    workspace: Tensor,
     sent_momentum: Tensor | None,
     momentum: Tensor | None,
     residual: Tensor,
@@ -127,8 +135,10 @@ def restore_(
             momentum[state + positions[mine]] = sent_momentum[mine]
 
 
-def subtract_(parameters: list[Tensor], updates: list[Tensor], lr: float) -> None:
+def subtract_(parameters: list[Tensor], updates: list[Tensor], lr: float, skip: Tensor | None) -> None:
     """Takes lr * update off each parameter: see dgc.ops.subtract_."""
+    if skip is not None and skip.item():
+        return
     for parameter, update in zip(parameters, updates, strict=True):
         parameter.add_(update, alpha=-lr)
 

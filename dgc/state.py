@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,17 +13,18 @@ from torch.futures import Future
 from torch.optim.optimizer import Optimizer
 from torch.profiler import record_function
 
-from . import ops
+from . import report
 from .bucket import Bucket, Gradients, Member
 from .clip import clip_scale, squared_norm
 from .config import DGCConfig
-from .exchange import Exchange
+from .exchange import Exchange, Transfer
 from .memory import Memory, return_free_memory
 from .optim import SGD
 from .parameters import by_name, check_optimizer, dense_reasons, group_indices
 from .phase import Phase, phase_at
 from .schedule import DensitySchedule, entries
-from .stats import Stats, traffic
+from .stats import Stats
+from .verdict import Verdict
 
 logger = logging.getLogger("dgc")
 
@@ -59,23 +59,23 @@ class DGCState:
         """Checks everything, agrees with the other ranks, and allocates v (and u, where there is momentum)."""
         self.config = config or DGCConfig()
         self.schedule = DensitySchedule(self.config)
-        self.exchange = Exchange(process_group)
         self.optimizer = optimizer
         self._parameters = by_name(named_parameters)
         self._names = {id(p): name for name, p in self._parameters.items()}
         self._group_of = group_indices(self._parameters, optimizer)
         self._never_compressed = dense_reasons(self._parameters, self.config)
         check_optimizer(optimizer, self.config)
-        self.exchange.agree(self._description())
+        device = next(iter(self._parameters.values())).device
+        self.exchange = Exchange(device, process_group)
+        self.exchange.agree(report.description(self.config, optimizer, self._parameters))
 
         compressed = [name for name in self._parameters if name not in self._never_compressed]
-        device = next(iter(self._parameters.values())).device
         self.memory = Memory(self._parameters, compressed, device)
         if any(map(self._momentum_factor, self._parameters)):
             self.memory.allocate_momentum()
         self._one = torch.ones(1, device=device)
-        if device.type != "cpu" and ops.backend(device) == "reference" and self.exchange.rank == 0:
-            logger.warning("dgc: no kernels for %s yet: plain PyTorch is used, correct but slow", device.type)
+        if device.type != "cpu" and self.exchange.rank == 0:
+            report.log_backend(device.type)
 
         self.step = 0
         """Backward passes reduced so far, without skipped ones: the position in the warm-up."""
@@ -88,7 +88,8 @@ class DGCState:
         self._open = False  # between the first and the last bucket of a backward pass
         self._pending = False  # gradients were reduced that no step() has taken
         self._shadow = False  # the last backward pass has no step() on this rank
-        self._nonfinite: set[str] = set()  # where, in words
+        self._late = device.type == "cuda"  # reading the device's verdict at once would wait for it
+        self._verdict: Verdict | None = None  # of the last step, not read yet
         self._stats = Stats()
         self._total_bytes = 0
         if isinstance(optimizer, SGD):
@@ -115,8 +116,7 @@ class DGCState:
         """
         if not self._open:
             self._begin()
-        # On CUDA a future has to know the device, so that whoever waits for it waits for its stream.
-        future: Future[Tensor] = Future(devices=[self.memory.device] if self.memory.device.type == "cuda" else None)
+        future = self.exchange.future()
         self._waiting.append((gradients, future))
         if self.config.clip_norm is None or last:
             # Clipping needs the norm of all gradients, so all buckets wait for the last.
@@ -135,10 +135,9 @@ class DGCState:
                 "gradients would carry the averaged ones into the residual. To accumulate, run all but the last "
                 "backward under model.no_sync(); to drop an update on purpose, call state.discard() and zero_grad()"
             )
-        self._settle_shadow()
+        self._settle()
         self._open = True
         self._reduced = {}
-        self._nonfinite = set()
         if self.memory.momentum is None and any(map(self._momentum_factor, self._parameters)):
             self.memory.allocate_momentum()
             self._buckets.clear()  # they keep no room for masked momentum
@@ -155,7 +154,8 @@ class DGCState:
             )
             self._buckets.clear()
             return_free_memory()
-            self._log_phase()
+            if self.exchange.rank == 0:
+                report.log_phase(self._phase, self._parameters, self.schedule, self.step, self._dense)
 
     def _clip(self) -> Tensor | None:
         if self.config.clip_norm is None:
@@ -178,31 +178,27 @@ class DGCState:
             )
             if self.memory.momentum is not None:
                 self.memory.diverged.update(m.name for m in bucket.compressed)
-            if bucket.nonfinite:
-                self._log_nonfinite(bucket, gradients)
+            if not self._late and bucket.nonfinite:
+                report.log_nonfinite(bucket, gradients, self.exchange.rank, self.step)
         with record_function("dgc.exchange"):
             dense = bucket.load_dense(gradients, self.memory, scale, self.exchange.world_size)
-            done = self.exchange.start(bucket.payload, bucket.gathered, dense)
+            transfer = self.exchange.start(bucket.payload, bucket.gathered, dense)
         # Runs in the backend's thread: local work only, it must never wait.
-        done.add_done_callback(lambda works: self._receive(bucket, gradients, works, future))
+        transfer.done.add_done_callback(lambda _: self._receive(bucket, gradients, transfer, future))
 
-    def _receive(self, bucket: Bucket, gradients: Gradients, works: Future[list[Any]], future: Future[Tensor]) -> None:
+    def _receive(self, bucket: Bucket, gradients: Gradients, transfer: Transfer, future: Future[Tensor]) -> None:
         try:
-            for work in works.value():
-                work.value()  # raises if the collective failed; its buffers hold nothing of worth then
-            with record_function("dgc.unpack"):
-                self._nonfinite.update(f"rank {rank}" for rank in bucket.unpack(gradients, self.exchange.rank))
-                if not bucket.fits(gradients):
-                    self._nonfinite.add("the average, in float16")
+            with transfer.arrived(), record_function("dgc.unpack"):
+                bucket.unpack(gradients, self.exchange.rank)
+                if not self._late:
+                    bucket.findings(bucket.report.tolist())  # raises where a payload is wrong
                 bucket.restore_unused(self.memory)
-                if not bucket.store_dense(gradients, self.memory):
-                    self._nonfinite.add("the average of dense parameters")
+                bucket.store_dense(gradients, self.memory)
                 self.memory.diverged.difference_update(m.name for m in bucket.averaged)
+                future.set_result(gradients.buffers[0])
         except Exception as error:
             # Left to itself, an exception in a callback would leave backward() waiting past every timeout.
             future.set_exception(error)  # type: ignore[arg-type]  # torch's annotation is wrong
-        else:
-            future.set_result(gradients.buffers[0])
 
     def _end(self, shadow: bool) -> None:
         self._open = False
@@ -211,13 +207,16 @@ class DGCState:
         self.step += 1
         # DDP changes its buckets after the first pass: the old ones' buffers go. Momentum is averaged only once.
         self._buckets = {key: bucket for key, bucket in self._reduced.items() if not bucket.averaged}
-        self._total_bytes += self._sent_bytes()
+        self._total_bytes += report.bytes_sent(self._reduced.values(), self.exchange.world_size)
         self._stats = self._count(self._stats.skipped)
 
     # What the optimizer asks.
 
     def take(self) -> bool:
         """Claims the reduced gradients for step(); False if the step is to be left out, on all ranks alike.
+
+        On a GPU the answer is always True, `skip` tells the device, and what is wrong is raised by the next backward
+        pass.
 
         Raises:
             RuntimeError: no backward pass was reduced since the last step().
@@ -229,11 +228,37 @@ class DGCState:
                 "DGCState: expected a backward pass since the last step(), got none. Did it run under no_sync(), or "
                 "is the hook missing? model.register_comm_hook(state, dgc.dgc_hook)"
             )
-        if not self._nonfinite:
-            self._pending = False
+        self._pending = False
+        self._verdict = Verdict(list(self._reduced.values()), self.step - 1)
+        if not self._late:
+            return self._settle()
+        for bucket in self._reduced.values():
+            bucket.restore(self.memory, self._verdict.bad)
+        return True
+
+    @property
+    def skip(self) -> Tensor | None:
+        """On a GPU, uint8 [1] there: not 0 where the step that take() claimed must change nothing. None on the CPU."""
+        return self._verdict.bad if self._verdict is not None else None
+
+    def _settle(self) -> bool:
+        """Reads the verdict on the last step; returns whether it was applied, or raises what take() raises."""
+        shadow, self._shadow = self._shadow, False
+        if shadow:  # a rank that has left DDP's join: no step() claims it
+            self._verdict = Verdict(list(self._reduced.values()), self.step - 1)
+        verdict, self._verdict = self._verdict, None
+        if verdict is None:
             return True
-        where = ", ".join(sorted(self._nonfinite))
-        self.discard()
+        found = verdict.findings()
+        if not found:
+            return True
+        if shadow or not self._late:
+            self._take_back()
+        self.step -= 1
+        self._stats = self._count(self._stats.skipped + 1)
+        where = f"{', '.join(found)}, step {verdict.step}"
+        if shadow:
+            return False
         if self.config.on_nonfinite == "skip":
             logger.warning("dgc: step left out on all ranks: gradients not finite (%s)", where)
             return False
@@ -258,6 +283,7 @@ class DGCState:
             )
         if any(p.grad is not None for p in self._parameters.values()):
             self.take()
+            self._settle()  # this optimizer knows nothing of `skip`
 
     def discard(self) -> None:
         """Gives up the update of the last backward pass: what was sent returns to the residual, nothing is lost.
@@ -267,22 +293,16 @@ class DGCState:
         """
         if not (self._open or self._pending):
             return  # nothing is outstanding: a step() has taken it
-        self._take_back(finished=self._pending)
+        self._take_back()
+        if self._pending:
+            self.step -= 1
+            self._stats = self._count(self._stats.skipped + 1)
         self._waiting = []
         self._open = self._pending = False
 
-    def _take_back(self, finished: bool) -> None:
+    def _take_back(self) -> None:
         for bucket in self._reduced.values():
             bucket.restore(self.memory)
-        if finished:
-            self.step -= 1
-            self._stats = self._count(self._stats.skipped + 1)
-
-    def _settle_shadow(self) -> None:
-        """Does on a rank that has left DDP's join what step() does elsewhere when gradients were not finite."""
-        if self._shadow and self._nonfinite:
-            self._take_back(finished=True)
-        self._shadow = False
 
     # What is sent how.
 
@@ -343,68 +363,17 @@ class DGCState:
         self._reduced[key] = bucket
         return bucket
 
-    # What it tells.
-
-    def _description(self) -> dict[str, object]:
-        from . import __version__
-
-        groups = [(g.get("momentum", 0), g.get("nesterov", False)) for g in self.optimizer.param_groups]
-        return {
-            "dgc": __version__,
-            **asdict(self.config),
-            "optimizer": type(self.optimizer).__name__,
-            "(momentum, nesterov) by group": groups,
-            "number of parameters": len(self._parameters),
-            **{f"parameter {name}": (tuple(p.shape), p.dtype) for name, p in self._parameters.items()},
-        }
-
-    def _sent_bytes(self) -> int:
-        buckets = self._reduced.values()
-        payload, dense = sum(b.payload_bytes for b in buckets), sum(b.dense_bytes for b in buckets)
-        return traffic(payload, dense, self.exchange.world_size)
-
     def _count(self, skipped: int) -> Stats:
-        buckets = self._reduced.values()
-        once = sum(b.payload_bytes + b.dense_bytes for b in buckets)
-        whole = sum(p.nbytes for p in self._parameters.values())
-        compressed = sum(b.compressed_numel for b in buckets)
-        sent = self._sent_bytes()
-        return Stats(
+        return report.count(
+            self._reduced.values(),
+            self._phase,
+            self._parameters,
+            self.memory,
+            self.exchange.world_size,
             steps=self.step,
-            density=self._phase.density,
-            sent_density=sum(b.entries for b in buckets) / compressed if compressed else 0.0,
-            bytes_sent=sent,
-            bytes_received=sent,
-            bytes_dense=traffic(0, whole, self.exchange.world_size),
-            compression_ratio=whole / once,
-            dense=self._phase.dense,
             total_bytes_sent=self._total_bytes,
             skipped=skipped,
-            _residual=self.memory.residual,
         )
-
-    def _log_nonfinite(self, bucket: Bucket, gradients: Gradients) -> None:
-        names = [m.name for m in bucket.compressed if not gradients.of(m.index).isfinite().all()]
-        logger.warning(
-            "dgc: rank %d, step %d: non-finite entries left out, gradient of %s",
-            self.exchange.rank,
-            self.step,
-            ", ".join(names) or "no parameter, but the residual overflowed",
-        )
-
-    def _log_phase(self) -> None:
-        if self.exchange.rank == 0:
-            # Louder where DGC does nothing, and was not asked to.
-            nothing = len(self._phase.dense) == len(self._parameters) and not self.schedule.warming_up(self.step)
-            level = logging.WARNING if nothing and not self._dense else logging.INFO
-            warmup = self.schedule.warmup_steps - self.step if self.schedule.warming_up(self.step) else 0
-            logger.log(
-                level,
-                "dgc: step %d, %s%s",
-                self.step,
-                self._phase.describe(self._parameters),
-                f"; {100 * self.schedule.final:.4g} % after {warmup} more steps of warm-up" if warmup else "",
-            )
 
     # What is saved.
 
@@ -421,7 +390,7 @@ class DGCState:
                 "DGCState.state_dict: expected to be called between optimizer.step() and the next backward(), got a "
                 "call with an update outstanding: call step() first, or state.discard()"
             )
-        self._settle_shadow()
+        self._settle()
         return {
             "version": STATE_VERSION,
             "step": self.step,

@@ -10,6 +10,7 @@ have the same size and one all-gather without a size exchange carries them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,25 +85,28 @@ def header(payload: Tensor) -> Tensor:
     return payload[..., :HEADER_BYTES].view(torch.int64)
 
 
-def stamp(payload: Tensor, step: int, fingerprint: int) -> None:
-    """Writes what the other ranks will compare with theirs; the flags are compress_'s to write."""
+def stamp(payload: Tensor, fingerprint: int) -> Tensor:
+    """Writes what the other ranks will compare with theirs; the flags are compress_'s to write.
+
+    Returns:
+        A view of the step in the header, int64 [1], for the caller to fill.
+    """
     words = header(payload)
     words[0] = MAGIC
-    words[1] = step
     words[2] = fingerprint
+    return words[1:2]
 
 
-def check_status(status: Tensor, payloads: Tensor) -> list[int]:
+def check_status(codes: Sequence[int], payloads: Tensor) -> list[int]:
     """Returns the ranks whose gradients had non-finite entries.
 
     Args:
-        status: int32 [world size], from dgc::unpack.
+        codes: by rank, from dgc::unpack.
         payloads: uint8 [world size, bytes], for the step numbers of the message.
 
     Raises:
         PayloadError: a rank sent what does not fit; the message names it.
     """
-    codes = status.tolist()
     for rank, code in enumerate(codes):
         reason = STATUS.get(code & (NON_FINITE_STATUS - 1))
         if reason is not None:

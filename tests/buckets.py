@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from roads import ops
 from torch import Tensor
 
-from dgc import ops, wire
+from dgc import wire
 
 
 @dataclass
@@ -83,7 +84,7 @@ def make(
     segments = torch.tensor(rows)
     entries = int(segments[:, 4].sum())
     payload = torch.zeros(wire.wire_layout(segments, wire_dtype).nbytes, dtype=torch.uint8)
-    wire.stamp(payload, step=7, fingerprint=42)
+    wire.stamp(payload, fingerprint=42).fill_(7)
     return Args(
         gradients=[torch.randn(at, generator=generator).to(dtype)],
         momentum=torch.randn(state, generator=generator) if momentum else None,
@@ -92,7 +93,7 @@ def make(
         mu=torch.linspace(0.5, 0.95, len(sizes)),
         scale=torch.tensor([scale]),
         payload=payload,
-        workspace=ops.workspace(segments, torch.device("cpu")),
+        workspace=ops.workspace(segments),
         sent_momentum=torch.zeros(entries) if momentum and masking else None,
         nesterov=nesterov,
         wire_dtype=wire_dtype,

@@ -7,10 +7,10 @@ import dgc
 
 LAYERS = [
     {"config", "wire"},
-    {"reference", "schedule", "clip", "stats", "exchange", "memory"},
+    {"reference", "cuda", "schedule", "clip", "stats", "exchange", "memory"},
     {"ops", "phase"},
     {"optim", "bucket"},
-    {"parameters"},
+    {"parameters", "report", "verdict"},
     {"state"},
     {"ddp"},
     {"__init__"},

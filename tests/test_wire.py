@@ -23,7 +23,7 @@ def test_an_entry_costs_what_the_paper_counts_and_a_tile_table(dtype, nbytes_an_
 
 def test_the_header_is_what_was_stamped():
     payload = torch.zeros(64, dtype=torch.uint8)
-    wire.stamp(payload, step=2**40 + 3, fingerprint=2**55 + 1)
+    wire.stamp(payload, fingerprint=2**55 + 1).fill_(2**40 + 3)
     assert wire.header(payload).tolist() == [wire.MAGIC, 2**40 + 3, 2**55 + 1, 0]
     assert bytes(payload[:8].tolist()) == b"DGCWIRE1"
 
@@ -32,13 +32,13 @@ def test_the_header_is_what_was_stamped():
 def test_every_status_code_has_a_message_that_names_the_rank(code):
     payloads = torch.zeros(3, 64, dtype=torch.uint8)
     with pytest.raises(wire.PayloadError, match="payload of rank 2: ") as error:
-        wire.check_status(torch.tensor([0, 0, code], dtype=torch.int32), payloads)
+        wire.check_status([0, 0, code], payloads)
     assert wire.STATUS[code] in str(error.value)
 
 
 def test_ranks_with_non_finite_gradients_are_returned():
     payloads = torch.zeros(3, 64, dtype=torch.uint8)
-    assert wire.check_status(torch.tensor([256, 0, 256], dtype=torch.int32), payloads) == [0, 2]
+    assert wire.check_status([256, 0, 256], payloads) == [0, 2]
 
 
 @pytest.mark.parametrize(

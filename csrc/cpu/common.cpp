@@ -1,9 +1,7 @@
 #include "common.h"
 
-#include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <utility>
 
 namespace dgc {
 
@@ -20,67 +18,23 @@ bool use_avx2() {
 #endif
 }
 
-template <class F>
-void Bucket::check_apart(const F& place) const {
-  std::vector<std::pair<std::pair<int64_t, int64_t>, int64_t>> spans;
-  for (const Segment& s : segments) spans.emplace_back(place(s), s.numel);
-  std::sort(spans.begin(), spans.end());
-  for (size_t i = 1; i < spans.size(); ++i) {
-    const auto& [before, numel] = spans[i - 1];
-    const auto& [at, _] = spans[i];
-    STD_TORCH_CHECK(before.first != at.first || before.second + numel <= at.second,
-                    "segments: expected none to overlap, got one of ", numel, " elements at ", before.second,
-                    " and one at ", at.second);
-  }
-}
-
-Bucket::Bucket(const Tensor& table) {
-  STD_TORCH_CHECK(table.is_cpu() && table.scalar_type() == ScalarType::Long && table.is_contiguous() &&
-                      table.dim() == 2 && table.size(1) == kSegmentColumns,
-                  "segments: expected a contiguous int64 CPU tensor of shape [segments, ", kSegmentColumns, "]");
-  const auto* rows = static_cast<const Segment*>(table.const_data_ptr());
-  segments.assign(rows, rows + table.size(0));
-  constexpr int64_t limit = int64_t{1} << 47;  // sums of these cannot overflow
-  for (const Segment& s : segments) {
-    STD_TORCH_CHECK(s.source >= 0 && s.offset >= 0 && s.offset < limit && s.state >= 0 && s.state < limit &&
-                        s.numel > 0 && s.numel < limit && s.entries > 0 && s.entries <= s.numel,
-                    "segments: expected source, offset, state >= 0 and 0 < entries <= numel, got ", s.source, ", ",
-                    s.offset, ", ", s.state, ", entries ", s.entries, ", numel ", s.numel);
-    first_tile.push_back(tiles.size());
-    first_entry.push_back(entries);
-    const int64_t index = &s - segments.data();
-    for (int64_t begin = 0; begin < s.numel; begin += kTile) {
-      const int64_t numel = s.numel - begin < kTile ? s.numel - begin : kTile;
-      tiles.push_back({index, begin, numel, groups});
-      groups += div_up(numel, kGroup);
+std::vector<Tile> tiles_of(const Bucket& bucket) {
+  std::vector<Tile> tiles;
+  tiles.reserve(bucket.tiles);
+  int64_t group = 0;
+  for (size_t i = 0; i < bucket.segments.size(); ++i) {
+    const int64_t end = bucket.segments[i].numel;
+    for (int64_t begin = 0; begin < end; begin += kTile) {
+      const int64_t numel = end - begin < kTile ? end - begin : kTile;
+      tiles.push_back({static_cast<int64_t>(i), begin, numel, group});
+      group += div_up(numel, kGroup);
     }
-    entries += s.entries;
   }
-  first_tile.push_back(tiles.size());
-  first_entry.push_back(entries);
-  // Two segments on the same elements would race, and change them after their largest were found.
-  check_apart([](const Segment& s) { return std::make_pair(int64_t{0}, s.state); });
-  check_apart([](const Segment& s) { return std::make_pair(s.source, s.offset); });
-  STD_TORCH_CHECK(entries < (int64_t{1} << 32), "segments: expected fewer than 2^32 entries a bucket, got ", entries,
-                  ": use smaller buckets (bucket_cap_mb)");
+  return tiles;
 }
 
 void check_cpu(const Tensor& tensor, const char* name, ScalarType dtype, int64_t min_numel) {
-  STD_TORCH_CHECK(
-      tensor.is_cpu() && tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.numel() >= min_numel, name,
-      ": expected a contiguous CPU tensor of scalar type ", static_cast<int>(dtype), " with at least ", min_numel,
-      " elements, got scalar type ", static_cast<int>(tensor.scalar_type()), " with ", tensor.numel());
-}
-
-void check_sources(const std::vector<Tensor>& sources, const Bucket& bucket, const char* name) {
-  for (const Tensor& t : sources) {
-    STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous(), name, ": expected contiguous CPU tensors");
-  }
-  for (const Segment& s : bucket.segments) {
-    STD_TORCH_CHECK(s.source < static_cast<int64_t>(sources.size()) && s.offset + s.numel <= sources[s.source].numel(),
-                    name, ": a segment of ", s.numel, " elements at offset ", s.offset, " of tensor ", s.source,
-                    " does not fit");
-  }
+  check_tensor(tensor, name, DeviceType::CPU, dtype, min_numel);
 }
 
 }  // namespace dgc

@@ -1,15 +1,12 @@
-// What the CPU ops share: the bucket as the kernels see it, argument checks, and the scan for large magnitudes.
+// What the CPU ops share: the tiles of a bucket, the choice of instructions, and the scan for large magnitudes.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <vector>
 
-#include "../wire.h"
+#include "../arithmetic.h"
+#include "../bucket.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -17,9 +14,6 @@
 #endif
 
 namespace dgc {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // True where AVX2, FMA and F16C are there and DGC_CPU=portable does not ask for the path without them.
 bool use_avx2();
@@ -35,26 +29,10 @@ struct Tile {
   int64_t group;  // its first group, counted over the whole bucket
 };
 
-// The segment table, checked, with the tiles it makes. Throws on a table that no layout of ours produces.
-struct Bucket {
-  explicit Bucket(const Tensor& table);
-
-  WireLayout wire(int64_t value_bytes) const { return WireLayout(segments.size(), tiles.size(), entries, value_bytes); }
-
-  std::vector<Segment> segments;
-  std::vector<Tile> tiles;
-  std::vector<int64_t> first_tile;   // of each segment, and one past the last
-  std::vector<int64_t> first_entry;  // likewise, in the payload
-  int64_t entries = 0;
-  int64_t groups = 0;
-
- private:
-  template <class F>
-  void check_apart(const F& place) const;
-};
+// The tiles of all segments, in order.
+std::vector<Tile> tiles_of(const Bucket& bucket);
 
 void check_cpu(const Tensor& tensor, const char* name, ScalarType dtype, int64_t min_numel);
-void check_sources(const std::vector<Tensor>& sources, const Bucket& bucket, const char* name);
 
 // Calls f with the C++ type behind a 16- or 32-bit floating dtype of the wire.
 template <class F>

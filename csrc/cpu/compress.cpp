@@ -31,10 +31,11 @@ class Compressor {
  public:
   Compressor(const Bucket& bucket, float* momentum, float* residual, uint32_t* group_max)
       : bucket_(bucket),
+        tiles_(tiles_of(bucket)),
         momentum_(momentum),
         residual_(residual),
         group_max_(group_max),
-        work_(bucket.tiles.size()),
+        work_(tiles_.size()),
         bound_(bucket.segments.size()),
         threshold_(bucket.segments.size()) {}
 
@@ -57,7 +58,7 @@ class Compressor {
   void select() {
     over_segments([&](int64_t i) {
       const Segment& s = bucket_.segments[i];
-      const int64_t group = bucket_.tiles[bucket_.first_tile[i]].group;
+      const int64_t group = tiles_[bucket_.first_tile[i]].group;
       bound_[i] = threshold_from_groups(s)
                       ? bound_on_kth_largest(group_max_ + group, div_up(s.numel, kGroup), s.entries)
                       : kth_largest(bits(s.state), s.numel, s.entries);
@@ -90,7 +91,7 @@ class Compressor {
   template <class Wire>
   void pack(uint8_t* payload, float* sent_momentum) {
     using Raw = typename Wire::Raw;
-    const WireLayout at = bucket_.wire(sizeof(Raw));
+    const WireLayout at(bucket_.segments.size(), bucket_.tiles, bucket_.entries, sizeof(Raw));
     auto* ends = reinterpret_cast<uint32_t*>(payload + at.ends);
     auto* indices = reinterpret_cast<uint16_t*>(payload + at.indices);
     auto* values = reinterpret_cast<Raw*>(payload + at.values);
@@ -118,7 +119,7 @@ class Compressor {
         }
         ++entry;
       }
-      ends[&tile - bucket_.tiles.data()] = static_cast<uint32_t>(entry);
+      ends[&tile - tiles_.data()] = static_cast<uint32_t>(entry);
     });
     write_reports(payload, at);
   }
@@ -126,8 +127,8 @@ class Compressor {
  private:
   template <class F>
   void over_tiles(const F& f) {
-    torch::stable::parallel_for(0, bucket_.tiles.size(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) f(bucket_.tiles[i], work_[i]);
+    torch::stable::parallel_for(0, tiles_.size(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) f(tiles_[i], work_[i]);
     });
   }
 
@@ -205,6 +206,7 @@ class Compressor {
   }
 
   const Bucket& bucket_;
+  const std::vector<Tile> tiles_;
   float* momentum_;
   float* residual_;
   uint32_t* group_max_;
@@ -218,19 +220,15 @@ void compress_cpu(std::vector<Tensor> gradients, std::optional<Tensor> momentum,
                   Tensor mu, Tensor scale, Tensor payload, Tensor workspace, std::optional<Tensor> sent_momentum,
                   bool nesterov, ScalarType wire_dtype) {
   const Bucket bucket(segments);
-  check_sources(gradients, bucket, "gradients");
-  for (const Tensor& g : gradients) {
-    const ScalarType t = g.scalar_type();
-    STD_TORCH_CHECK(t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half,
-                    "gradients: expected float32, bfloat16 or float16, got scalar type ", static_cast<int>(t));
-  }
-  int64_t state = 0;
-  for (const Segment& s : bucket.segments) state = std::max(state, s.state + s.numel);
-  check_cpu(residual, "residual", ScalarType::Float, state);
-  if (momentum) check_cpu(*momentum, "momentum", ScalarType::Float, state);
+  check_sources(gradients, "gradients", DeviceType::CPU, bucket);
+  check_cpu(residual, "residual", ScalarType::Float, bucket.state);
+  if (momentum) check_cpu(*momentum, "momentum", ScalarType::Float, bucket.state);
   check_cpu(mu, "mu", ScalarType::Float, bucket.segments.size());
   check_cpu(scale, "scale", ScalarType::Float, 1);
-  check_cpu(workspace, "workspace", ScalarType::Byte, 4 * bucket.groups);
+  int64_t groups = 0;
+  for (const Segment& s : bucket.segments) groups += s.numel / kTile * kGroupsPerTile + div_up(s.numel % kTile, kGroup);
+  check_cpu(workspace, "workspace", ScalarType::Byte, 4 * groups);
+  check_cpu(payload, "payload", ScalarType::Byte, bucket.wire(wire_dtype).bytes);
   if (sent_momentum) {
     STD_TORCH_CHECK(momentum.has_value(), "sent_momentum: expected None where momentum is None");
     check_cpu(*sent_momentum, "sent_momentum", ScalarType::Float, bucket.entries);
@@ -241,8 +239,6 @@ void compress_cpu(std::vector<Tensor> gradients, std::optional<Tensor> momentum,
                         static_cast<uint32_t*>(workspace.mutable_data_ptr()));
   with_wire_type(wire_dtype, [&](auto wire) {
     using Wire = decltype(wire);
-    const int64_t bytes = bucket.wire(sizeof(typename Wire::Raw)).bytes;
-    check_cpu(payload, "payload", ScalarType::Byte, bytes);
     compressor.accumulate(gradients, static_cast<const float*>(mu.const_data_ptr()),
                           *static_cast<const float*>(scale.const_data_ptr()), nesterov);
     compressor.select();

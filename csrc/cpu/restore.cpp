@@ -1,5 +1,4 @@
 // dgc::restore_: what compress_ took out of momentum and residual goes back, for the chosen parameters of a bucket.
-#include <algorithm>
 #include <optional>
 
 #include "common.h"
@@ -7,19 +6,20 @@
 namespace dgc {
 namespace {
 
-void restore_cpu(Tensor payload, Tensor which, Tensor segments, std::optional<Tensor> sent_momentum,
+void restore_cpu(Tensor payload, Tensor which, Tensor segments, Tensor, std::optional<Tensor> sent_momentum,
                  std::optional<Tensor> momentum, Tensor residual, ScalarType wire_dtype) {
   const Bucket bucket(segments);
-  int64_t state = 0;
-  for (const Segment& s : bucket.segments) state = std::max(state, s.state + s.numel);
+  const std::vector<Tile> tiles = tiles_of(bucket);
+  const WireLayout at = bucket.wire(wire_dtype);
+  check_cpu(payload, "payload", ScalarType::Byte, at.bytes);
   check_cpu(which, "which", ScalarType::Byte, bucket.segments.size());
-  check_cpu(residual, "residual", ScalarType::Float, state);
+  check_cpu(residual, "residual", ScalarType::Float, bucket.state);
   float* u = nullptr;
   const float* sent_u = nullptr;
   if (sent_momentum) {
     STD_TORCH_CHECK(momentum.has_value(), "sent_momentum: expected None where momentum is None");
     check_cpu(*sent_momentum, "sent_momentum", ScalarType::Float, bucket.entries);
-    check_cpu(*momentum, "momentum", ScalarType::Float, state);
+    check_cpu(*momentum, "momentum", ScalarType::Float, bucket.state);
     u = static_cast<float*>(momentum->mutable_data_ptr());
     sent_u = static_cast<const float*>(sent_momentum->const_data_ptr());
   }
@@ -27,15 +27,13 @@ void restore_cpu(Tensor payload, Tensor which, Tensor segments, std::optional<Te
   const auto* chosen = static_cast<const uint8_t*>(which.const_data_ptr());
   with_wire_type(wire_dtype, [&](auto wire) {
     using Wire = decltype(wire);
-    const WireLayout at = bucket.wire(sizeof(typename Wire::Raw));
-    check_cpu(payload, "payload", ScalarType::Byte, at.bytes);
     const auto* bytes = static_cast<const uint8_t*>(payload.const_data_ptr());
     const auto* ends = reinterpret_cast<const uint32_t*>(bytes + at.ends);
     const auto* indices = reinterpret_cast<const uint16_t*>(bytes + at.indices);
     const auto* values = reinterpret_cast<const typename Wire::Raw*>(bytes + at.values);
     int64_t entry = 0;
-    for (size_t t = 0; t < bucket.tiles.size(); ++t) {
-      const Tile& tile = bucket.tiles[t];
+    for (size_t t = 0; t < tiles.size(); ++t) {
+      const Tile& tile = tiles[t];
       const int64_t to = bucket.segments[tile.segment].state + tile.begin;
       STD_TORCH_CHECK(ends[t] <= bucket.entries, "payload: expected one that compress_ wrote for these segments");
       for (; entry < ends[t]; ++entry) {

@@ -1,6 +1,8 @@
 // dgc::subtract_: parameter -= lr * update, for updates that are nearly all zero. Where 32 of them are, the parameter
 // is neither read nor written: little more than 4 bytes of memory an element instead of 12, and the same bits.
 
+#include <optional>
+
 #include "common.h"
 
 namespace dgc {
@@ -29,9 +31,13 @@ DGC_AVX2 void subtract_avx2(float* p, const float* g, int64_t n, float minus_lr)
 }
 #endif
 
-void subtract_cpu(std::vector<Tensor> parameters, std::vector<Tensor> updates, double lr) {
+void subtract_cpu(std::vector<Tensor> parameters, std::vector<Tensor> updates, double lr, std::optional<Tensor> skip) {
   STD_TORCH_CHECK(parameters.size() == updates.size(), "updates: expected one for each of ", parameters.size(),
                   " parameters, got ", updates.size());
+  if (skip) {
+    check_cpu(*skip, "skip", ScalarType::Byte, 1);
+    if (*static_cast<const uint8_t*>(skip->const_data_ptr()) != 0) return;
+  }
   const bool avx2 = use_avx2();
   for (size_t t = 0; t < parameters.size(); ++t) {
     const int64_t n = parameters[t].numel();

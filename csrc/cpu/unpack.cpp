@@ -33,7 +33,7 @@ int32_t check_frame(const Payload<Wire>& p, const Header& own, const Bucket& buc
   if (p.header->step != own.step) return kBadStep;
   if (p.header->fingerprint != own.fingerprint) return kBadLayout;
   uint32_t last = 0;
-  for (size_t t = 0; t < bucket.tiles.size(); ++t) {
+  for (size_t t = 0; t < static_cast<size_t>(bucket.tiles); ++t) {
     if (p.ends[t] < last || p.ends[t] > bucket.entries) return kBadTiles;
     last = p.ends[t];
   }
@@ -72,29 +72,6 @@ void add_tile(const std::vector<Payload<Wire>>& payloads, int64_t tile, typename
   }
 }
 
-// How the sum is handed back in the gradient's type: rounded to nearest, overflow to Inf as torch does.
-struct StoreFloat {
-  using Raw = float;
-  static Raw round(float x) { return x; }
-};
-
-struct StoreBFloat16 {
-  using Raw = uint16_t;
-  static Raw round(float x) {
-    const uint32_t bits = float_bits(x);
-    return static_cast<Raw>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-  }
-};
-
-struct StoreHalf {
-  using Raw = uint16_t;
-  static Raw round(float x) {
-    // 65520 is the first number that is nearer to the next power of two than to 65504.
-    if (magnitude(x) >= float_bits(65520.0f)) return static_cast<Raw>(((float_bits(x) >> 16) & 0x8000u) | 0x7c00u);
-    return WireHalf::store(x);
-  }
-};
-
 template <class F>
 void with_store_type(ScalarType dtype, const F& f) {
   if (dtype == ScalarType::Float) return f(StoreFloat{});
@@ -106,23 +83,25 @@ void with_store_type(ScalarType dtype, const F& f) {
 template <class Wire>
 void unpack_to(const std::vector<Payload<Wire>>& payloads, int64_t rank, const Bucket& bucket,
                const std::vector<Tensor>& out, int32_t* status) {
-  const int64_t ranks = payloads.size(), tiles = bucket.tiles.size();
+  const std::vector<Tile> tiles = tiles_of(bucket);
+  const int64_t ranks = payloads.size(), n_tiles = tiles.size();
+  std::vector<std::atomic<int32_t>> found(ranks);  // of each rank, its smallest code
+  for (int64_t r = 0; r < ranks; ++r) found[r] = status[r] = check_frame(payloads[r], *payloads[rank].header, bucket);
+  torch::stable::parallel_for(0, n_tiles, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      for (int64_t r = 0; r < ranks; ++r) {
+        if (status[r] != kOk) continue;  // its tile ends are no addresses
+        const int32_t code = check_tile(payloads[r], t, tiles[t].numel);
+        int32_t seen = found[r];
+        while (code != kOk && (seen == kOk || code < seen) && !found[r].compare_exchange_weak(seen, code)) {
+        }
+      }
+    }
+  });
   bool good = true;
   for (int64_t r = 0; r < ranks; ++r) {
-    status[r] = check_frame(payloads[r], *payloads[rank].header, bucket);
+    status[r] = found[r];
     good &= status[r] == kOk;
-  }
-  if (good) {
-    std::vector<std::atomic<int32_t>> found(ranks);
-    torch::stable::parallel_for(0, tiles, 4, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t)
-        for (int64_t r = 0; r < ranks; ++r)
-          if (const int32_t bad = check_tile(payloads[r], t, bucket.tiles[t].numel)) found[r] = bad;
-    });
-    for (int64_t r = 0; r < ranks; ++r) {
-      status[r] = found[r];
-      good &= status[r] == kOk;
-    }
   }
   for (int64_t r = 0; r < ranks; ++r)
     if (status[r] == kOk && (payloads[r].header->flags & kNonFinite) != 0) status[r] |= kNonFiniteStatus;
@@ -131,10 +110,10 @@ void unpack_to(const std::vector<Payload<Wire>>& payloads, int64_t rank, const B
   std::vector<uint8_t> used(bucket.segments.size());
   for (const auto& p : payloads)
     for (size_t s = 0; s < used.size(); ++s) used[s] |= p.used[s];
-  torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, n_tiles, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> sum(kTile);
     for (int64_t t = begin; t < end; ++t) {
-      const Tile& tile = bucket.tiles[t];
+      const Tile& tile = tiles[t];
       const Segment& s = bucket.segments[tile.segment];
       const Tensor& target = out[s.source];
       with_store_type(target.scalar_type(), [&](auto store) {
@@ -147,25 +126,23 @@ void unpack_to(const std::vector<Payload<Wire>>& payloads, int64_t rank, const B
   });
 }
 
-Tensor unpack_cpu(Tensor payloads, int64_t rank, Tensor segments, ScalarType wire_dtype, std::vector<Tensor> out) {
+void unpack_cpu(Tensor payloads, int64_t rank, Tensor segments, Tensor, ScalarType wire_dtype, std::vector<Tensor> out,
+                Tensor status) {
   const Bucket bucket(segments);
-  check_sources(out, bucket, "out");
+  const WireLayout at = bucket.wire(wire_dtype);
+  check_sources(out, "out", DeviceType::CPU, bucket);
   check_cpu(payloads, "payloads", ScalarType::Byte, 0);
-  STD_TORCH_CHECK(payloads.dim() == 2 && rank >= 0 && rank < payloads.size(0),
-                  "payloads: expected a row of bytes for each rank, this rank's (", rank, ") among them");
-  const int64_t ranks = payloads.size(0);
-  Tensor status = torch::stable::empty({&ranks, 1}, ScalarType::Int);
+  STD_TORCH_CHECK(payloads.dim() == 2 && payloads.size(1) == at.bytes && rank >= 0 && rank < payloads.size(0),
+                  "payloads: expected a row of ", at.bytes, " bytes for each rank, this rank's (", rank,
+                  ") among them");
+  check_cpu(status, "status", ScalarType::Int, payloads.size(0));
   with_wire_type(wire_dtype, [&](auto wire) {
     using Wire = decltype(wire);
-    const WireLayout at = bucket.wire(sizeof(typename Wire::Raw));
-    STD_TORCH_CHECK(payloads.size(1) == at.bytes, "payloads: expected rows of ", at.bytes, " bytes, got ",
-                    payloads.size(1));
     const auto* bytes = static_cast<const uint8_t*>(payloads.const_data_ptr());
     std::vector<Payload<Wire>> views;
-    for (int64_t r = 0; r < ranks; ++r) views.emplace_back(bytes + r * at.bytes, at);
+    for (int64_t r = 0; r < payloads.size(0); ++r) views.emplace_back(bytes + r * at.bytes, at);
     unpack_to(views, rank, bucket, out, static_cast<int32_t*>(status.mutable_data_ptr()));
   });
-  return status;
 }
 
 }  // namespace

@@ -51,8 +51,7 @@ struct ReadHalf {
 #endif
 };
 
-// One group, element by element. An entry whose new v is not finite keeps its old u and v: v was finite and
-// v' = v + (something), so a non-finite h or u' always shows in v', and one test covers all three.
+// One group, element by element.
 template <class Read>
 uint32_t update_group(const typename Read::Raw* g, float* u, float* v, int64_t n, const UpdateArgs& a,
                       uint32_t* gradient_bits, bool* nonfinite) {
@@ -60,16 +59,7 @@ uint32_t update_group(const typename Read::Raw* g, float* u, float* v, int64_t n
   for (int64_t i = 0; i < n; ++i) {
     const float h = Read::one(g + i) * a.scale;
     *gradient_bits |= float_bits(h);
-    // Rounded twice, as torch's mul_().add_(); -ffp-contract=off keeps it so. Nesterov's sum is rounded once, as
-    // torch's add(alpha=).
-    const float new_u = u != nullptr ? a.mu * u[i] + h : h;
-    const float new_v = v[i] + (a.nesterov ? __builtin_fmaf(a.mu, new_u, h) : new_u);
-    if (magnitude(new_v) < kInfinity) {
-      if (u != nullptr) u[i] = new_u;
-      v[i] = new_v;
-    } else {
-      *nonfinite = true;
-    }
+    if (!accumulate(h, a.mu, u != nullptr, a.nesterov, u + i, v + i)) *nonfinite = true;
     const uint32_t size = magnitude(v[i]);
     largest = size > largest ? size : largest;
   }

@@ -1,0 +1,140 @@
+// The arithmetic of one gradient entry, free of torch: the CPU and the CUDA code include it, so that both give the same
+// bits, and what the CPU's tests say of it holds for both.
+#pragma once
+
+#include "portable.h"
+
+namespace dgc {
+
+DGC_BOTH inline uint32_t float_bits(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(x);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+#endif
+}
+
+DGC_BOTH inline float bits_float(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+#endif
+}
+
+constexpr uint32_t kMagnitude = 0x7fffffffu;  // all but the sign
+constexpr uint32_t kInfinity = 0x7f800000u;   // magnitudes from here on are Inf and NaN
+
+// |x| as an integer orders as |x| does, with Inf above every number and NaN above Inf.
+DGC_BOTH inline uint32_t magnitude(float x) { return float_bits(x) & kMagnitude; }
+
+// How values travel. store() rounds to nearest even and saturates, so that what stays behind, v - w, is finite
+// and exact; load() is exact.
+struct WireFloat {
+  using Raw = uint32_t;
+  DGC_BOTH static Raw store(float x) { return float_bits(x); }
+  DGC_BOTH static float load(Raw raw) { return bits_float(raw); }
+};
+
+struct WireBFloat16 {
+  using Raw = uint16_t;
+  DGC_BOTH static Raw store(float x) {
+    const uint32_t bits = float_bits(x), sign = bits & ~kMagnitude, size = bits & kMagnitude;
+    const uint32_t rounded = (size + 0x7fffu + ((size >> 16) & 1u)) >> 16;
+    return static_cast<Raw>((sign >> 16) | (rounded < 0x7f80u ? rounded : 0x7f7fu));
+  }
+  DGC_BOTH static float load(Raw raw) { return bits_float(static_cast<uint32_t>(raw) << 16); }
+};
+
+struct WireHalf {
+  using Raw = uint16_t;
+  DGC_BOTH static Raw store(float x) {
+    const uint32_t bits = float_bits(x), size = bits & kMagnitude;
+    const uint32_t sign = (bits & ~kMagnitude) >> 16;
+    uint32_t half;
+    if (size >= 0x477fe000u) {  // 65504, the largest half, and above
+      half = 0x7bffu;
+    } else if (size < 0x38800000u) {  // below 2^-14: subnormal, a multiple of 2^-24
+      // Adding 0.5 lines the last bit of the sum up with 2^-24; the addition rounds to nearest even.
+      half = float_bits(bits_float(size) + 0.5f) - 0x3f000000u;
+    } else {
+      half = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13;
+    }
+    return static_cast<Raw>(sign | half);
+  }
+  DGC_BOTH static float load(Raw raw) {
+    const uint32_t sign = static_cast<uint32_t>(raw & 0x8000u) << 16, exponent = (raw >> 10) & 31u,
+                   mantissa = raw & 0x3ffu;
+    if (exponent == 31u) return bits_float(sign | kInfinity | (mantissa << 13));
+    if (exponent != 0) return bits_float(sign | ((exponent + 112u) << 23) | (mantissa << 13));
+    const float size = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
+    return bits_float(sign | float_bits(size));
+  }
+};
+
+// How the sum is handed back in the gradient's type: rounded to nearest, overflow to Inf as torch does.
+struct StoreFloat {
+  using Raw = float;
+  DGC_BOTH static Raw round(float x) { return x; }
+};
+
+struct StoreBFloat16 {
+  using Raw = uint16_t;
+  DGC_BOTH static Raw round(float x) {
+    const uint32_t bits = float_bits(x);
+    return static_cast<Raw>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  }
+};
+
+struct StoreHalf {
+  using Raw = uint16_t;
+  DGC_BOTH static Raw round(float x) {
+    // 65520 is the first number that is nearer to the next power of two than to 65504.
+    if (magnitude(x) >= float_bits(65520.0f)) return static_cast<Raw>(((float_bits(x) >> 16) & 0x8000u) | 0x7c00u);
+    return WireHalf::store(x);
+  }
+};
+
+// Each operation rounded on its own, whatever the compiler may fuse elsewhere.
+DGC_BOTH inline float multiply(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;  // -ffp-contract=off
+#endif
+}
+
+DGC_BOTH inline float add(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fadd_rn(a, b);
+#else
+  return a + b;
+#endif
+}
+
+DGC_BOTH inline float multiply_add(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#else
+  return __builtin_fmaf(a, b, c);
+#endif
+}
+
+// Momentum-corrected accumulation of one entry (paper, section 3.1): u <- mu*u + h; v <- v + u, or v + h + mu*u with
+// Nesterov. mu*u + h is rounded twice, as torch's mul_().add_(), and Nesterov's h + mu*u once, as torch's add(alpha=).
+// Returns false and leaves u and v as they are if the new v is not finite: v was finite and v' = v + (something), so a
+// non-finite h or u' always shows in v', and one test covers all three.
+DGC_BOTH inline bool accumulate(float h, float mu, bool keeps_momentum, bool nesterov, float* u, float* v) {
+  const float new_u = keeps_momentum ? add(multiply(mu, *u), h) : h;
+  const float new_v = add(*v, nesterov ? multiply_add(mu, new_u, h) : new_u);
+  if (magnitude(new_v) >= kInfinity) return false;
+  if (keeps_momentum) *u = new_u;
+  *v = new_v;
+  return true;
+}
+
+}  // namespace dgc

@@ -1,0 +1,86 @@
+#include "bucket.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace dgc {
+
+template <class F>
+void Bucket::check_apart(const F& place) const {
+  std::vector<std::pair<std::pair<int64_t, int64_t>, int64_t>> spans;
+  for (const Segment& s : segments) spans.emplace_back(place(s), s.numel);
+  std::sort(spans.begin(), spans.end());
+  for (size_t i = 1; i < spans.size(); ++i) {
+    const auto& [before, numel] = spans[i - 1];
+    const auto& [at, _] = spans[i];
+    STD_TORCH_CHECK(before.first != at.first || before.second + numel <= at.second,
+                    "segments: expected none to overlap, got one of ", numel, " elements at ", before.second,
+                    " and one at ", at.second);
+  }
+}
+
+Bucket::Bucket(const Tensor& table) {
+  STD_TORCH_CHECK(table.is_cpu() && table.scalar_type() == ScalarType::Long && table.is_contiguous() &&
+                      table.dim() == 2 && table.size(1) == kSegmentColumns,
+                  "segments: expected a contiguous int64 CPU tensor of shape [segments, ", kSegmentColumns, "]");
+  const auto* rows = static_cast<const Segment*>(table.const_data_ptr());
+  segments.assign(rows, rows + table.size(0));
+  constexpr int64_t limit = int64_t{1} << 47;  // sums of these cannot overflow
+  for (const Segment& s : segments) {
+    STD_TORCH_CHECK(s.source >= 0 && s.offset >= 0 && s.offset < limit && s.state >= 0 && s.state < limit &&
+                        s.numel > 0 && s.numel < limit && s.entries > 0 && s.entries <= s.numel,
+                    "segments: expected source, offset, state >= 0 and 0 < entries <= numel, got ", s.source, ", ",
+                    s.offset, ", ", s.state, ", entries ", s.entries, ", numel ", s.numel);
+    first_tile.push_back(tiles);
+    first_entry.push_back(entries);
+    tiles += div_up(s.numel, kTile);
+    entries += s.entries;
+    state = std::max(state, s.state + s.numel);
+  }
+  first_tile.push_back(tiles);
+  first_entry.push_back(entries);
+  // Two segments on the same elements would race, and change them after their largest were found.
+  check_apart([](const Segment& s) { return std::make_pair(int64_t{0}, s.state); });
+  check_apart([](const Segment& s) { return std::make_pair(s.source, s.offset); });
+  STD_TORCH_CHECK(entries < (int64_t{1} << 32), "segments: expected fewer than 2^32 entries a bucket, got ", entries,
+                  ": use smaller buckets (bucket_cap_mb)");
+}
+
+WireLayout Bucket::wire(ScalarType dtype) const {
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                  "wire_dtype: expected float32, bfloat16 or float16, got scalar type ", static_cast<int>(dtype));
+  return WireLayout(segments.size(), tiles, entries, dtype == ScalarType::Float ? 4 : 2);
+}
+
+namespace {
+
+const char* name_of(DeviceType device) { return device == DeviceType::CPU ? "CPU" : "CUDA"; }
+
+}  // namespace
+
+void check_tensor(const Tensor& tensor, const char* name, DeviceType device, ScalarType dtype, int64_t min_numel) {
+  STD_TORCH_CHECK(tensor.device().type() == device && tensor.scalar_type() == dtype && tensor.is_contiguous() &&
+                      tensor.numel() >= min_numel,
+                  name, ": expected a contiguous ", name_of(device), " tensor of scalar type ", static_cast<int>(dtype),
+                  " with at least ", min_numel, " elements, got device type ", static_cast<int>(tensor.device().type()),
+                  ", scalar type ", static_cast<int>(tensor.scalar_type()), ", ", tensor.numel(), " elements",
+                  tensor.is_contiguous() ? "" : ", not contiguous");
+}
+
+void check_sources(const std::vector<Tensor>& sources, const char* name, DeviceType device, const Bucket& bucket) {
+  for (const Tensor& t : sources) {
+    const ScalarType dtype = t.scalar_type();
+    STD_TORCH_CHECK(t.device().type() == device && t.is_contiguous(), name, ": expected contiguous ", name_of(device),
+                    " tensors, got device type ", static_cast<int>(t.device().type()),
+                    t.is_contiguous() ? "" : ", not contiguous");
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, name,
+                    ": expected float32, bfloat16 or float16, got scalar type ", static_cast<int>(dtype));
+  }
+  for (const Segment& s : bucket.segments) {
+    STD_TORCH_CHECK(s.source < static_cast<int64_t>(sources.size()) && s.offset + s.numel <= sources[s.source].numel(),
+                    name, ": a segment of ", s.numel, " elements at offset ", s.offset, " of tensor ", s.source,
+                    " does not fit");
+  }
+}
+
+}  // namespace dgc

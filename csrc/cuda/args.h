@@ -1,0 +1,166 @@
+// What a kernel is given: plain structs of pointers and counts, passed by value, and where everything stands in the
+// workspace. dgc/jit.py builds the same structs with ctypes.
+#pragma once
+
+#include "../wire.h"
+
+namespace dgc {
+
+// 256 threads look at a tile's 2048 groups, 8192 elements at a time.
+constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+constexpr int kWarps = kThreads / kWarp;
+// A chunk is what one block updates, and later one warp looks through: an eighth of a tile.
+constexpr int kChunk = 8192;
+constexpr int kChunksPerTile = kTile / kChunk;
+constexpr int kGroupsPerChunk = kChunk / kGroup;
+static_assert(kChunksPerTile == kWarps, "a block is one warp for each chunk of its tile");
+// Digits of the radix selection: bits 30..20, 19..9 and 8..0 of a magnitude.
+constexpr int kBins = 2048;
+
+// Kernel arguments have 4 KiB on every device, and hold the gradients' addresses.
+constexpr int kMaxSources = 256;
+constexpr int kMaxPairs = 128;
+
+enum FloatType : uint8_t { kFloat = 0, kBFloat16 = 1, kHalf = 2 };
+
+// The tensors that hold a bucket's gradients. By value, since addresses may differ at every call, and so that a
+// captured graph carries them.
+struct Sources {
+  void* data[kMaxSources];
+  uint8_t type[kMaxSources];  // FloatType
+};
+
+// A segment as the device knows it: the row of the table, and where its tiles and entries start in the bucket.
+struct DeviceSegment {
+  Segment row;
+  int64_t first_tile;
+  int64_t tiles;
+  int64_t first_entry;
+};
+
+// What selection knows of a segment. Blocks of one kernel write it for the next kernel.
+struct SegmentState {
+  uint32_t arrived;    // blocks of the running kernel that are done; 0 between kernels
+  uint32_t used;       // whether any h was not zero; 0 between calls
+  uint32_t prefix;     // upper digits found so far
+  uint32_t bound;      // no element below it is among the k largest
+  uint32_t threshold;  // the k-th largest magnitude
+  int64_t rank;        // of the wanted magnitude among those that share the prefix; 0: there is none
+  int64_t ties;        // entries at the threshold that are sent
+};
+
+struct TileState {
+  int64_t above;  // candidates above the threshold; after the scan, in the segment's tiles before this one
+  int64_t ties;   // candidates at the threshold; likewise
+};
+
+struct ChunkState {
+  int64_t first;   // candidates of the chunk in the buffer, or kReread: they did not fit, look through v again
+  uint32_t count;  // how many
+  uint32_t above;  // of them above the threshold
+  uint32_t ties;   // at the threshold
+  uint32_t unused;
+};
+constexpr int64_t kReread = -1;
+
+struct BucketState {
+  unsigned long long candidates;  // claimed so far; 0 between calls
+  uint32_t nonfinite;             // whether compress_ left entries out; 0 between calls
+  uint32_t arrived;               // blocks of check that are done; 0 between calls
+};
+
+// The workspace: tables that dgc.ops.workspace() wrote, then scratch, zero between calls where it says so.
+struct Workspace {
+  const DeviceSegment* segments;
+  const int32_t* segment_of_tile;
+  BucketState* bucket;
+  SegmentState* segment_states;
+  TileState* tiles;
+  ChunkState* chunks;
+  uint32_t* histograms;  // kBins a segment; zero between kernels
+  uint32_t* group_max;   // kGroupsPerTile a tile
+  uint32_t* candidate_bits;
+  uint16_t* candidate_indices;  // inside the chunk
+  int64_t capacity;             // candidates that fit
+  int64_t bytes;
+
+  DGC_BOTH Workspace(uint8_t* base, int64_t n_segments, int64_t n_tiles, int64_t n_entries) {
+    int64_t at = 0;
+    const auto place = [&](int64_t size) {
+      uint8_t* start = base + at;
+      at += align_up(size);
+      return start;
+    };
+    capacity = 2 * n_entries;
+    segments = reinterpret_cast<const DeviceSegment*>(place(n_segments * sizeof(DeviceSegment)));
+    segment_of_tile = reinterpret_cast<const int32_t*>(place(n_tiles * sizeof(int32_t)));
+    bucket = reinterpret_cast<BucketState*>(place(sizeof(BucketState)));
+    segment_states = reinterpret_cast<SegmentState*>(place(n_segments * sizeof(SegmentState)));
+    tiles = reinterpret_cast<TileState*>(place(n_tiles * sizeof(TileState)));
+    chunks = reinterpret_cast<ChunkState*>(place(n_tiles * kChunksPerTile * sizeof(ChunkState)));
+    histograms = reinterpret_cast<uint32_t*>(place(n_segments * kBins * sizeof(uint32_t)));
+    group_max = reinterpret_cast<uint32_t*>(place(n_tiles * kGroupsPerTile * sizeof(uint32_t)));
+    candidate_bits = reinterpret_cast<uint32_t*>(place(capacity * sizeof(uint32_t)));
+    candidate_indices = reinterpret_cast<uint16_t*>(place(capacity * sizeof(uint16_t)));
+    bytes = at;
+  }
+};
+
+// What all kernels of a bucket need.
+struct BucketArgs {
+  int64_t segments;
+  int64_t tiles;
+  int64_t entries;
+  uint8_t* workspace;
+  int32_t wire_type;  // FloatType of the values in the payload
+  int32_t unused;
+
+  DGC_BOTH Workspace work() const { return Workspace(workspace, segments, tiles, entries); }
+  DGC_BOTH WireLayout wire() const { return WireLayout(segments, tiles, entries, wire_type == kFloat ? 4 : 2); }
+};
+
+struct CompressArgs {
+  BucketArgs bucket;
+  float* momentum;  // null: not kept
+  float* residual;
+  const float* mu;
+  const float* scale;
+  uint8_t* payload;
+  float* sent_momentum;  // null: no masking
+  int64_t nesterov;
+  Sources gradients;
+};
+
+struct UnpackArgs {
+  BucketArgs bucket;
+  const uint8_t* payloads;
+  int64_t ranks;
+  int64_t rank;
+  int32_t* status;
+  Sources out;
+};
+
+struct RestoreArgs {
+  BucketArgs bucket;
+  const uint8_t* payload;
+  const uint8_t* which;
+  const float* sent_momentum;  // null: nothing was masked
+  float* momentum;
+  float* residual;
+};
+
+struct Pair {
+  float* parameter;
+  const float* update;
+  int64_t numel;
+};
+
+struct SubtractArgs {
+  const uint8_t* skip;  // null, or not zero there: change nothing
+  float minus_lr;
+  int32_t count;
+  Pair pairs[kMaxPairs];
+};
+
+}  // namespace dgc

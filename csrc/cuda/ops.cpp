@@ -1,0 +1,203 @@
+// The ops for CUDA tensors: checks arguments, fills the kernels' structs, and queues them on torch's current stream.
+// Reads nothing from the device and allocates nothing.
+#include <algorithm>
+#include <optional>
+
+#include "../bucket.h"
+#include "launch.h"
+#include "stream.h"
+
+namespace dgc {
+namespace {
+
+#if defined(DGC_EMULATED)  // tests/emulator runs the kernels on CPU tensors
+constexpr DeviceType kDevice = DeviceType::CPU;
+#else
+constexpr DeviceType kDevice = DeviceType::CUDA;
+#endif
+
+void check(const Tensor& tensor, const char* name, ScalarType dtype, int64_t min_numel) {
+  check_tensor(tensor, name, kDevice, dtype, min_numel);
+}
+
+template <class T>
+T* data(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<T*>(tensor->mutable_data_ptr()) : nullptr;
+}
+
+FloatType float_type(ScalarType dtype) {
+  return dtype == ScalarType::Float ? kFloat : dtype == ScalarType::BFloat16 ? kBFloat16 : kHalf;
+}
+
+// u and v are read 16 bytes at a time.
+void check_aligned(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0, name,
+                  ": expected memory aligned to 16 bytes; a view that starts in the middle of a tensor is not");
+}
+
+void check_same_device(const Tensor& tensor, const char* name, const Tensor& as, const char* as_name) {
+  STD_TORCH_CHECK(tensor.get_device_index() == as.get_device_index(), name, ": expected it on the same device as ",
+                  as_name, ", cuda:", static_cast<int>(as.get_device_index()),
+                  ", got cuda:", static_cast<int>(tensor.get_device_index()));
+}
+
+BucketArgs bucket_args(const Bucket& bucket, const Tensor& workspace, ScalarType wire_dtype) {
+  for (const Segment& s : bucket.segments) {
+    STD_TORCH_CHECK(s.state % kGroup == 0, "segments: expected state to be a multiple of ", kGroup, " on CUDA, got ",
+                    s.state);
+  }
+  BucketArgs args{};
+  args.segments = bucket.segments.size();
+  args.tiles = bucket.tiles;
+  args.entries = bucket.entries;
+  args.wire_type = float_type(wire_dtype);
+  const int64_t bytes = args.work().bytes;
+  check(workspace, "workspace", ScalarType::Byte, bytes);
+  STD_TORCH_CHECK(workspace.numel() == bytes, "workspace: expected the ", bytes,
+                  " bytes that dgc.ops.workspace() makes for these segments, got ", workspace.numel());
+  args.workspace = static_cast<uint8_t*>(workspace.mutable_data_ptr());
+  return args;
+}
+
+void set_sources(Sources* sources, const std::vector<Tensor>& tensors, const char* name, const Bucket& bucket,
+                 const Tensor& as) {
+  check_sources(tensors, name, kDevice, bucket);
+  STD_TORCH_CHECK(tensors.size() <= kMaxSources, name, ": expected at most ", kMaxSources, " tensors a bucket, got ",
+                  tensors.size(), ": use smaller buckets");
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    check_same_device(tensors[i], name, as, "the workspace");
+    sources->data[i] = tensors[i].mutable_data_ptr();
+    sources->type[i] = float_type(tensors[i].scalar_type());
+  }
+}
+
+// Throws if a launch failed, with what is known of the reason.
+void check_launch(int code, int device) {
+  if (code == 0) return;
+  int runtime, driver, capability;
+  dgc_cuda_versions(device, &runtime, &driver, &capability);
+  STD_TORCH_CHECK(false, "dgc: CUDA error ", code, ", ", dgc_cuda_error(code), ". The kernels were built by CUDA ",
+                  runtime / 1000, ".", runtime % 1000 / 10,
+                  " for compute capability 8.0 and 9.0, later ones through PTX; "
+                  "the driver supports CUDA ",
+                  driver / 1000, ".", driver % 1000 / 10, ", device ", device, " has compute capability ",
+                  capability / 10, ".", capability % 10,
+                  ". If they do not fit, rebuild with an nvcc that the driver supports, or without: "
+                  "DGC_CUDA=0 pip install --no-build-isolation .");
+}
+
+void compress_cuda(std::vector<Tensor> gradients, std::optional<Tensor> momentum, Tensor residual, Tensor segments,
+                   Tensor mu, Tensor scale, Tensor payload, Tensor workspace, std::optional<Tensor> sent_momentum,
+                   bool nesterov, ScalarType wire_dtype) {
+  const Bucket bucket(segments);
+  CompressArgs args{};
+  check(payload, "payload", ScalarType::Byte, bucket.wire(wire_dtype).bytes);
+  args.bucket = bucket_args(bucket, workspace, wire_dtype);
+  set_sources(&args.gradients, gradients, "gradients", bucket, workspace);
+  check(residual, "residual", ScalarType::Float, bucket.state);
+  check_aligned(residual, "residual");
+  check_same_device(residual, "residual", workspace, "the workspace");
+  if (momentum) {
+    check(*momentum, "momentum", ScalarType::Float, bucket.state);
+    check_aligned(*momentum, "momentum");
+    check_same_device(*momentum, "momentum", workspace, "the workspace");
+  }
+  check(mu, "mu", ScalarType::Float, args.bucket.segments);
+  check(scale, "scale", ScalarType::Float, 1);
+  if (sent_momentum) {
+    STD_TORCH_CHECK(momentum.has_value(), "sent_momentum: expected None where momentum is None");
+    check(*sent_momentum, "sent_momentum", ScalarType::Float, bucket.entries);
+  }
+  args.momentum = data<float>(momentum);
+  args.residual = data<float>(residual);
+  args.mu = static_cast<const float*>(mu.const_data_ptr());
+  args.scale = static_cast<const float*>(scale.const_data_ptr());
+  args.payload = data<uint8_t>(payload);
+  args.sent_momentum = data<float>(sent_momentum);
+  args.nesterov = nesterov;
+  const int device = workspace.get_device_index();
+  if (bucket.tiles != 0) check_launch(dgc_cuda_compress(&args, device, current_stream(device)), device);
+}
+
+void unpack_cuda(Tensor payloads, int64_t rank, Tensor segments, Tensor workspace, ScalarType wire_dtype,
+                 std::vector<Tensor> out, Tensor status) {
+  const Bucket bucket(segments);
+  const int64_t bytes = bucket.wire(wire_dtype).bytes;
+  UnpackArgs args{};
+  args.bucket = bucket_args(bucket, workspace, wire_dtype);
+  set_sources(&args.out, out, "out", bucket, workspace);
+  check(payloads, "payloads", ScalarType::Byte, 0);
+  check_same_device(payloads, "payloads", workspace, "the workspace");
+  STD_TORCH_CHECK(payloads.dim() == 2 && payloads.size(1) == bytes && rank >= 0 && rank < payloads.size(0),
+                  "payloads: expected a row of ", bytes, " bytes for each rank, this rank's (", rank, ") among them");
+  STD_TORCH_CHECK(payloads.size(0) < 65536, "payloads: expected fewer than 65536 ranks, got ", payloads.size(0));
+  check(status, "status", ScalarType::Int, payloads.size(0));
+  check_same_device(status, "status", workspace, "the workspace");
+  args.payloads = static_cast<const uint8_t*>(payloads.const_data_ptr());
+  args.ranks = payloads.size(0);
+  args.rank = rank;
+  args.status = data<int32_t>(status);
+  const int device = workspace.get_device_index();
+  if (bucket.tiles != 0) check_launch(dgc_cuda_unpack(&args, device, current_stream(device)), device);
+}
+
+void restore_cuda(Tensor payload, Tensor which, Tensor segments, Tensor workspace, std::optional<Tensor> sent_momentum,
+                  std::optional<Tensor> momentum, Tensor residual, ScalarType wire_dtype) {
+  const Bucket bucket(segments);
+  RestoreArgs args{};
+  args.bucket = bucket_args(bucket, workspace, wire_dtype);
+  check(payload, "payload", ScalarType::Byte, bucket.wire(wire_dtype).bytes);
+  check(which, "which", ScalarType::Byte, args.bucket.segments);
+  check(residual, "residual", ScalarType::Float, bucket.state);
+  check_same_device(residual, "residual", workspace, "the workspace");
+  if (sent_momentum) {
+    STD_TORCH_CHECK(momentum.has_value(), "sent_momentum: expected None where momentum is None");
+    check(*sent_momentum, "sent_momentum", ScalarType::Float, bucket.entries);
+    check(*momentum, "momentum", ScalarType::Float, bucket.state);
+    args.sent_momentum = data<float>(sent_momentum);
+    args.momentum = data<float>(momentum);
+  }
+  args.payload = static_cast<const uint8_t*>(payload.const_data_ptr());
+  args.which = static_cast<const uint8_t*>(which.const_data_ptr());
+  args.residual = data<float>(residual);
+  const int device = workspace.get_device_index();
+  if (bucket.tiles != 0) check_launch(dgc_cuda_restore(&args, device, current_stream(device)), device);
+}
+
+void subtract_cuda(std::vector<Tensor> parameters, std::vector<Tensor> updates, double lr, std::optional<Tensor> skip) {
+  STD_TORCH_CHECK(parameters.size() == updates.size(), "updates: expected one for each of ", parameters.size(),
+                  " parameters, got ", updates.size());
+  if (skip) check(*skip, "skip", ScalarType::Byte, 1);
+  for (size_t first = 0; first < parameters.size(); first += kMaxPairs) {
+    SubtractArgs args{};
+    args.skip = data<const uint8_t>(skip);
+    args.minus_lr = static_cast<float>(-lr);
+    args.count = static_cast<int32_t>(std::min<size_t>(kMaxPairs, parameters.size() - first));
+    int64_t largest = 1;
+    for (int32_t i = 0; i < args.count; ++i) {
+      const Tensor &p = parameters[first + i], &g = updates[first + i];
+      check(p, "parameters", ScalarType::Float, 0);
+      check(g, "updates", ScalarType::Float, p.numel());
+      check_same_device(p, "parameters", parameters[0], "the first parameter");
+      check_same_device(g, "updates", parameters[0], "the first parameter");
+      args.pairs[i] = {data<float>(p), static_cast<const float*>(g.const_data_ptr()), p.numel()};
+      largest = std::max(largest, p.numel());
+    }
+    const int device = parameters[0].get_device_index();
+    check_launch(dgc_cuda_subtract(&args, largest, device, current_stream(device)), device);
+  }
+}
+
+}  // namespace
+}  // namespace dgc
+
+#if defined(DGC_EMULATED)
+STABLE_TORCH_LIBRARY_IMPL(dgc, PrivateUse1, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(dgc, CUDA, m) {
+#endif
+  m.impl("compress_", TORCH_BOX(&dgc::compress_cuda));
+  m.impl("unpack", TORCH_BOX(&dgc::unpack_cuda));
+  m.impl("restore_", TORCH_BOX(&dgc::restore_cuda));
+  m.impl("subtract_", TORCH_BOX(&dgc::subtract_cuda));
+}

@@ -1,0 +1,54 @@
+"""Verdict: whether a step may be applied, known at once on the CPU and one step later on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .bucket import Bucket
+
+
+class Verdict:
+    """What the buckets of one backward pass report.
+
+    On a GPU nobody waits: the device itself leaves a bad step out, by `bad`, and a copy of the reports travels to the
+    host. It is read at the next backward pass, when the device has the next forward pass left to do.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket], step: int) -> None:
+        """Collects the reports, once all buckets have been received.
+
+        Args:
+            buckets: of one backward pass; on a GPU, this stream has to be behind them.
+            step: for messages.
+        """
+        self.buckets = buckets
+        self.step = step
+        reports = torch.cat([bucket.report for bucket in buckets])
+        self.bad = (reports != 0).any().to(torch.uint8).view(1)
+        """uint8 [1] on the device: 1 where nothing of this step may be applied."""
+        self._copied: torch.cuda.Event | None = None
+        if reports.is_cuda:
+            # Pinned, or the copy would wait.
+            self._reports = torch.empty(reports.shape, dtype=reports.dtype, pin_memory=True)
+            self._reports.copy_(reports, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        else:
+            self._reports = reports
+
+    def findings(self) -> list[str]:
+        """Returns in words where gradients were not finite; on a GPU, waits until the step is through.
+
+        Raises:
+            wire.PayloadError: a rank sent what does not fit.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+        found: set[str] = set()
+        reports = self._reports.tolist()
+        for bucket in self.buckets:
+            found |= bucket.findings(reports[: len(bucket.report)])
+            del reports[: len(bucket.report)]
+        return sorted(found)

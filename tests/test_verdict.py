@@ -1,0 +1,123 @@
+"""A GPU's verdict on a step comes one step late. Here the same code runs on the CPU, made to wait as long."""
+
+import logging
+import math
+
+import pytest
+import torch
+from alone import Alone
+from models import normals
+
+import dgc
+from dgc import wire
+
+SHAPES = {"big": (300, 300), "other": (200, 200), "small": (20, 20), "bias": (300,)}
+SGD = [
+    {"lr": 0.5},
+    {"lr": 0.5, "weight_decay": 0.1},
+    {"lr": 0.5, "momentum": 0.5, "weight_decay": 0.1},
+    {"lr": 0.5, "momentum": 0.5, "weight_decay": 0.1, "nesterov": True},
+]
+
+
+def run(late: bool, sgd: dict, dtype: torch.dtype = torch.float32, steps: int = 12) -> Alone:
+    """Trains with a NaN in the compressed, then in a dense parameter, now and then."""
+    one = Alone(SHAPES, dgc.DGCConfig(density=0.01, on_nonfinite="skip"), dtype=dtype, **sgd)
+    one.state._late = late
+    for step in range(steps):
+        gradients = {name: g.to(dtype) for name, g in normals(SHAPES, step).items()}
+        if step in (0, 4, 5):
+            gradients["big"].view(-1)[step] = math.nan
+        if step == 8:
+            gradients["bias"][3] = math.inf
+        one.train(gradients)
+    one.state._settle()
+    return one
+
+
+@pytest.mark.parametrize("sgd", SGD, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_late_or_at_once_gives_the_same_bits(sgd, dtype):
+    late, at_once = run(True, sgd, dtype), run(False, sgd, dtype)
+    for name in SHAPES:
+        assert torch.equal(late.parameter(name), at_once.parameter(name)), name
+    assert torch.equal(late.state.memory.residual, at_once.state.memory.residual)
+    if "momentum" in sgd:
+        assert torch.equal(late.state.memory.momentum, at_once.state.memory.momentum)
+    assert (late.state.step, late.state.stats.skipped) == (at_once.state.step, at_once.state.stats.skipped) == (8, 4)
+
+
+def test_the_next_backward_pass_raises_and_nothing_was_applied():
+    one = Alone(SHAPES, dgc.DGCConfig(density=0.01), lr=0.5, momentum=0.5, weight_decay=0.1)
+    one.state._late = True
+    one.train(normals(SHAPES, 0))
+    before = {name: one.parameter(name).clone() for name in SHAPES}
+    v = one.state.memory.residual_of("other") + 0
+    u = one.state.memory.momentum_of("other") + 0
+    gradients = normals(SHAPES, 1)
+    gradients["big"][0, 0] = math.nan
+    one.train(gradients)
+    assert all(torch.equal(one.parameter(name), before[name]) for name in SHAPES)
+    # Finite entries stay accumulated, and what was sent of them is back.
+    assert torch.equal(one.state.memory.residual_of("other"), v + (0.5 * u + gradients["other"]))
+    with pytest.raises(FloatingPointError, match="rank 0, step 1"):
+        one.backward(normals(SHAPES, 2))
+    one.train(normals(SHAPES, 2))  # and it goes on
+    assert (one.state.step, one.state.stats.skipped) == (2, 1)
+    assert not torch.equal(one.parameter("big"), before["big"])
+
+
+def test_a_corrupt_payload_changes_nothing_and_surfaces_at_the_next_step_with_the_rank(monkeypatch):
+    one = Alone(SHAPES, dgc.DGCConfig(density=0.01), lr=0.5, momentum=0.5, weight_decay=0.1)
+    one.state._late = True
+    one.train(normals(SHAPES, 0))
+    start = one.state.exchange.start
+
+    def wrong(payload, gathered, dense):
+        transfer = start(payload, gathered, dense)
+        wire.header(gathered)[0, 0] ^= 1
+        return transfer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one.state.exchange, "start", wrong)
+        before = {name: one.parameter(name).clone() for name in SHAPES}
+        one.train(normals(SHAPES, 1))
+    assert all(torch.equal(one.parameter(name), before[name]) for name in SHAPES)
+    with pytest.raises(wire.PayloadError, match="payload of rank 0: these are not bytes of this version"):
+        one.backward(normals(SHAPES, 2))
+
+
+def test_a_skipped_step_is_logged_one_step_late(caplog):
+    one = Alone(SHAPES, dgc.DGCConfig(density=0.01, on_nonfinite="skip"), lr=0.5)
+    one.state._late = True
+    gradients = normals(SHAPES, 1)
+    gradients["big"][0, 0] = math.nan
+    with caplog.at_level(logging.WARNING, "dgc"):
+        one.train(gradients)
+        assert caplog.text == ""
+        one.train(normals(SHAPES, 2))
+    assert "step left out on all ranks: gradients not finite (rank 0, step 0)" in caplog.text
+
+
+def test_state_dict_waits_for_the_verdict():
+    one = Alone(SHAPES, dgc.DGCConfig(density=0.01, on_nonfinite="skip"), lr=0.5)
+    one.state._late = True
+    gradients = normals(SHAPES, 1)
+    gradients["big"][0, 0] = math.nan
+    one.train(gradients)
+    assert one.state.state_dict()["step"] == 0
+
+
+def test_other_optimizers_cannot_skip_so_the_host_waits():
+    one = Alone(SHAPES, dgc.DGCConfig(density=0.01), lr=0.5)
+    plain = torch.optim.SGD(one.model.parameters(), lr=0.5)
+    state = dgc.DGCState(one.model.named_parameters(), plain, dgc.DGCConfig(density=0.01))
+    state._late = True
+    one.state, one.optimizer = state, plain
+    before = one.parameter("big").clone()
+    gradients = normals(SHAPES, 1)
+    gradients["big"][0, 0] = math.nan
+    one.backward(gradients)
+    with pytest.raises(FloatingPointError, match="rank 0, step 0"):
+        plain.step()
+    assert torch.equal(one.parameter("big"), before)
