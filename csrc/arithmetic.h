@@ -67,12 +67,18 @@ struct WireHalf {
     return static_cast<Raw>(sign | half);
   }
   DGC_BOTH static float load(Raw raw) {
+#if defined(__CUDA_ARCH__)
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(raw));  // exact, as what follows
+    return x;
+#else
     const uint32_t sign = static_cast<uint32_t>(raw & 0x8000u) << 16, exponent = (raw >> 10) & 31u,
                    mantissa = raw & 0x3ffu;
     if (exponent == 31u) return bits_float(sign | kInfinity | (mantissa << 13));
     if (exponent != 0) return bits_float(sign | ((exponent + 112u) << 23) | (mantissa << 13));
     const float size = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
     return bits_float(sign | float_bits(size));
+#endif
   }
 };
 

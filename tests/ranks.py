@@ -1,4 +1,4 @@
-"""Runs a function on several gloo ranks, each a process of its own, and returns what each rank returned."""
+"""Runs a function on several ranks, each a process of its own, and returns what each rank returned."""
 
 from __future__ import annotations
 
@@ -14,21 +14,33 @@ import torch.multiprocessing as mp
 
 
 def _main(
-    rank: int, world_size: int, folder: str, timeout: float, body: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    folder: str,
+    timeout: float,
+    backend: str,
+    body: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), world_size)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size, store=store, timeout=timedelta(seconds=timeout))
+    dist.init_process_group(backend, rank=rank, world_size=world_size, store=store, timeout=timedelta(seconds=timeout))
     torch.save(body(rank, world_size, *args), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-def run_ranks(world_size: int, body: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
+def run_ranks(
+    world_size: int, body: Callable[..., Any], *args: Any, timeout: float = 60, backend: str = "gloo"
+) -> list[Any]:
     """Calls body(rank, world_size, *args) on every rank and returns the results by rank; a rank's error is raised."""
     with tempfile.TemporaryDirectory() as folder:
         # A fork server that has torch imported already: a rank then starts in well under a second.
         mp.get_context("forkserver").set_forkserver_preload(["torch", "torch.distributed", "dgc"])
         mp.start_processes(
-            _main, (world_size, folder, timeout, body, args), nprocs=world_size, start_method="forkserver", daemon=True
+            _main,
+            (world_size, folder, timeout, backend, body, args),
+            nprocs=world_size,
+            start_method="forkserver",
+            daemon=True,
         )
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]

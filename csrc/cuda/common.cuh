@@ -14,6 +14,12 @@ __device__ inline int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
 __device__ inline int warp() { return static_cast<int>(threadIdx.x) / kWarp; }
 __device__ inline unsigned lanes_below() { return (1u << lane()) - 1; }
 
+// Four elements in a row, as one load or store moves them.
+template <class T>
+struct alignas(4 * sizeof(T)) Quad {
+  T x[4];
+};
+
 // One tile of the bucket, as a block finds it.
 struct TileView {
   int64_t index;    // in the bucket

@@ -19,116 +19,122 @@
 
 namespace dgc {
 
-// How four gradients in a row are read.
-template <class Wire>
-__device__ inline void load4(const typename Wire::Raw* g, int count, bool aligned, float* h) {
-  struct alignas(4 * sizeof(typename Wire::Raw)) Quad {
-    typename Wire::Raw x[4];
-  };
-  if (aligned && count >= 4) {
-    const Quad quad = *reinterpret_cast<const Quad*>(g);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) h[i] = Wire::load(quad.x[i]);
+// How a warp may read its elements.
+enum Reach {
+  kAligned,    // all of them are there, four at a time
+  kUnaligned,  // all are there, but the gradients may start anywhere, since DDP packs them without gaps: one at a time,
+               // and the four loads of a warp meet in the L1 cache
+  kTail,       // the end of a segment: one at a time, if there
+};
+
+template <class T, Reach kReach>
+__device__ inline Quad<T> load(const T* x, int count) {
+  if constexpr (kReach == kAligned) {
+    return *reinterpret_cast<const Quad<T>*>(x);
   } else {
-    // DDP packs gradients without gaps, so they may start anywhere. The four loads of a warp meet in the L1 cache.
+    Quad<T> quad;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) h[i] = i < count ? Wire::load(g[i]) : 0.0f;
+    for (int i = 0; i < 4; ++i) quad.x[i] = kReach == kUnaligned || i < count ? x[i] : T{};
+    return quad;
   }
 }
 
-// u and v start at multiples of 128 bytes.
-__device__ inline void load4(const float* x, int count, float* to) {
-  if (count >= 4) {
-    const float4 quad = *reinterpret_cast<const float4*>(x);
-    to[0] = quad.x, to[1] = quad.y, to[2] = quad.z, to[3] = quad.w;
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) to[i] = i < count ? x[i] : 0.0f;
-  }
-}
-
-__device__ inline void store4(float* to, int count, const float* x) {
-  if (count >= 4) {
-    *reinterpret_cast<float4*>(to) = make_float4(x[0], x[1], x[2], x[3]);
+template <class T, Reach kReach>
+__device__ inline void store(T* to, int count, const Quad<T>& quad) {
+  if constexpr (kReach == kAligned) {
+    *reinterpret_cast<Quad<T>*>(to) = quad;
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (i < count) to[i] = x[i];
+      if (i < count) to[i] = quad.x[i];
   }
 }
 
-struct ChunkReport {
+struct WarpReport {
   uint32_t group_max;  // of the group that this lane has been given
   bool used;
   bool nonfinite;
 };
 
+constexpr int kWarpElements = kWarp * kGroup;
+constexpr int kRounds = 8;  // of four elements a lane
+
 // One warp's 1024 elements: eight lanes hold a group of 32, four elements each. Lane 8q + j returns the maximum of
-// group 4j + q.
-template <class Wire, bool kMomentum, bool kNesterov>
-__device__ inline ChunkReport update_warp(const typename Wire::Raw* __restrict__ g, float* __restrict__ u,
-                                          float* __restrict__ v, int numel, float mu, float scale) {
-  ChunkReport report{0, false, false};
-  const bool aligned = reinterpret_cast<uint64_t>(g) % (4 * sizeof(typename Wire::Raw)) == 0;
+// group 4j + q. u and v are aligned, since every segment's state starts at a multiple of 128 bytes.
+template <class Wire, Reach kReach>
+__device__ inline WarpReport update_warp(const typename Wire::Raw* __restrict__ g, float* __restrict__ u,
+                                         float* __restrict__ v, int numel, float mu, float scale, bool nesterov) {
+  using Raw = typename Wire::Raw;
+  constexpr Reach kState = kReach == kTail ? kTail : kAligned;
+  constexpr int kAtOnce = 2;  // rounds whose loads are under way together
+  WarpReport report{0, false, false};
+  const bool keeps_momentum = u != nullptr;
   uint32_t gradient_bits = 0;
-#pragma unroll 2
-  for (int j = 0; j < 8; ++j) {
-    const int at = j * 4 * kWarp + 4 * lane(), n = numel - at;
-    float h[4], new_u[4], new_v[4];
-    load4<Wire>(g + at, n, aligned, h);
-    if (kMomentum) load4(u + at, n, new_u);
-    load4(v + at, n, new_v);
-    uint32_t largest = 0;
+#pragma unroll 1
+  for (int first = 0; first < kRounds; first += kAtOnce) {
+    Quad<Raw> raw[kAtOnce];
+    Quad<float> new_u[kAtOnce] = {}, new_v[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      h[i] = multiply(h[i], scale);
-      gradient_bits |= float_bits(h[i]);
-      report.nonfinite |= !accumulate(h[i], mu, kMomentum, kNesterov, &new_u[i], &new_v[i]);
-      const uint32_t size = magnitude(new_v[i]);
-      largest = size > largest ? size : largest;
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int at = (first + j) * 4 * kWarp + 4 * lane();
+      raw[j] = load<Raw, kReach>(g + at, numel - at);
+      if (keeps_momentum) new_u[j] = load<float, kState>(u + at, numel - at);
+      new_v[j] = load<float, kState>(v + at, numel - at);
     }
-    if (kMomentum) store4(u + at, n, new_u);
-    store4(v + at, n, new_v);
 #pragma unroll
-    for (int step = 1; step < 8; step *= 2) {
-      const uint32_t other = __shfl_xor_sync(kAll, largest, step);
-      largest = other > largest ? other : largest;
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int at = (first + j) * 4 * kWarp + 4 * lane();
+      uint32_t largest = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float h = multiply(Wire::load(raw[j].x[i]), scale);
+        gradient_bits |= float_bits(h);
+        report.nonfinite |= !accumulate(h, mu, keeps_momentum, nesterov, &new_u[j].x[i], &new_v[j].x[i]);
+        const uint32_t size = magnitude(new_v[j].x[i]);
+        largest = size > largest ? size : largest;
+      }
+      if (keeps_momentum) store<float, kState>(u + at, numel - at, new_u[j]);
+      store<float, kState>(v + at, numel - at, new_v[j]);
+#pragma unroll
+      for (int step = 1; step < 8; step *= 2) {
+        const uint32_t other = __shfl_xor_sync(kAll, largest, step);
+        largest = other > largest ? other : largest;
+      }
+      if (lane() % 8 == first + j) report.group_max = largest;
     }
-    if (lane() % 8 == j) report.group_max = largest;
   }
   report.used = (gradient_bits & kMagnitude) != 0;
   return report;
 }
 
 template <class Wire>
-__device__ inline ChunkReport update_warp(const void* gradient, int64_t offset, float* u, float* v, int numel, float mu,
-                                          float scale, bool nesterov) {
+__device__ inline WarpReport update_warp(const void* gradient, int64_t offset, float* u, float* v, int numel, float mu,
+                                         float scale, bool nesterov) {
   const auto* g = static_cast<const typename Wire::Raw*>(gradient) + offset;
-  if (u == nullptr) {
-    return nesterov ? update_warp<Wire, false, true>(g, u, v, numel, mu, scale)
-                    : update_warp<Wire, false, false>(g, u, v, numel, mu, scale);
-  }
-  return nesterov ? update_warp<Wire, true, true>(g, u, v, numel, mu, scale)
-                  : update_warp<Wire, true, false>(g, u, v, numel, mu, scale);
+  if (numel < kWarpElements) return update_warp<Wire, kTail>(g, u, v, numel, mu, scale, nesterov);
+  const bool aligned = reinterpret_cast<uint64_t>(g) % sizeof(Quad<typename Wire::Raw>) == 0;
+  return aligned ? update_warp<Wire, kAligned>(g, u, v, numel, mu, scale, nesterov)
+                 : update_warp<Wire, kUnaligned>(g, u, v, numel, mu, scale, nesterov);
 }
 
 // The group whose maximum update_warp gave to this lane.
 __device__ inline int group_of_lane() { return lane() % 8 * 4 + lane() / 8; }
 
-extern "C" __global__ void __launch_bounds__(kThreads) dgc_update(const __grid_constant__ CompressArgs a) {
+// Four blocks, 32 warps, on a multiprocessor: each has 3 KiB on their way, 96 KiB together.
+extern "C" __global__ void __launch_bounds__(kThreads, 4) dgc_update(const __grid_constant__ CompressArgs a) {
   const Workspace w = a.bucket.work();
   const TileView tile(w, blockIdx.x / kChunksPerTile);
   const int chunk = static_cast<int>(blockIdx.x % kChunksPerTile);
   const DeviceSegment& s = w.segments[tile.segment];
   SegmentState& state = w.segment_states[tile.segment];
-  const int numel = tile.chunk_numel(chunk) - warp() * kWarp * kGroup;  // from this warp's first element on
+  const int numel = tile.chunk_numel(chunk) - warp() * kWarpElements;  // from this warp's first element on
   if (numel > 0) {
-    const int64_t begin = tile.begin + chunk * kChunk + warp() * kWarp * kGroup;
+    const int64_t begin = tile.begin + chunk * kChunk + warp() * kWarpElements;
     float* u = a.momentum == nullptr ? nullptr : a.momentum + s.row.state + begin;
     float* v = a.residual + s.row.state + begin;
     const float mu = a.mu[tile.segment], scale = *a.scale;
     const void* gradient = a.gradients.data[s.row.source];
-    ChunkReport report{};
+    WarpReport report{};
     with_wire_type(a.gradients.type[s.row.source], [&](auto wire) {
       report = update_warp<decltype(wire)>(gradient, s.row.offset + begin, u, v, numel, mu, scale, a.nesterov != 0);
     });
@@ -186,14 +192,14 @@ __device__ inline void over_groups(const float* v, const uint16_t* groups, int n
   for (int i = 0; i < n_groups; i += 4) {
     const int mine = i + lane() / 8;
     const int element = mine < n_groups ? groups[mine] * static_cast<int>(kGroup) + lane() % 8 * 4 : numel;
-    float x[4];
-    load4(v + element, numel - element, x);
+    const Quad<float> x =
+        element + 4 <= numel ? load<float, kAligned>(v + element, 4) : load<float, kTail>(v + element, numel - element);
     uint32_t bits[4];
     unsigned mask = 0;
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      bits[c] = float_bits(x[c]);
-      if (element + c < numel && magnitude(x[c]) >= bound) mask |= 1u << c;
+      bits[c] = float_bits(x.x[c]);
+      if (element + c < numel && magnitude(x.x[c]) >= bound) mask |= 1u << c;
     }
     f(element, bits, mask);
   }

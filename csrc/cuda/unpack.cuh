@@ -152,9 +152,6 @@ __device__ inline void sum_chunk(const UnpackArgs& a, const WireLayout& wire, in
 // Writes n averages; `out` may start anywhere.
 template <class Store>
 __device__ inline void store_chunk(typename Store::Raw* out, int n, const float* sum, float inverse) {
-  struct alignas(4 * sizeof(typename Store::Raw)) Quad {
-    typename Store::Raw x[4];
-  };
   const auto round = [&](int i) { return Store::round(multiply(sum[i], inverse)); };
   const int past = static_cast<int>(reinterpret_cast<uint64_t>(out) / sizeof(*out) % 4);
   const int head = past == 0 ? 0 : (4 - past < n ? 4 - past : n);
@@ -163,7 +160,7 @@ __device__ inline void store_chunk(typename Store::Raw* out, int n, const float*
   if (thread < head) out[thread] = round(thread);
   for (int q = thread; q < quads; q += kThreads) {
     const int i = head + 4 * q;
-    *reinterpret_cast<Quad*>(out + i) = Quad{{round(i), round(i + 1), round(i + 2), round(i + 3)}};
+    *reinterpret_cast<Quad<typename Store::Raw>*>(out + i) = {{round(i), round(i + 1), round(i + 2), round(i + 3)}};
   }
   if (tail + thread < n) out[tail + thread] = round(tail + thread);
 }
