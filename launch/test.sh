@@ -35,7 +35,7 @@ step "mypy --strict"
 "$venv/bin/mypy"
 
 step "clang-format"
-find csrc benchmarks -name '*.cpp' -o -name '*.h' | xargs "$venv/bin/clang-format" --dry-run --Werror
+find csrc benchmarks tests -regex '.*\.\(cpp\|h\|cu\|cuh\)' -print0 | xargs -0 "$venv/bin/clang-format" --dry-run --Werror
 
 step "shell syntax"
 for script in launch/*.sh launch/*.sbatch .ci/run; do bash -n "$script"; done

@@ -7,7 +7,7 @@ import torch
 from buckets import Args, make
 from roads import ops
 
-from dgc import reference, wire
+from dgc import cuda, reference, wire
 
 pytestmark = pytest.mark.usefixtures("road")
 
@@ -215,6 +215,26 @@ def test_used_bytes_tell_which_gradients_were_not_zero():
     args.gradients[0][:100] = -0.0
     compress_both(args)
     assert args.used == [0, 1, 0]
+    args.gradients[0].zero_()
+    args.gradients[0][-1] = 1.0
+    compress_both(args)  # and nothing of the step before
+    assert args.used == [0, 0, 1]
+
+
+def test_the_workspace_is_left_as_the_next_call_expects_it(road):
+    if road == "native":
+        return  # nothing is expected of it there
+    args = make([100, 70_000, 50], 0.001)
+    args.gradients[0][5] = float("inf")
+    compress_both(args)
+    unpack_both(args, args.payload.view(1, -1))
+    sizes = cuda._workspace_sizes(3, 4, int(args.segments[:, 4].sum()))
+    segments, tiles, bucket, states, counts, chunks, histograms, *_ = args.workspace.cpu().split(sizes)
+    assert bucket.count_nonzero() == 0
+    assert histograms.count_nonzero() == 0
+    arrived_and_used = states[: 3 * 40].view(3, 40)[:, :8]
+    assert arrived_and_used.count_nonzero() == 0
+    assert torch.equal(segments[: 3 * 64].view(torch.int64).view(3, 8)[:, :5], args.segments)
 
 
 def test_a_parameter_that_no_rank_used_gets_zeros():
