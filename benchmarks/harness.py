@@ -61,13 +61,6 @@ def machine() -> dict[str, Any]:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     return {
         "processor": model,
         "cores": os.cpu_count(),
@@ -75,20 +68,58 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "dgc": dgc.__version__,
         "backend": dgc.backend("cpu"),
-        "commit": commit,
+        **(gpu() if torch.cuda.is_available() else {}),
+        "commit": printed("git", "describe", "--always", "--dirty"),
         "command": " ".join(["python", *sys.argv]),
     }
 
 
+def gpu() -> dict[str, Any]:
+    """Returns what a figure of the current GPU depends on besides."""
+    driver = printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver[0] if driver else "unknown",
+        "cuda": torch.version.cuda,
+        "cuda backend": dgc.backend("cuda"),
+    }
+
+
+def printed(*command: str) -> str:
+    """Returns what a command prints; nothing where it is missing or fails."""
+    try:
+        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return run.stdout.strip() if run.returncode == 0 else ""
+
+
+Table = tuple[str, Sequence[str], Sequence[Sequence[Any]]]
+"""Title, headers, rows."""
+
+
 def report(
-    name: str, title: str, headers: Sequence[str], rows: Sequence[Sequence[Any]], raw: Mapping[str, Any]
+    name: str,
+    title: str,
+    headers: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    raw: Mapping[str, Any],
+    more: Sequence[Table] = (),
 ) -> None:
-    """Prints a table, and writes it with the raw figures to results/NAME.md and NAME.json."""
+    """Prints a table, and `more` of them, and writes them with the raw figures to results/NAME.md and NAME.json."""
     about = machine()
-    table = tabulate(rows, headers=headers, tablefmt="github")
+    tables = [
+        f"{title}\n\n{tabulate(rows, headers=headers, tablefmt='github')}"
+        for title, headers, rows in [(title, headers, rows), *more]
+    ]
     described = ", ".join(f"{key} {value}" for key, value in about.items() if key != "command")
-    text = f"{title}\n\n{table}\n\n{described}\n`{about['command']}`\n"
+    text = "\n\n".join([*tables, f"{described}\n`{about['command']}`\n"])
     print("\n" + text)
+    write(name, text, {"machine": about, **raw})
+
+
+def write(name: str, text: str, raw: Mapping[str, Any]) -> None:
+    """Writes a text and its raw figures to results/NAME.md and NAME.json."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text(text)
-    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": about, **raw}, indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(raw, indent=1) + "\n")

@@ -1,6 +1,7 @@
 """The compression step on one CPU: ours against the bare update and against what PyTorch users write today.
 
     python benchmarks/ops.py
+    python benchmarks/ops.py --device cuda    # on a GPU: see ops_cuda.py
 
 Competitors, all on the same gradients, momentum and residual, since which pages of memory one gets decides up to a
 quarter of a time: `floor`, u and v updated by a plain C++ loop and nothing selected;
@@ -163,13 +164,20 @@ def compare(
 
 
 def main() -> None:
-    """Measures and reports."""
+    """Measures and reports, on the device that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000_000, 25_000_000, 100_000_000])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--sizes", type=int, nargs="+", help="elements; 1M, 25M, 100M, or on a GPU up to 1B")
     parser.add_argument("--density", type=float, default=0.001)
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds at each size")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, help="timed rounds at each size: 15, on a GPU 20")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     args = parser.parse_args()
+    if args.device == "cuda":
+        import ops_cuda
+
+        ops_cuda.main(args.sizes or ops_cuda.SIZES, args.density, args.rounds or ops_cuda.ROUNDS)
+        return
+    args.sizes, args.rounds = args.sizes or [1_000_000, 25_000_000, 100_000_000], args.rounds or 15
     torch.set_num_threads(args.threads)
     floor = compile_floor()
     rows, raw = [], {}

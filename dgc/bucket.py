@@ -259,4 +259,4 @@ class Bucket:
             memory.residual,
             self.wire_dtype,
         )
-        self.taken = self.taken * (1 - which)
+        self.taken *= 1 - which

@@ -229,7 +229,7 @@ def test_the_workspace_is_left_as_the_next_call_expects_it(road):
     compress_both(args)
     unpack_both(args, args.payload.view(1, -1))
     sizes = cuda._workspace_sizes(3, 4, int(args.segments[:, 4].sum()))
-    segments, tiles, bucket, states, counts, chunks, histograms, *_ = args.workspace.cpu().split(sizes)
+    segments, _, bucket, states, _, _, histograms, *_ = args.workspace.cpu().split(sizes)
     assert bucket.count_nonzero() == 0
     assert histograms.count_nonzero() == 0
     arrived_and_used = states[: 3 * 40].view(3, 40)[:, :8]
