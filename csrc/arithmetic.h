@@ -32,6 +32,51 @@ constexpr uint32_t kInfinity = 0x7f800000u;   // magnitudes from here on are Inf
 // |x| as an integer orders as |x| does, with Inf above every number and NaN above Inf.
 DGC_BOTH inline uint32_t magnitude(float x) { return float_bits(x) & kMagnitude; }
 
+// Whether x is 0 or -0, denormal numbers not among them.
+DGC_BOTH inline bool is_zero(float x) { return magnitude(x) == 0; }
+
+// Each operation rounded on its own, whatever the compiler may fuse elsewhere. In PTX, since CuPy compiles everything
+// with -ftz=true, which would flush denormal numbers: what stays behind would no longer be exact.
+DGC_BOTH inline float multiply(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float x;
+  asm("mul.rn.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+  return x;
+#else
+  return a * b;  // -ffp-contract=off
+#endif
+}
+
+DGC_BOTH inline float add(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float x;
+  asm("add.rn.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+  return x;
+#else
+  return a + b;
+#endif
+}
+
+DGC_BOTH inline float subtract(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float x;
+  asm("sub.rn.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+  return x;
+#else
+  return a - b;
+#endif
+}
+
+DGC_BOTH inline float multiply_add(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  float x;
+  asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(x) : "f"(a), "f"(b), "f"(c));
+  return x;
+#else
+  return __builtin_fmaf(a, b, c);
+#endif
+}
+
 // How values travel. store() rounds to nearest even and saturates, so that what stays behind, v - w, is finite
 // and exact; load() is exact.
 struct WireFloat {
@@ -60,7 +105,7 @@ struct WireHalf {
       half = 0x7bffu;
     } else if (size < 0x38800000u) {  // below 2^-14: subnormal, a multiple of 2^-24
       // Adding 0.5 lines the last bit of the sum up with 2^-24; the addition rounds to nearest even.
-      half = float_bits(bits_float(size) + 0.5f) - 0x3f000000u;
+      half = float_bits(add(bits_float(size), 0.5f)) - 0x3f000000u;
     } else {
       half = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13;
     }
@@ -104,31 +149,6 @@ struct StoreHalf {
     return WireHalf::store(x);
   }
 };
-
-// Each operation rounded on its own, whatever the compiler may fuse elsewhere.
-DGC_BOTH inline float multiply(float a, float b) {
-#if defined(__CUDA_ARCH__)
-  return __fmul_rn(a, b);
-#else
-  return a * b;  // -ffp-contract=off
-#endif
-}
-
-DGC_BOTH inline float add(float a, float b) {
-#if defined(__CUDA_ARCH__)
-  return __fadd_rn(a, b);
-#else
-  return a + b;
-#endif
-}
-
-DGC_BOTH inline float multiply_add(float a, float b, float c) {
-#if defined(__CUDA_ARCH__)
-  return __fmaf_rn(a, b, c);
-#else
-  return __builtin_fmaf(a, b, c);
-#endif
-}
 
 // Momentum-corrected accumulation of one entry (paper, section 3.1): u <- mu*u + h; v <- v + u, or v + h + mu*u with
 // Nesterov. mu*u + h is rounded twice, as torch's mul_().add_(), and Nesterov's h + mu*u once, as torch's add(alpha=).

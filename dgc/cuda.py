@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .wire import GROUP, TILE, align_up, div_up, wire_layout
 
@@ -25,7 +26,7 @@ CHUNK = 8192
 CHUNKS_PER_TILE = TILE // CHUNK
 BINS = 2048
 MAX_SOURCES = 256
-MAX_PAIRS = 128
+MAX_PAIRS = 120
 FLOAT_TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MIN_CAPABILITY = {"native": (8, 0), "cupy": (7, 0)}
 """Compute capability that the kernels need: the library holds code from 8.0 on; below 7.0 instructions are missing."""
@@ -144,7 +145,13 @@ class _RestoreArgs(ctypes.Structure):
 
 
 class _Pair(ctypes.Structure):
-    _fields_ = (("parameter", ctypes.c_void_p), ("update", ctypes.c_void_p), ("numel", ctypes.c_int64))
+    _fields_ = (
+        ("parameter", ctypes.c_void_p),
+        ("update", ctypes.c_void_p),
+        ("numel", ctypes.c_int64),
+        ("first_block", ctypes.c_uint32),
+        ("unused", ctypes.c_uint32),
+    )
 
 
 class _SubtractArgs(ctypes.Structure):
@@ -182,8 +189,7 @@ class Kernels:
         wire_dtype: torch.dtype,
     ) -> None:
         """Accumulates, selects and packs: see dgc.ops.compress_."""
-        state = _check_segments(segments)
-        entries = int(segments[:, 4].sum())
+        state, _, entries, _ = _layout(segments)
         if sent_momentum is not None and momentum is None:
             raise RuntimeError("sent_momentum: expected None where momentum is None")
         args = _CompressArgs(
@@ -192,7 +198,9 @@ class Kernels:
             _address(residual, "residual", torch.float32, state, workspace, aligned=True),
             _address(mu, "mu", torch.float32, len(segments), workspace),
             _address(scale, "scale", torch.float32, 1, workspace),
-            _address(payload, "payload", torch.uint8, wire_layout(segments, wire_dtype).nbytes, workspace),
+            _address(
+                payload, "payload", torch.uint8, wire_layout(segments, wire_dtype).nbytes, workspace, aligned=True
+            ),
             _address(sent_momentum, "sent_momentum", torch.float32, entries, workspace),
             nesterov,
             _sources(gradients, "gradients", segments, workspace),
@@ -213,7 +221,7 @@ class Kernels:
         status: Tensor,
     ) -> None:
         """Checks all payloads, then averages them: see dgc.ops.unpack."""
-        _check_segments(segments)
+        _layout(segments)
         nbytes = wire_layout(segments, wire_dtype).nbytes
         if payloads.dim() != 2 or payloads.size(1) != nbytes or not 0 <= rank < payloads.size(0) < 65536:
             raise RuntimeError(
@@ -223,7 +231,7 @@ class Kernels:
         ranks = payloads.size(0)
         args = _UnpackArgs(
             _bucket_args(segments, workspace, wire_dtype),
-            _address(payloads, "payloads", torch.uint8, 0, workspace),
+            _address(payloads, "payloads", torch.uint8, 0, workspace, aligned=True),
             ranks,
             rank,
             _address(status, "status", torch.int32, ranks, workspace),
@@ -245,14 +253,14 @@ class Kernels:
         wire_dtype: torch.dtype,
     ) -> None:
         """Puts back what was taken out for the chosen parameters: see dgc.ops.restore_."""
-        state = _check_segments(segments)
+        state, _, entries, _ = _layout(segments)
         if sent_momentum is not None and momentum is None:
             raise RuntimeError("sent_momentum: expected None where momentum is None")
         args = _RestoreArgs(
             _bucket_args(segments, workspace, wire_dtype),
             _address(payload, "payload", torch.uint8, wire_layout(segments, wire_dtype).nbytes, workspace),
             _address(which, "which", torch.uint8, len(segments), workspace),
-            _address(sent_momentum, "sent_momentum", torch.float32, int(segments[:, 4].sum()), workspace),
+            _address(sent_momentum, "sent_momentum", torch.float32, entries, workspace),
             _address(momentum, "momentum", torch.float32, state, workspace),
             _address(residual, "residual", torch.float32, state, workspace),
         )
@@ -267,12 +275,45 @@ class Kernels:
         for first in range(0, len(parameters), MAX_PAIRS):
             pairs = list(zip(parameters, updates, strict=True))[first : first + MAX_PAIRS]
             args = _SubtractArgs(_address(skip, "skip", torch.uint8, 1, parameters[0]), -lr, len(pairs))
+            blocks = 0
             for i, (p, g) in enumerate(pairs):
-                args.pairs[i].parameter = _address(p, "parameters", torch.float32, 0, parameters[0])
-                args.pairs[i].update = _address(g, "updates", torch.float32, p.numel(), parameters[0])
-                args.pairs[i].numel = p.numel()
-            largest = max(p.numel() for p, _ in pairs)
-            self.launch("dgc_subtract", min(max(1, div_up(largest, CHUNK)), 1024), len(pairs), args)
+                args.pairs[i] = _Pair(
+                    _address(p, "parameters", torch.float32, 0, parameters[0]),
+                    _address(g, "updates", torch.float32, p.numel(), parameters[0]),
+                    p.numel(),
+                    blocks,
+                )
+                blocks += div_up(p.numel(), CHUNK)
+            if blocks:
+                self.launch("dgc_subtract", blocks, 1, args)
+
+
+class _Layout(NamedTuple):
+    """What a segment table says, worked out once: a table is never changed once it is in use."""
+
+    state: int
+    """Elements that momentum and residual have at least."""
+    tiles: int
+    entries: int
+    workspace_bytes: int
+
+
+_LAYOUTS: MutableMapping[Tensor, _Layout] = WeakIdKeyDictionary()
+
+
+def _layout(segments: Tensor) -> _Layout:
+    """Checks a segment table and returns what it says."""
+    known = _LAYOUTS.get(segments)
+    if known is None:
+        state = _check_segments(segments)
+        tiles, entries = int(((segments[:, 3] + TILE - 1) // TILE).sum()), int(segments[:, 4].sum())
+        if entries >= 2**32:
+            raise RuntimeError(
+                f"segments: expected fewer than 2^32 entries a bucket, got {entries}: use smaller buckets"
+            )
+        known = _Layout(state, tiles, entries, sum(_workspace_sizes(len(segments), tiles, entries)))
+        _LAYOUTS[segments] = known
+    return known
 
 
 def _check_segments(segments: Tensor) -> int:
@@ -295,9 +336,7 @@ def _check_segments(segments: Tensor) -> int:
 def _bucket_args(segments: Tensor, workspace: Tensor, wire_dtype: torch.dtype) -> _BucketArgs:
     if wire_dtype not in FLOAT_TYPE:
         raise RuntimeError(f"wire_dtype: expected float32, bfloat16 or float16, got {wire_dtype}")
-    tiles = int(((segments[:, 3] + TILE - 1) // TILE).sum())
-    entries = int(segments[:, 4].sum())
-    nbytes = sum(_workspace_sizes(len(segments), tiles, entries))
+    _, tiles, entries, nbytes = _layout(segments)
     pointer = _address(workspace, "workspace", torch.uint8, nbytes, workspace)
     if workspace.numel() != nbytes:
         raise RuntimeError(
@@ -370,6 +409,13 @@ def kernel_source() -> str:
 NVRTC_OPTIONS = ("-std=c++17", "--fmad=false")
 
 
+class _CurrentStream:
+    """Torch's current stream, as CUDA's protocol for Python hands streams around."""
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, torch.cuda.current_stream().cuda_stream
+
+
 @cache
 def cupy_kernels() -> Kernels:
     """Returns the kernels compiled by CuPy, on torch's current stream. CuPy keeps the machine code in ~/.cupy.
@@ -386,14 +432,13 @@ def cupy_kernels() -> Kernels:
     except Exception as error:
         raise RuntimeError(
             f"dgc: CuPy could not compile the CUDA kernels: {error}. Install a CuPy that fits the driver "
-            "(pip install 'torch-dgc[cupy]' for CUDA 13), or uninstall it: plain PyTorch then runs, slower"
+            "(pip install --no-build-isolation '.[cupy]' for CUDA 13), or uninstall it: plain PyTorch then runs, slower"
         ) from error
 
     def launch(name: str, x: int, y: int, args: ctypes.Structure) -> None:
         # CuPy passes an array of one element by value.
         by_value = numpy.frombuffer(bytes(args), dtype=numpy.dtype((numpy.void, ctypes.sizeof(args))))
-        stream = torch.cuda.current_stream()
-        with cupy.cuda.Device(stream.device_index), cupy.cuda.ExternalStream(stream.cuda_stream):
+        with cupy.cuda.Stream.from_external(_CurrentStream()):
             module.get_function(name)((x, y), (THREADS,), (by_value,))
 
     return Kernels(launch)

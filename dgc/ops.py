@@ -185,7 +185,7 @@ def subtract_(parameters: list[Tensor], updates: list[Tensor], lr: float, skip: 
         parameters: contiguous, float32.
         updates: one for each, of the same size; any values, so nothing is assumed of what unpack wrote.
         lr: the learning rate.
-        skip: uint8 [1] on the same device; where it is not 0, nothing changes. None: never.
+        skip: uint8 with one element, on the same device; where it is not 0, nothing changes. None: never.
     """
     torch.ops.dgc.subtract_(parameters, updates, lr, skip)
     # The kernel writes behind autograd's back; this keeps its check against modified saved tensors alive.

@@ -21,7 +21,7 @@ class Reducer(Protocol):
 
     @property
     def skip(self) -> Tensor | None:
-        """On a GPU, uint8 [1] there: not 0 where the step that take() claimed must change nothing. None on the CPU."""
+        """On a GPU, a uint8 scalar there: not 0 where the claimed step must change nothing. None on the CPU."""
 
     def dense_momentum(self, parameter: Tensor) -> Tensor | None:
         """Returns u if the gradient is a plain average; None if it is an update that has momentum in it already."""
@@ -117,54 +117,59 @@ class SGD(Optimizer):
         if decay:
             for p in parameters:
                 self._decay_weights(p, lr, mu, decay, nesterov, skip)
-        together: list[Tensor] = []
-        updates: list[Tensor] = []
+        updates = []
         for p in parameters:
             update = p.grad
             u = reducer.dense_momentum(p) if reducer is not None and mu else None
             if u is not None:
-                _unless(skip, [u], partial(_apply_momentum, gradient=p.grad, mu=mu))
+                _unless(skip, u, partial(_advance, gradient=p.grad, mu=mu))
                 update = p.grad.add(u, alpha=mu) if nesterov else u
-            if p.dtype == torch.float32 and p.is_contiguous() and update.is_contiguous():
-                together.append(p)
-                updates.append(update)
-            else:
-                _unless(skip, [p], partial(torch.Tensor.add_, other=update, alpha=-lr))
-        if together:
-            ops.subtract_(together, updates, lr, skip)
+            updates.append(update)
+        _subtract(parameters, updates, lr, skip)
 
     def _decay_weights(
         self, p: Tensor, lr: float, mu: float, decay: float, nesterov: bool, skip: Tensor | None
     ) -> None:
         """Takes the weight-decay part of the update off p: lr times the momentum form of decay * p."""
+        factor = 1 - lr * decay
+        shrink = factor if skip is None else torch.where(skip != 0, 1.0, factor)
         if not mu:
-            _unless(skip, [p], partial(torch.Tensor.mul_, other=1 - lr * decay))
+            p.mul_(shrink)
             return
         state = self.state[p]
         if "decay_momentum" not in state:
             state["decay_momentum"] = torch.zeros_like(p)
-        _unless(skip, [p, state["decay_momentum"]], partial(_decay, lr=lr, mu=mu, decay=decay, nesterov=nesterov))
+        u = state["decay_momentum"]
+        _unless(skip, u, partial(_advance, gradient=p, mu=mu, alpha=decay))
+        if nesterov:
+            p.mul_(shrink)
+        _subtract([p], [u], lr * mu if nesterov else lr, skip)
 
 
-def _apply_momentum(u: Tensor, gradient: Tensor, mu: float) -> None:
-    """Advances u of a dense parameter, as torch.optim.SGD does."""
-    u.mul_(mu).add_(gradient)
+def _advance(u: Tensor, gradient: Tensor, mu: float, alpha: float = 1) -> None:
+    """Advances a momentum, as torch.optim.SGD does: u <- mu*u + alpha*gradient."""
+    u.mul_(mu).add_(gradient, alpha=alpha)
 
 
-def _decay(p: Tensor, u: Tensor, lr: float, mu: float, decay: float, nesterov: bool) -> None:
-    u.mul_(mu).add_(p, alpha=decay)
-    if nesterov:
-        p.mul_(1 - lr * decay).sub_(u, alpha=lr * mu)
-    else:
-        p.sub_(u, alpha=lr)
+def _subtract(parameters: list[Tensor], updates: list[Tensor], lr: float, skip: Tensor | None) -> None:
+    """Takes lr * update off each parameter, together where the op can."""
+    together: list[Tensor] = []
+    their_updates: list[Tensor] = []
+    for p, update in zip(parameters, updates, strict=True):
+        if p.dtype == update.dtype == torch.float32 and p.is_contiguous() and update.is_contiguous():
+            together.append(p)
+            their_updates.append(update)
+        else:
+            _unless(skip, p, partial(torch.Tensor.add_, other=update, alpha=-lr))
+    if together:
+        ops.subtract_(together, their_updates, lr, skip)
 
 
-def _unless(skip: Tensor | None, tensors: list[Tensor], change: Callable[..., object]) -> None:
-    """Changes tensors in place, unless the device says that this step is to be skipped; the host never knows."""
+def _unless(skip: Tensor | None, tensor: Tensor, change: Callable[[Tensor], object]) -> None:
+    """Changes a tensor in place, unless the device says that this step is to be skipped; the host never knows."""
     if skip is None:
-        change(*tensors)
+        change(tensor)
         return
-    changed = [tensor.clone() for tensor in tensors]
-    change(*changed)
-    for tensor, new in zip(tensors, changed, strict=True):
-        torch.where(skip != 0, tensor, new, out=tensor)
+    changed = tensor.clone()
+    change(changed)
+    torch.where(skip != 0, tensor, changed, out=tensor)

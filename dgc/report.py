@@ -82,7 +82,7 @@ def log_backend(device_type: str) -> None:
     if choice == "reference":
         logger.warning(
             "dgc: no kernels for %s, so plain PyTorch is used: correct, but slow. Reinstall where nvcc is, or "
-            "`pip install 'torch-dgc[cupy]'`, with which they are compiled at first use",
+            "`pip install --no-build-isolation '.[cupy]'`, with which they are compiled at first use",
             device_type,
         )
     else:

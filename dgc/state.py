@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -85,6 +86,7 @@ class DGCState:
         self._buckets: dict[tuple[int, ...], Bucket] = {}
         self._reduced: dict[tuple[int, ...], Bucket] = {}  # those of this backward pass
         self._waiting: list[tuple[Gradients, Future[Tensor]]] = []
+        self._sent: list[Future[Tensor]] = []  # of this backward pass
         self._open = False  # between the first and the last bucket of a backward pass
         self._pending = False  # gradients were reduced that no step() has taken
         self._shadow = False  # the last backward pass has no step() on this rank
@@ -138,6 +140,7 @@ class DGCState:
         self._settle()
         self._open = True
         self._reduced = {}
+        self._sent = []
         if self.memory.momentum is None and any(map(self._momentum_factor, self._parameters)):
             self.memory.allocate_momentum()
             self._buckets.clear()  # they keep no room for masked momentum
@@ -183,6 +186,7 @@ class DGCState:
         with record_function("dgc.exchange"):
             dense = bucket.load_dense(gradients, self.memory, scale, self.exchange.world_size)
             transfer = self.exchange.start(bucket.payload, bucket.gathered, dense)
+        self._sent.append(future)
         # Runs in the backend's thread: local work only, it must never wait.
         transfer.done.add_done_callback(lambda _: self._receive(bucket, gradients, transfer, future))
 
@@ -238,7 +242,7 @@ class DGCState:
 
     @property
     def skip(self) -> Tensor | None:
-        """On a GPU, uint8 [1] there: not 0 where the step that take() claimed must change nothing. None on the CPU."""
+        """On a GPU, a uint8 scalar there: not 0 where the claimed step must change nothing. None on the CPU."""
         return self._verdict.bad if self._verdict is not None else None
 
     def _settle(self) -> bool:
@@ -293,6 +297,9 @@ class DGCState:
         """
         if not (self._open or self._pending):
             return  # nothing is outstanding: a step() has taken it
+        for future in self._sent:  # after a backward pass that broke off, nobody else has waited
+            with suppress(Exception):  # a bucket that failed sent nothing that counts; its error is backward()'s
+                future.wait()
         self._take_back()
         if self._pending:
             self.step -= 1
@@ -425,4 +432,5 @@ class DGCState:
         self._buckets.clear()
         self._reduced = {}
         self._waiting = []
-        self._open = self._pending = False
+        self._verdict = None
+        self._open = self._pending = self._shadow = False

@@ -26,15 +26,15 @@ class Verdict:
         self.buckets = buckets
         self.step = step
         reports = torch.cat([bucket.report for bucket in buckets])
-        self.bad = (reports != 0).any().to(torch.uint8).view(1)
-        """uint8 [1] on the device: 1 where nothing of this step may be applied."""
+        self.bad = (reports != 0).any().to(torch.uint8)
+        """uint8 scalar on the device: 1 where nothing of this step may be applied."""
         self._copied: torch.cuda.Event | None = None
         if reports.is_cuda:
             # Pinned, or the copy would wait.
             self._reports = torch.empty(reports.shape, dtype=reports.dtype, pin_memory=True)
             self._reports.copy_(reports, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+            # Of the tensors' device, which need not be the current one.
+            self._copied = torch.cuda.current_stream(reports.device).record_event()
         else:
             self._reports = reports
 

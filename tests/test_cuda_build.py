@@ -65,12 +65,13 @@ def nvrtc() -> ctypes.CDLL:
 
 
 @pytest.mark.parametrize("architecture", ["compute_80", "compute_90"])
-def test_nvrtc_compiles_the_source_that_cupy_gets(architecture):
+def test_nvrtc_compiles_the_source_that_cupy_gets_and_flushes_nothing(architecture):
     library = nvrtc()
     program = ctypes.c_void_p()
     source = cuda.kernel_source().encode()
     assert library.nvrtcCreateProgram(ctypes.byref(program), source, b"dgc.cu", 0, None, None) == 0
     options = [option.encode() for option in (*cuda.NVRTC_OPTIONS, f"--gpu-architecture={architecture}")]
+    options.append(b"-ftz=true")  # CuPy adds it behind everything
     code = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     size = ctypes.c_size_t()
     library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
@@ -80,6 +81,9 @@ def test_nvrtc_compiles_the_source_that_cupy_gets(architecture):
     library.nvrtcGetPTXSize(program, ctypes.byref(size))
     ptx = ctypes.create_string_buffer(size.value)
     library.nvrtcGetPTX(program, ptx)
+    # Denormal numbers stay what they are all the same: nothing flushes but 1 / ranks.
+    flushing = set(re.findall(r"\b[a-z.]+\.ftz\.[a-z0-9.]+", ptx.value.decode()))
+    assert flushing <= {"rcp.rn.ftz.f32", "div.rn.ftz.f32"}
     assert set(re.findall(r"\.entry (\w+)\(", ptx.value.decode())) == KERNELS
 
 
@@ -124,3 +128,11 @@ def test_cuda_without_nvcc_is_an_error_where_it_was_asked_for(tmp_path):
     )
     assert result.returncode != 0
     assert "DGC_CUDA=1: expected nvcc" in result.stderr
+
+
+@pytest.mark.parametrize("backend", ["native", "cupy"])
+def test_a_device_that_is_too_old_is_named_with_the_way_out(monkeypatch, backend):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla P40")
+    with pytest.raises(RuntimeError, match=r"expected compute capability [87]\.0 or later .* got 6\.1 \(Tesla P40\)"):
+        cuda.check_capability(torch.device("cuda", 0), backend)

@@ -2,6 +2,8 @@
 
 import logging
 import math
+import threading
+import time
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from models import normals
 
 import dgc
 from dgc import wire
+from dgc.bucket import Gradients
 
-SHAPES = {"big": (300, 300), "other": (200, 200), "small": (20, 20), "bias": (300,)}
+SHAPES = {"big": (300, 300), "other": (200, 200), "small": (20, 20), "bias": (300,), "scalar": ()}
 SGD = [
     {"lr": 0.5},
     {"lr": 0.5, "weight_decay": 0.1},
@@ -121,3 +124,44 @@ def test_other_optimizers_cannot_skip_so_the_host_waits():
     with pytest.raises(FloatingPointError, match="rank 0, step 0"):
         plain.step()
     assert torch.equal(one.parameter("big"), before)
+
+
+def test_loading_a_state_forgets_the_verdict_on_the_step_before():
+    one = Alone(SHAPES, dgc.DGCConfig(density=0.01), lr=0.5)
+    one.state._late = True
+    one.train(normals(SHAPES, 0))
+    saved = {**one.state.state_dict(), "step": 7}
+    gradients = normals(SHAPES, 1)
+    gradients["big"][0, 0] = math.nan
+    one.train(gradients)
+    one.state.load_state_dict(saved)
+    one.train(normals(SHAPES, 2))  # does not raise
+    assert one.state.step == 8
+
+
+def test_discard_waits_for_what_is_still_under_way():
+    one = Alone(SHAPES, dgc.DGCConfig(density=0.01), lr=0.5)
+    start = one.state.exchange.start
+    arrived = []
+
+    def slow(payload, gathered, dense):
+        transfer = start(payload, gathered, dense)
+        transfer.done = torch.futures.Future()
+
+        def complete() -> None:
+            time.sleep(0.5)
+            arrived.append(True)
+            transfer.done.set_result([])
+
+        threading.Thread(target=complete).start()
+        return transfer
+
+    one.state.exchange.start = slow
+    one.model(normals(SHAPES, 0)).backward()
+    parameters = list(one.model.parameters())
+    gradients = Gradients(parameters, [p.grad.view(-1) for p in parameters], [(i, 0) for i in range(len(parameters))])
+    one.state.reduce(gradients, last=False)  # a backward pass that breaks off
+    assert not arrived
+    one.state.discard()
+    assert arrived
+    assert torch.equal(one.state.memory.residual_of("big"), normals(SHAPES, 0)["big"])

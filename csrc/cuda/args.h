@@ -20,7 +20,7 @@ constexpr int kBins = 2048;
 
 // Kernel arguments have 4 KiB on every device, and hold the gradients' addresses.
 constexpr int kMaxSources = 256;
-constexpr int kMaxPairs = 128;
+constexpr int kMaxPairs = 120;
 
 enum FloatType : uint8_t { kFloat = 0, kBFloat16 = 1, kHalf = 2 };
 
@@ -154,6 +154,8 @@ struct Pair {
   float* parameter;
   const float* update;
   int64_t numel;
+  uint32_t first_block;
+  uint32_t unused;
 };
 
 struct SubtractArgs {

@@ -82,20 +82,49 @@ __device__ inline void count(uint32_t* histogram, bool has, uint32_t bin) {
   if (has && (peers & lanes_below()) == 0) atomicAdd(histogram + bin, static_cast<uint32_t>(__popc(peers)));
 }
 
+// A block's contribution to a histogram. Where nearly every element is counted, as in warm-up, it is gathered in shared
+// memory first, since all blocks would wait for the same few bins.
+class Tally {
+ public:
+  __device__ Tally(uint32_t* histogram, uint32_t* shared, bool many)
+      : histogram_(histogram), shared_(shared), many_(many) {
+    if (!many_) return;
+    for (int bin = static_cast<int>(threadIdx.x); bin < kBins; bin += kThreads) shared_[bin] = 0;
+    __syncthreads();
+  }
+
+  __device__ void add(bool has, uint32_t bin) const { count(many_ ? shared_ : histogram_, has, bin); }
+
+  // All threads call it, once.
+  __device__ void finish() const {
+    if (!many_) return;
+    __syncthreads();
+    for (int bin = static_cast<int>(threadIdx.x); bin < kBins; bin += kThreads)
+      if (shared_[bin] != 0) atomicAdd(histogram_ + bin, shared_[bin]);
+  }
+
+ private:
+  uint32_t* histogram_;
+  uint32_t* shared_;
+  bool many_;
+};
+
 // Returns whether this block is the last of `blocks` to come here, and so sees what all of them wrote before. All
 // threads call it. The counter is zero again afterwards.
 __device__ inline bool last_block(uint32_t* counter, int64_t blocks) {
   __shared__ bool last;
-  __threadfence();  // each thread's writes, before its block is counted
   __syncthreads();
   if (threadIdx.x == 0) {
+    // Behind the barrier, one thread's fence stands for the writes of the whole block.
+    __threadfence();
     last = atomicAdd(counter, 1u) == static_cast<uint32_t>(blocks - 1);
-    if (last) *counter = 0;
+    if (last) {
+      *counter = 0;
+      __threadfence();  // before this block reads what the others wrote
+    }
   }
   __syncthreads();
-  const bool result = last;
-  if (result) __threadfence();  // and before this block reads what the others wrote
-  return result;
+  return last;
 }
 
 struct Digit {

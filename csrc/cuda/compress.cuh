@@ -61,14 +61,13 @@ constexpr int kRounds = 8;  // of four elements a lane
 
 // One warp's 1024 elements: eight lanes hold a group of 32, four elements each. Lane 8q + j returns the maximum of
 // group 4j + q. u and v are aligned, since every segment's state starts at a multiple of 128 bytes.
-template <class Wire, Reach kReach>
+template <class Wire, Reach kReach, bool kMomentum>
 __device__ inline WarpReport update_warp(const typename Wire::Raw* __restrict__ g, float* __restrict__ u,
                                          float* __restrict__ v, int numel, float mu, float scale, bool nesterov) {
   using Raw = typename Wire::Raw;
   constexpr Reach kState = kReach == kTail ? kTail : kAligned;
   constexpr int kAtOnce = 2;  // rounds whose loads are under way together
   WarpReport report{0, false, false};
-  const bool keeps_momentum = u != nullptr;
   uint32_t gradient_bits = 0;
 #pragma unroll 1
   for (int first = 0; first < kRounds; first += kAtOnce) {
@@ -78,7 +77,7 @@ __device__ inline WarpReport update_warp(const typename Wire::Raw* __restrict__ 
     for (int j = 0; j < kAtOnce; ++j) {
       const int at = (first + j) * 4 * kWarp + 4 * lane();
       raw[j] = load<Raw, kReach>(g + at, numel - at);
-      if (keeps_momentum) new_u[j] = load<float, kState>(u + at, numel - at);
+      if constexpr (kMomentum) new_u[j] = load<float, kState>(u + at, numel - at);
       new_v[j] = load<float, kState>(v + at, numel - at);
     }
 #pragma unroll
@@ -89,11 +88,11 @@ __device__ inline WarpReport update_warp(const typename Wire::Raw* __restrict__ 
       for (int i = 0; i < 4; ++i) {
         const float h = multiply(Wire::load(raw[j].x[i]), scale);
         gradient_bits |= float_bits(h);
-        report.nonfinite |= !accumulate(h, mu, keeps_momentum, nesterov, &new_u[j].x[i], &new_v[j].x[i]);
+        report.nonfinite |= !accumulate(h, mu, kMomentum, nesterov, &new_u[j].x[i], &new_v[j].x[i]);
         const uint32_t size = magnitude(new_v[j].x[i]);
         largest = size > largest ? size : largest;
       }
-      if (keeps_momentum) store<float, kState>(u + at, numel - at, new_u[j]);
+      if constexpr (kMomentum) store<float, kState>(u + at, numel - at, new_u[j]);
       store<float, kState>(v + at, numel - at, new_v[j]);
 #pragma unroll
       for (int step = 1; step < 8; step *= 2) {
@@ -107,14 +106,14 @@ __device__ inline WarpReport update_warp(const typename Wire::Raw* __restrict__ 
   return report;
 }
 
-template <class Wire>
+template <class Wire, bool kMomentum>
 __device__ inline WarpReport update_warp(const void* gradient, int64_t offset, float* u, float* v, int numel, float mu,
                                          float scale, bool nesterov) {
   const auto* g = static_cast<const typename Wire::Raw*>(gradient) + offset;
-  if (numel < kWarpElements) return update_warp<Wire, kTail>(g, u, v, numel, mu, scale, nesterov);
+  if (numel < kWarpElements) return update_warp<Wire, kTail, kMomentum>(g, u, v, numel, mu, scale, nesterov);
   const bool aligned = reinterpret_cast<uint64_t>(g) % sizeof(Quad<typename Wire::Raw>) == 0;
-  return aligned ? update_warp<Wire, kAligned>(g, u, v, numel, mu, scale, nesterov)
-                 : update_warp<Wire, kUnaligned>(g, u, v, numel, mu, scale, nesterov);
+  return aligned ? update_warp<Wire, kAligned, kMomentum>(g, u, v, numel, mu, scale, nesterov)
+                 : update_warp<Wire, kUnaligned, kMomentum>(g, u, v, numel, mu, scale, nesterov);
 }
 
 // The group whose maximum update_warp gave to this lane.
@@ -134,9 +133,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4) dgc_update(const __gri
     float* v = a.residual + s.row.state + begin;
     const float mu = a.mu[tile.segment], scale = *a.scale;
     const void* gradient = a.gradients.data[s.row.source];
+    const int64_t offset = s.row.offset + begin;
+    const bool nesterov = a.nesterov != 0;
     WarpReport report{};
-    with_wire_type(a.gradients.type[s.row.source], [&](auto wire) {
-      report = update_warp<decltype(wire)>(gradient, s.row.offset + begin, u, v, numel, mu, scale, a.nesterov != 0);
+    with_wire_type(a.gradients.type[s.row.source], [&](auto type) {
+      using Wire = decltype(type);
+      report = u != nullptr ? update_warp<Wire, true>(gradient, offset, u, v, numel, mu, scale, nesterov)
+                            : update_warp<Wire, false>(gradient, offset, u, v, numel, mu, scale, nesterov);
     });
     const bool exists = group_of_lane() * kGroup < numel;
     const int64_t group = tile.index * kGroupsPerTile + chunk * kGroupsPerChunk + warp() * kWarp + group_of_lane();
@@ -164,11 +167,18 @@ extern "C" __global__ void __launch_bounds__(kThreads) dgc_bound(const __grid_co
   const int groups = static_cast<int>(div_up(tile.numel, kGroup));
   if (state.rank != 0) {
     const uint32_t prefix = state.prefix;
+    // All loads first: the compiler moves none of them past an atomic.
+    constexpr int kEach = kGroupsPerTile / kThreads;
+    uint32_t largest[kEach];
 #pragma unroll
-    for (int i = 0; i < kGroupsPerTile / kThreads; ++i) {
+    for (int i = 0; i < kEach; ++i) {
       const int group = i * kThreads + static_cast<int>(threadIdx.x);
-      const uint32_t largest = group < groups ? group_max[group] : 0;
-      count(histogram, group < groups && largest >> 20 == prefix, largest >> 9 & (kBins - 1));
+      largest[i] = group < groups ? group_max[group] : kInfinity;
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      // Maxima are finite, so what is not there has no prefix of theirs.
+      count(histogram, largest[i] >> 20 == prefix, largest[i] >> 9 & (kBins - 1));
     }
   }
   if (!last_block(&state.arrived, w.segments[tile.segment].tiles)) return;
@@ -208,6 +218,7 @@ __device__ inline void over_groups(const float* v, const uint16_t* groups, int n
 extern "C" __global__ void __launch_bounds__(kThreads) dgc_collect(const __grid_constant__ CompressArgs a) {
   __shared__ uint16_t groups[kWarps][kGroupsPerChunk];
   __shared__ int64_t first_of_tile;
+  __shared__ uint32_t bins[kBins];
   const Workspace w = a.bucket.work();
   const TileView tile(w, blockIdx.x);
   const DeviceSegment& s = w.segments[tile.segment];
@@ -237,12 +248,14 @@ extern "C" __global__ void __launch_bounds__(kThreads) dgc_collect(const __grid_
   }
   __syncwarp();
 
+  const Tally tally(histogram, bins, state.bound == 0);
   int candidates = 0;
   over_groups(v, mine, n_groups, numel, bound, [&](int, const uint32_t* bits, unsigned mask) {
     candidates += __popc(mask);
 #pragma unroll
-    for (int c = 0; c < 4; ++c) count(histogram, (mask >> c & 1) != 0, (bits[c] & kMagnitude) >> 20);
+    for (int c = 0; c < 4; ++c) tally.add((mask >> c & 1) != 0, (bits[c] & kMagnitude) >> 20);
   });
+  tally.finish();
   int64_t in_warp, in_tile;
   warp_scan(candidates, &in_warp);
   const int64_t before = block_scan(lane() == 0 ? in_warp : 0, &in_tile);
@@ -315,11 +328,14 @@ __device__ inline void next_digit(const CompressArgs& a, int shift, int bits, bo
   const TileView tile(w, blockIdx.x);
   SegmentState& state = w.segment_states[tile.segment];
   uint32_t* histogram = w.histograms + tile.segment * kBins;
-  const uint32_t prefix = state.prefix, bins = (1u << bits) - 1;
+  __shared__ uint32_t bins[kBins];
+  const uint32_t prefix = state.prefix, mask = (1u << bits) - 1;
+  const Tally tally(histogram, bins, state.bound == 0);
   over_candidates(a, w, tile, warp(), [&](bool valid, uint32_t x, int) {
     const uint32_t size = x & kMagnitude;
-    count(histogram, valid && size >> (shift + bits) == prefix, size >> shift & bins);
+    tally.add(valid && size >> (shift + bits) == prefix, size >> shift & mask);
   });
+  tally.finish();
   if (!last_block(&state.arrived, w.segments[tile.segment].tiles)) return;
   const Digit digit = take_digit(histogram, state.rank);
   if (threadIdx.x == 0) {
@@ -409,11 +425,11 @@ __device__ inline void emit_tile(const CompressArgs& a, const Workspace& w, cons
       const float sent = Wire::load(raw);
       indices[entry] = static_cast<uint16_t>(warp() * kChunk + index);
       values[entry] = raw;
-      a.residual[at] = add(value, -sent);  // exact: what the wire type cannot say stays here
+      a.residual[at] = subtract(value, sent);  // exact: what the wire type cannot say stays here
       if (a.sent_momentum != nullptr) {
         // Momentum factor masking (paper, section 3.2), where something was sent.
         a.sent_momentum[entry] = a.momentum[at];
-        if (sent != 0.0f) a.momentum[at] = 0.0f;
+        if (!is_zero(sent)) a.momentum[at] = 0.0f;
       }
     }
     above += __popc(above_vote);

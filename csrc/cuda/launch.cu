@@ -7,14 +7,18 @@
 namespace dgc {
 namespace {
 
-// The caller's device is the current one again afterwards.
+// The caller's device is the current one again afterwards. Set only where it differs: setting a device makes a context
+// on it, which costs memory.
 class OnDevice {
  public:
   explicit OnDevice(int device) {
     code_ = cudaGetDevice(&before_);
-    if (code_ == cudaSuccess) code_ = cudaSetDevice(device);
+    changed_ = code_ == cudaSuccess && before_ != device;
+    if (changed_) code_ = cudaSetDevice(device);
   }
-  ~OnDevice() { cudaSetDevice(before_); }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
 
@@ -22,6 +26,7 @@ class OnDevice {
 
  private:
   int before_ = 0;
+  bool changed_ = false;
   cudaError_t code_;
 };
 
@@ -63,11 +68,10 @@ int dgc_cuda_restore(const RestoreArgs* args, int device, void* stream) {
   return launch(dgc_restore, args->bucket.tiles, 1, *args, stream);
 }
 
-int dgc_cuda_subtract(const SubtractArgs* args, int64_t largest, int device, void* stream) {
+int dgc_cuda_subtract(const SubtractArgs* args, int64_t blocks, int device, void* stream) {
   const OnDevice on(device);
   if (on.code() != cudaSuccess) return on.code();
-  const int64_t blocks = div_up(largest, kChunk), most = 1024;
-  return launch(dgc_subtract, blocks < most ? blocks : most, args->count, *args, stream);
+  return launch(dgc_subtract, blocks, 1, *args, stream);
 }
 
 const char* dgc_cuda_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

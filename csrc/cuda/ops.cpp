@@ -16,8 +16,12 @@ constexpr DeviceType kDevice = DeviceType::CPU;
 constexpr DeviceType kDevice = DeviceType::CUDA;
 #endif
 
-void check(const Tensor& tensor, const char* name, ScalarType dtype, int64_t min_numel) {
+// Throws unless the tensor is on the device of another, and as check_tensor says.
+void check(const Tensor& tensor, const char* name, ScalarType dtype, int64_t min_numel, const Tensor& as) {
   check_tensor(tensor, name, kDevice, dtype, min_numel);
+  STD_TORCH_CHECK(tensor.get_device_index() == as.get_device_index(), name,
+                  ": expected it on the same device as the others, cuda:", static_cast<int>(as.get_device_index()),
+                  ", got cuda:", static_cast<int>(tensor.get_device_index()));
 }
 
 template <class T>
@@ -29,16 +33,10 @@ FloatType float_type(ScalarType dtype) {
   return dtype == ScalarType::Float ? kFloat : dtype == ScalarType::BFloat16 ? kBFloat16 : kHalf;
 }
 
-// u and v are read 16 bytes at a time.
+// u, v and the payload are read up to 16 bytes at a time.
 void check_aligned(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0, name,
                   ": expected memory aligned to 16 bytes; a view that starts in the middle of a tensor is not");
-}
-
-void check_same_device(const Tensor& tensor, const char* name, const Tensor& as, const char* as_name) {
-  STD_TORCH_CHECK(tensor.get_device_index() == as.get_device_index(), name, ": expected it on the same device as ",
-                  as_name, ", cuda:", static_cast<int>(as.get_device_index()),
-                  ", got cuda:", static_cast<int>(tensor.get_device_index()));
 }
 
 BucketArgs bucket_args(const Bucket& bucket, const Tensor& workspace, ScalarType wire_dtype) {
@@ -52,7 +50,7 @@ BucketArgs bucket_args(const Bucket& bucket, const Tensor& workspace, ScalarType
   args.entries = bucket.entries;
   args.wire_type = float_type(wire_dtype);
   const int64_t bytes = args.work().bytes;
-  check(workspace, "workspace", ScalarType::Byte, bytes);
+  check(workspace, "workspace", ScalarType::Byte, bytes, workspace);
   STD_TORCH_CHECK(workspace.numel() == bytes, "workspace: expected the ", bytes,
                   " bytes that dgc.ops.workspace() makes for these segments, got ", workspace.numel());
   args.workspace = static_cast<uint8_t*>(workspace.mutable_data_ptr());
@@ -65,7 +63,7 @@ void set_sources(Sources* sources, const std::vector<Tensor>& tensors, const cha
   STD_TORCH_CHECK(tensors.size() <= kMaxSources, name, ": expected at most ", kMaxSources, " tensors a bucket, got ",
                   tensors.size(), ": use smaller buckets");
   for (size_t i = 0; i < tensors.size(); ++i) {
-    check_same_device(tensors[i], name, as, "the workspace");
+    check(tensors[i], name, tensors[i].scalar_type(), 0, as);
     sources->data[i] = tensors[i].mutable_data_ptr();
     sources->type[i] = float_type(tensors[i].scalar_type());
   }
@@ -91,22 +89,21 @@ void compress_cuda(std::vector<Tensor> gradients, std::optional<Tensor> momentum
                    bool nesterov, ScalarType wire_dtype) {
   const Bucket bucket(segments);
   CompressArgs args{};
-  check(payload, "payload", ScalarType::Byte, bucket.wire(wire_dtype).bytes);
+  check(payload, "payload", ScalarType::Byte, bucket.wire(wire_dtype).bytes, workspace);
+  check_aligned(payload, "payload");
   args.bucket = bucket_args(bucket, workspace, wire_dtype);
   set_sources(&args.gradients, gradients, "gradients", bucket, workspace);
-  check(residual, "residual", ScalarType::Float, bucket.state);
+  check(residual, "residual", ScalarType::Float, bucket.state, workspace);
   check_aligned(residual, "residual");
-  check_same_device(residual, "residual", workspace, "the workspace");
   if (momentum) {
-    check(*momentum, "momentum", ScalarType::Float, bucket.state);
+    check(*momentum, "momentum", ScalarType::Float, bucket.state, workspace);
     check_aligned(*momentum, "momentum");
-    check_same_device(*momentum, "momentum", workspace, "the workspace");
   }
-  check(mu, "mu", ScalarType::Float, args.bucket.segments);
-  check(scale, "scale", ScalarType::Float, 1);
+  check(mu, "mu", ScalarType::Float, args.bucket.segments, workspace);
+  check(scale, "scale", ScalarType::Float, 1, workspace);
   if (sent_momentum) {
     STD_TORCH_CHECK(momentum.has_value(), "sent_momentum: expected None where momentum is None");
-    check(*sent_momentum, "sent_momentum", ScalarType::Float, bucket.entries);
+    check(*sent_momentum, "sent_momentum", ScalarType::Float, bucket.entries, workspace);
   }
   args.momentum = data<float>(momentum);
   args.residual = data<float>(residual);
@@ -126,13 +123,12 @@ void unpack_cuda(Tensor payloads, int64_t rank, Tensor segments, Tensor workspac
   UnpackArgs args{};
   args.bucket = bucket_args(bucket, workspace, wire_dtype);
   set_sources(&args.out, out, "out", bucket, workspace);
-  check(payloads, "payloads", ScalarType::Byte, 0);
-  check_same_device(payloads, "payloads", workspace, "the workspace");
+  check(payloads, "payloads", ScalarType::Byte, 0, workspace);
   STD_TORCH_CHECK(payloads.dim() == 2 && payloads.size(1) == bytes && rank >= 0 && rank < payloads.size(0),
                   "payloads: expected a row of ", bytes, " bytes for each rank, this rank's (", rank, ") among them");
   STD_TORCH_CHECK(payloads.size(0) < 65536, "payloads: expected fewer than 65536 ranks, got ", payloads.size(0));
-  check(status, "status", ScalarType::Int, payloads.size(0));
-  check_same_device(status, "status", workspace, "the workspace");
+  check_aligned(payloads, "payloads");
+  check(status, "status", ScalarType::Int, payloads.size(0), workspace);
   args.payloads = static_cast<const uint8_t*>(payloads.const_data_ptr());
   args.ranks = payloads.size(0);
   args.rank = rank;
@@ -146,14 +142,13 @@ void restore_cuda(Tensor payload, Tensor which, Tensor segments, Tensor workspac
   const Bucket bucket(segments);
   RestoreArgs args{};
   args.bucket = bucket_args(bucket, workspace, wire_dtype);
-  check(payload, "payload", ScalarType::Byte, bucket.wire(wire_dtype).bytes);
-  check(which, "which", ScalarType::Byte, args.bucket.segments);
-  check(residual, "residual", ScalarType::Float, bucket.state);
-  check_same_device(residual, "residual", workspace, "the workspace");
+  check(payload, "payload", ScalarType::Byte, bucket.wire(wire_dtype).bytes, workspace);
+  check(which, "which", ScalarType::Byte, args.bucket.segments, workspace);
+  check(residual, "residual", ScalarType::Float, bucket.state, workspace);
   if (sent_momentum) {
     STD_TORCH_CHECK(momentum.has_value(), "sent_momentum: expected None where momentum is None");
-    check(*sent_momentum, "sent_momentum", ScalarType::Float, bucket.entries);
-    check(*momentum, "momentum", ScalarType::Float, bucket.state);
+    check(*sent_momentum, "sent_momentum", ScalarType::Float, bucket.entries, workspace);
+    check(*momentum, "momentum", ScalarType::Float, bucket.state, workspace);
     args.sent_momentum = data<float>(sent_momentum);
     args.momentum = data<float>(momentum);
   }
@@ -167,24 +162,23 @@ void restore_cuda(Tensor payload, Tensor which, Tensor segments, Tensor workspac
 void subtract_cuda(std::vector<Tensor> parameters, std::vector<Tensor> updates, double lr, std::optional<Tensor> skip) {
   STD_TORCH_CHECK(parameters.size() == updates.size(), "updates: expected one for each of ", parameters.size(),
                   " parameters, got ", updates.size());
-  if (skip) check(*skip, "skip", ScalarType::Byte, 1);
+  if (skip && !parameters.empty()) check(*skip, "skip", ScalarType::Byte, 1, parameters[0]);
   for (size_t first = 0; first < parameters.size(); first += kMaxPairs) {
     SubtractArgs args{};
     args.skip = data<const uint8_t>(skip);
     args.minus_lr = static_cast<float>(-lr);
     args.count = static_cast<int32_t>(std::min<size_t>(kMaxPairs, parameters.size() - first));
-    int64_t largest = 1;
+    int64_t blocks = 0;
     for (int32_t i = 0; i < args.count; ++i) {
       const Tensor &p = parameters[first + i], &g = updates[first + i];
-      check(p, "parameters", ScalarType::Float, 0);
-      check(g, "updates", ScalarType::Float, p.numel());
-      check_same_device(p, "parameters", parameters[0], "the first parameter");
-      check_same_device(g, "updates", parameters[0], "the first parameter");
-      args.pairs[i] = {data<float>(p), static_cast<const float*>(g.const_data_ptr()), p.numel()};
-      largest = std::max(largest, p.numel());
+      check(p, "parameters", ScalarType::Float, 0, parameters[0]);
+      check(g, "updates", ScalarType::Float, p.numel(), parameters[0]);
+      args.pairs[i] = {data<float>(p), static_cast<const float*>(g.const_data_ptr()), p.numel(),
+                       static_cast<uint32_t>(blocks), 0};
+      blocks += div_up(p.numel(), kChunk);
     }
     const int device = parameters[0].get_device_index();
-    check_launch(dgc_cuda_subtract(&args, largest, device, current_stream(device)), device);
+    if (blocks != 0) check_launch(dgc_cuda_subtract(&args, blocks, device, current_stream(device)), device);
   }
 }
 

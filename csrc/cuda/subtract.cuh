@@ -1,5 +1,5 @@
 // dgc::subtract_ on a GPU: parameter -= lr * update, for updates that are nearly all zero. Where four of them are, the
-// parameter is neither read nor written. One launch for up to 128 parameters.
+// parameter is neither read nor written. One launch for up to 128 parameters, with a block for each 8,192 elements.
 #pragma once
 
 #include "common.cuh"
@@ -8,26 +8,32 @@ namespace dgc {
 
 extern "C" __global__ void __launch_bounds__(kThreads) dgc_subtract(const __grid_constant__ SubtractArgs a) {
   if (a.skip != nullptr && *a.skip != 0) return;
-  const Pair& pair = a.pairs[blockIdx.y];
-  const auto aligned = (reinterpret_cast<uint64_t>(pair.parameter) | reinterpret_cast<uint64_t>(pair.update)) % 16 == 0;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t quads = aligned ? pair.numel / 4 : 0;
+  int low = 0, high = a.count;  // the last parameter that starts at this block or before
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (a.pairs[middle].first_block <= blockIdx.x ? low : high) = middle;
+  }
+  const Pair& pair = a.pairs[low];
+  const int64_t begin = static_cast<int64_t>(blockIdx.x - pair.first_block) * kChunk;
+  const int n = static_cast<int>(smaller(pair.numel - begin, kChunk));
+  float* p = pair.parameter + begin;
+  const float* g = pair.update + begin;
+  const auto aligned = (reinterpret_cast<uint64_t>(p) | reinterpret_cast<uint64_t>(g)) % sizeof(Quad<float>) == 0;
+  const int thread = static_cast<int>(threadIdx.x), quads = aligned ? n / 4 : 0;
   // Rounded once, as torch's add_(alpha=).
-  for (int64_t q = thread; q < quads; q += stride) {
-    const float4 g = reinterpret_cast<const float4*>(pair.update)[q];
-    if (g.x == 0.0f && g.y == 0.0f && g.z == 0.0f && g.w == 0.0f) continue;
-    float4 p = reinterpret_cast<const float4*>(pair.parameter)[q];
-    p.x = multiply_add(a.minus_lr, g.x, p.x);
-    p.y = multiply_add(a.minus_lr, g.y, p.y);
-    p.z = multiply_add(a.minus_lr, g.z, p.z);
-    p.w = multiply_add(a.minus_lr, g.w, p.w);
-    reinterpret_cast<float4*>(pair.parameter)[q] = p;
+  for (int q = thread; q < quads; q += kThreads) {
+    const Quad<float> update = reinterpret_cast<const Quad<float>*>(g)[q];
+    bool zero = true;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) zero &= is_zero(update.x[i]);
+    if (zero) continue;
+    Quad<float> parameter = reinterpret_cast<const Quad<float>*>(p)[q];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) parameter.x[i] = multiply_add(a.minus_lr, update.x[i], parameter.x[i]);
+    reinterpret_cast<Quad<float>*>(p)[q] = parameter;
   }
-  for (int64_t i = 4 * quads + thread; i < pair.numel; i += stride) {
-    const float g = pair.update[i];
-    if (g != 0.0f) pair.parameter[i] = multiply_add(a.minus_lr, g, pair.parameter[i]);
-  }
+  for (int i = 4 * quads + thread; i < n; i += kThreads)
+    if (!is_zero(g[i])) p[i] = multiply_add(a.minus_lr, g[i], p[i]);
 }
 
 }  // namespace dgc

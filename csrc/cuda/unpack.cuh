@@ -40,8 +40,7 @@ __device__ inline int32_t check_tile(const PayloadView<Wire>& p, const TileView&
                                      int64_t entries) {
   const int64_t begin = p.begin(tile.index), end = p.ends[tile.index];
   if (begin > end || end > entries) return kBadTiles;
-  // How many entries a parameter sends is no secret.
-  if (tile.begin == 0 && begin != s.first_entry) return kBadTiles;
+  // How many entries a parameter sends is fixed.
   if (tile.begin + kTile >= s.row.numel && end != s.first_entry + s.row.entries) return kBadTiles;
   bool rising = true, finite = true;
   for (int64_t e = begin + lane(); e < end; e += kWarp) {
@@ -79,21 +78,27 @@ extern "C" __global__ void __launch_bounds__(kThreads) dgc_check(const __grid_co
   }
 }
 
-// The first of n rising indices that is not below x.
-__device__ inline int64_t lower_bound(const uint16_t* indices, int64_t begin, int64_t end, int x) {
-  while (begin < end) {
-    const int64_t middle = (begin + end) / 2;
-    if (indices[middle] < x) {
-      begin = middle + 1;
-    } else {
-      end = middle;
+// Where a chunk's entries begin and end among a tile's, whose indices rise: both ends are searched at once.
+__device__ inline void find_chunk(const uint16_t* indices, int chunk, int64_t* begin, int64_t* end) {
+  int64_t low[2] = {*begin, *begin}, high[2] = {*end, *end};
+  while (low[0] < high[0] || low[1] < high[1]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (low[i] >= high[i]) continue;
+      const int64_t middle = (low[i] + high[i]) / 2;
+      if (indices[middle] < (chunk + i) * kChunk) {
+        low[i] = middle + 1;
+      } else {
+        high[i] = middle;
+      }
     }
   }
-  return begin;
+  *begin = low[0];
+  *end = low[1];
 }
 
 // A block's shared memory: the sums of a chunk, and where each rank's entries are.
-struct ChunkSums {
+struct alignas(16) ChunkSums {
   float sum[kChunk];
   uint32_t first[kThreads];   // a rank's first entry in the chunk
   uint32_t before[kThreads];  // entries of lower ranks
@@ -110,9 +115,9 @@ __device__ inline void sum_chunk(const UnpackArgs& a, const WireLayout& wire, in
     int64_t begin = 0, end = 0, total;
     if (thread < ranks) {
       const PayloadView<Wire> p(a.payloads + (batch + thread) * wire.bytes, wire);
-      const int64_t stop = p.ends[tile];
-      begin = lower_bound(p.indices, p.begin(tile), stop, chunk * kChunk);
-      end = lower_bound(p.indices, begin, stop, (chunk + 1) * kChunk);
+      begin = p.begin(tile);
+      end = p.ends[tile];
+      find_chunk(p.indices, chunk, &begin, &end);
     }
     const int64_t lower = block_scan(end - begin, &total);
     first[thread] = static_cast<uint32_t>(begin);
@@ -152,17 +157,21 @@ __device__ inline void sum_chunk(const UnpackArgs& a, const WireLayout& wire, in
 // Writes n averages; `out` may start anywhere.
 template <class Store>
 __device__ inline void store_chunk(typename Store::Raw* out, int n, const float* sum, float inverse) {
-  const auto round = [&](int i) { return Store::round(multiply(sum[i], inverse)); };
-  const int past = static_cast<int>(reinterpret_cast<uint64_t>(out) / sizeof(*out) % 4);
+  using Raw = typename Store::Raw;
+  const auto round = [&](float x) { return Store::round(multiply(x, inverse)); };
+  const int past = static_cast<int>(reinterpret_cast<uint64_t>(out) / sizeof(Raw) % 4);
   const int head = past == 0 ? 0 : (4 - past < n ? 4 - past : n);
   const int quads = (n - head) / 4, tail = head + 4 * quads;
   const int thread = static_cast<int>(threadIdx.x);
-  if (thread < head) out[thread] = round(thread);
+  if (thread < head) out[thread] = round(sum[thread]);
   for (int q = thread; q < quads; q += kThreads) {
-    const int i = head + 4 * q;
-    *reinterpret_cast<Quad<typename Store::Raw>*>(out + i) = {{round(i), round(i + 1), round(i + 2), round(i + 3)}};
+    const float* from = sum + head + 4 * q;
+    // In one access where it is aligned; four of stride four would wait for the same banks.
+    const Quad<float> x =
+        head == 0 ? *reinterpret_cast<const Quad<float>*>(from) : Quad<float>{{from[0], from[1], from[2], from[3]}};
+    *reinterpret_cast<Quad<Raw>*>(out + head + 4 * q) = {{round(x.x[0]), round(x.x[1]), round(x.x[2]), round(x.x[3])}};
   }
-  if (tail + thread < n) out[tail + thread] = round(tail + thread);
+  if (tail + thread < n) out[tail + thread] = round(sum[tail + thread]);
 }
 
 // A block for each chunk.
@@ -181,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) dgc_average(const __grid_
     used |= a.payloads[r * wire.bytes + wire.used + tile.segment] != 0;
   }
   if (__syncthreads_or(bad)) return;
-  for (int i = thread; i < kChunk; i += kThreads) shared.sum[i] = 0.0f;
+  for (int q = thread; q < kChunk / 4; q += kThreads) reinterpret_cast<Quad<float>*>(shared.sum)[q] = Quad<float>{};
   if (__syncthreads_or(used)) {
     with_wire_type(a.bucket.wire_type,
                    [&](auto type) { sum_chunk<decltype(type)>(a, wire, tile.index, chunk, shared); });
