@@ -32,7 +32,12 @@ CPU = torch.device("cpu")
 @cache
 def emulator() -> ctypes.CDLL:
     """Returns csrc/cuda compiled for the CPU; its ops are registered under the dispatch key PrivateUse1."""
-    sources = [ROOT / "tests/emulator/emulator.cpp", ROOT / "csrc/cuda/ops.cpp", ROOT / "csrc/bucket.cpp"]
+    sources = [
+        ROOT / "tests/emulator/emulator.cpp",
+        ROOT / "tests/emulator/machine.cpp",
+        ROOT / "csrc/cuda/ops.cpp",
+        ROOT / "csrc/bucket.cpp",
+    ]
     # fmt: off
     command = [
         os.environ.get("CXX", "g++"), "-O2", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-U_FORTIFY_SOURCE",
@@ -143,6 +148,9 @@ class Cuda:
 
 
 ROADS: dict[str, Callable[[], Any]] = {"native": Native, "built": Built, "jit": Jit, "cuda": Cuda}
+
+
+AVAILABLE = [name for name in ROADS if name != "cuda" or torch.cuda.is_available()]
 
 
 class Current:

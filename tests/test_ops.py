@@ -5,11 +5,13 @@ import itertools
 import pytest
 import torch
 from buckets import Args, make
-from roads import ops
+from roads import AVAILABLE, ops
 
 from dgc import cuda, reference, wire
 
 pytestmark = pytest.mark.usefixtures("road")
+# Where much is tried, jit is left out: its kernels are built's.
+every_kernel = pytest.mark.parametrize("road", [name for name in AVAILABLE if name != "jit"], indirect=True)
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [[1], [31], [33, 1, 64], [65535], [65537], [100_000, 1, 33, 70_000]]
@@ -45,6 +47,7 @@ def unpack_both(args: Args, payloads: torch.Tensor, rank: int = 0, dtype: torch.
     return out, status.tolist()
 
 
+@every_kernel
 @pytest.mark.parametrize(
     ("sizes", "density"),
     [(sizes, density) for sizes in SIZES for density in (0.001, 0.01, 0.25, 1.0) if sum(sizes) * density < 20_000],
@@ -97,6 +100,7 @@ KINDS = [
 ]
 
 
+@every_kernel
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("density", [0.001, 0.02, 0.3], ids=str)
 def test_op_equals_reference_on_hard_data(kind, density):
@@ -111,6 +115,7 @@ def test_op_equals_reference_on_hard_data(kind, density):
         unpack_both(args, args.payload.view(1, -1))
 
 
+@every_kernel
 @pytest.mark.parametrize("seed", range(40))
 def test_op_equals_reference_on_random_shapes(seed):
     generator = torch.Generator().manual_seed(seed)

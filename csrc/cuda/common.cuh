@@ -127,6 +127,15 @@ __device__ inline bool last_block(uint32_t* counter, int64_t blocks) {
   return last;
 }
 
+// Sets a flag that others may set at the same time.
+__device__ inline void raise(uint32_t* flag) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.relaxed.gpu.u32 [%0], %1;" ::"l"(flag), "r"(1u) : "memory");
+#else
+  __atomic_store_n(flag, 1u, __ATOMIC_RELAXED);
+#endif
+}
+
 struct Digit {
   int64_t bin;   // -1: there are fewer than `rank`
   int64_t rank;  // within the bin

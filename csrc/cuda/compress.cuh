@@ -145,9 +145,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4) dgc_update(const __gri
     const int64_t group = tile.index * kGroupsPerTile + chunk * kGroupsPerChunk + warp() * kWarp + group_of_lane();
     if (exists) w.group_max[group] = report.group_max;
     count(w.histograms + tile.segment * kBins, exists, report.group_max >> 20);
-    // Everybody writes the same.
-    if (__any_sync(kAll, report.used) && lane() == 0) state.used = 1;
-    if (__any_sync(kAll, report.nonfinite) && lane() == 0) w.bucket->nonfinite = 1;
+    if (__any_sync(kAll, report.used) && lane() == 0) raise(&state.used);
+    if (__any_sync(kAll, report.nonfinite) && lane() == 0) raise(&w.bucket->nonfinite);
   }
   if (!last_block(&state.arrived, s.tiles * kChunksPerTile)) return;
   // No digit, and rank 0, where k exceeds the number of groups.

@@ -150,7 +150,6 @@ __device__ inline void sum_chunk(const UnpackArgs& a, const WireLayout& wire, in
         __syncthreads();
       }
     }
-    __syncthreads();  // before the next batch overwrites the tables
   }
 }
 

@@ -2,22 +2,15 @@
 // same names. Every thread of a block is a fiber. It runs until it meets a barrier or a warp's vote, then the next one
 // runs, in an order that emulate_order() chooses: what depends on the order of threads or of blocks shows.
 //
-// It finds wrong results, barriers and votes that not all threads reach, and accesses out of bounds where the caller
-// looks for them. It does not find what depends on real concurrency: a missing fence, or a barrier left out between two
-// accesses that happen to come in the right order.
+// That finds wrong results, and barriers and votes that not all threads reach. machine.cpp has the fibers; built with
+// EMULATE_RACES and ThreadSanitizer (tests/emulator/races.cpp), it also finds two threads of a block that touch the
+// same memory without a barrier in between. It does not find missing fences between blocks.
 #pragma once
-
-#include <setjmp.h>
-#include <ucontext.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <numeric>
-#include <random>
 #include <vector>
 
 #define __global__
@@ -37,151 +30,35 @@ struct alignas(16) float4 {
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-inline dim3 threadIdx, blockIdx, gridDim, blockDim;
+extern dim3 threadIdx, blockIdx, gridDim, blockDim;
 
 namespace emulator {
 
 constexpr int kWarp = 32;
 
-[[noreturn]] inline void fail(const char* what) {
-  std::fprintf(stderr, "emulator: %s (block %u, %u, thread %u)\n", what, blockIdx.x, blockIdx.y, threadIdx.x);
-  std::abort();
-}
+// What a meeting of threads is for: whether it orders their memory accesses.
+enum class Kind { kBarrier, kBarrierOr, kWarpBarrier, kBallot, kMatch, kShuffle };
 
-// Threads that have to meet: they all leave a value, then all of them see all values.
-struct Meeting {
-  int members = 0;
-  int arrived = 0;
-  int generation = 0;
-  const char* kind = "";
-  std::vector<uint64_t> values[2];
-};
+// Leaves a value, waits for all threads of the block or of the warp, and returns what each of them left.
+const std::vector<uint64_t>& meet_block(uint64_t value, Kind kind);
+const std::vector<uint64_t>& meet_warp(uint64_t value, Kind kind);
 
-struct Fiber {
-  ucontext_t start;
-  jmp_buf place;
-  std::vector<char> stack = std::vector<char>(256 * 1024);
-  bool begun = false, done = true;
-};
-
-struct Machine {
-  std::vector<Fiber> fibers;
-  std::vector<Meeting> warps;
-  Meeting block;
-  std::function<void()> kernel;
-  jmp_buf scheduler;
-  ucontext_t main;
-  int current = 0;
-  bool progress = false;
-  unsigned seed = 0;
-};
-
-inline Machine machine;
-
-inline void pause() {
-  const int me = machine.current;
-  if (_setjmp(machine.fibers[me].place) == 0) _longjmp(machine.scheduler, 1);
-}
-
-inline const std::vector<uint64_t>& meet(Meeting& m, int member, uint64_t value, const char* kind) {
-  if (m.arrived == 0) m.kind = kind;
-  if (std::strcmp(m.kind, kind) != 0) fail("threads meet at different places");
-  const int generation = m.generation;
-  auto& values = m.values[generation % 2];
-  values[member] = value;
-  machine.progress = true;
-  if (++m.arrived == m.members) {
-    m.arrived = 0;
-    ++m.generation;
-  } else {
-    while (m.generation == generation) pause();
-  }
-  return values;
-}
-
-inline const std::vector<uint64_t>& meet_warp(uint64_t value, const char* kind) {
-  return meet(machine.warps[threadIdx.x / kWarp], threadIdx.x % kWarp, value, kind);
-}
-
-inline void enter() {
-  machine.kernel();
-  machine.fibers[machine.current].done = true;
-  machine.progress = true;
-  _longjmp(machine.scheduler, 1);
-}
-
-// Runs one fiber until it pauses or ends.
-inline void resume(int thread) {
-  Fiber& fiber = machine.fibers[thread];
-  machine.current = thread;
-  threadIdx = dim3(thread, 0, 0);
-  if (_setjmp(machine.scheduler) != 0) return;
-  if (fiber.begun) _longjmp(fiber.place, 1);
-  fiber.begun = true;
-  setcontext(&fiber.start);
-}
-
-inline void run_block(int threads) {
-  if (static_cast<int>(machine.fibers.size()) < threads) machine.fibers = std::vector<Fiber>(threads);
-  machine.warps.assign(threads / kWarp, Meeting{});
-  for (Meeting& warp : machine.warps) {
-    warp.members = kWarp;
-    warp.values[0].resize(kWarp);
-    warp.values[1].resize(kWarp);
-  }
-  machine.block = Meeting{};
-  machine.block.members = threads;
-  machine.block.values[0].resize(threads);
-  machine.block.values[1].resize(threads);
-  for (int i = 0; i < threads; ++i) {
-    Fiber& fiber = machine.fibers[i];
-    getcontext(&fiber.start);
-    fiber.start.uc_stack.ss_sp = fiber.stack.data();
-    fiber.start.uc_stack.ss_size = fiber.stack.size();
-    fiber.start.uc_link = nullptr;
-    makecontext(&fiber.start, enter, 0);
-    fiber.begun = fiber.done = false;
-  }
-  int running = threads;
-  while (running > 0) {
-    machine.progress = false;
-    running = 0;
-    for (int i = 0; i < threads; ++i) {
-      const int thread = machine.seed % 2 == 0 ? i : threads - 1 - i;
-      if (machine.fibers[thread].done) continue;
-      resume(thread);
-      running += !machine.fibers[thread].done;
-    }
-    if (running > 0 && !machine.progress) fail("threads wait for others that do not come");
-  }
-}
-
-inline void run_grid(dim3 grid, int threads, std::function<void()> kernel) {
-  machine.kernel = std::move(kernel);
-  gridDim = grid;
-  blockDim = dim3(threads);
-  std::vector<uint64_t> blocks(static_cast<uint64_t>(grid.x) * grid.y);
-  std::iota(blocks.begin(), blocks.end(), 0);
-  if (machine.seed != 0) std::shuffle(blocks.begin(), blocks.end(), std::mt19937(machine.seed));
-  for (const uint64_t b : blocks) {
-    blockIdx = dim3(b % grid.x, b / grid.x);
-    run_block(threads);
-  }
-}
+// Runs every block of a grid, one after the other.
+void run_grid(dim3 grid, int threads, const std::function<void()>& kernel);
 
 }  // namespace emulator
 
-inline void __syncthreads() { emulator::meet(emulator::machine.block, threadIdx.x, 0, "barrier"); }
+inline void __syncthreads() { emulator::meet_block(0, emulator::Kind::kBarrier); }
 
 inline int __syncthreads_or(int x) {
-  const auto& all = emulator::meet(emulator::machine.block, threadIdx.x, x != 0, "barrier or");
+  const auto& all = emulator::meet_block(x != 0, emulator::Kind::kBarrierOr);
   return std::any_of(all.begin(), all.end(), [](uint64_t v) { return v != 0; });
 }
 
-inline void __syncwarp() { emulator::meet_warp(0, "warp barrier"); }
+inline void __syncwarp() { emulator::meet_warp(0, emulator::Kind::kWarpBarrier); }
 
 inline unsigned __ballot_sync(unsigned, bool x) {
-  const auto& all = emulator::meet_warp(x, "ballot");
+  const auto& all = emulator::meet_warp(x, emulator::Kind::kBallot);
   unsigned vote = 0;
   for (int i = 0; i < emulator::kWarp; ++i) vote |= static_cast<unsigned>(all[i]) << i;
   return vote;
@@ -191,7 +68,7 @@ inline bool __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) !=
 inline bool __all_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) == 0xffffffffu; }
 
 inline unsigned __match_any_sync(unsigned, uint32_t x) {
-  const auto& all = emulator::meet_warp(x, "match");
+  const auto& all = emulator::meet_warp(x, emulator::Kind::kMatch);
   unsigned peers = 0;
   for (int i = 0; i < emulator::kWarp; ++i) peers |= static_cast<unsigned>(all[i] == x) << i;
   return peers;
@@ -202,7 +79,7 @@ T emulate_shuffle(T x, int from) {
   static_assert(sizeof(T) <= 8);
   uint64_t bits = 0;
   std::memcpy(&bits, &x, sizeof x);
-  const auto& all = emulator::meet_warp(bits, "shuffle");
+  const auto& all = emulator::meet_warp(bits, emulator::Kind::kShuffle);
   std::memcpy(&x, &all[from], sizeof x);
   return x;
 }
@@ -229,14 +106,13 @@ T __ldcg(const T* p) {
 }
 template <class T>
 T atomicAdd(T* p, T x) {
-  const T before = *p;
-  *p += x;
-  return before;
+  return __atomic_fetch_add(p, x, __ATOMIC_RELAXED);
 }
 template <class T>
 T atomicMax(T* p, T x) {
-  const T before = *p;
-  *p = std::max(*p, x);
+  T before = __atomic_load_n(p, __ATOMIC_RELAXED);
+  while (before < x && !__atomic_compare_exchange_n(p, &before, x, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
   return before;
 }
 

@@ -4,9 +4,6 @@
 
 void* dgc::current_stream(int) { return nullptr; }
 
-// Even numbers run threads upwards, odd ones downwards; other than 0 they also shuffle the blocks.
-extern "C" void emulate_order(unsigned seed) { emulator::machine.seed = seed; }
-
 // Launches one kernel by its name, as CuPy does. Returns whether there is one.
 extern "C" bool emulate(const char* name, unsigned x, unsigned y, const void* args) {
   using namespace dgc;
