@@ -119,7 +119,7 @@ __device__ inline WarpReport update_warp(const void* gradient, int64_t offset, f
 // The group whose maximum update_warp gave to this lane.
 __device__ inline int group_of_lane() { return lane() % 8 * 4 + lane() / 8; }
 
-// Four blocks, 32 warps, on a multiprocessor: each has 3 KiB on their way, 96 KiB together.
+// Four blocks on a multiprocessor: 32 warps with 3 KiB of loads under way each.
 extern "C" __global__ void __launch_bounds__(kThreads, 4) dgc_update(const __grid_constant__ CompressArgs a) {
   const Workspace w = a.bucket.work();
   const TileView tile(w, blockIdx.x / kChunksPerTile);
