@@ -36,6 +36,9 @@ def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME")
     nvcc = (shutil.which("nvcc", path=f"{home}/bin") if home else None) or shutil.which("nvcc")
     nvcc = nvcc or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is not None and asked == "auto" and not knows_architectures(nvcc):
+        print(f"dgc: {nvcc} does not know compute capability 9.0 (CUDA 11.8 does): the CUDA kernels are left out")
+        return None
     if nvcc is None:
         if asked == "1":
             raise SystemExit(
@@ -43,6 +46,12 @@ def find_nvcc() -> str | None:
             )
         print("dgc: no nvcc, no CUDA kernels; CuPy compiles them at first use (pip install '.[cupy]')")
     return nvcc
+
+
+def knows_architectures(nvcc: str) -> bool:
+    """Returns whether nvcc can build what the library holds."""
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False)
+    return {"sm_80", "sm_90"} <= set(listed.stdout.split())
 
 
 def cuda_runtime(nvcc: str) -> str:
@@ -74,19 +83,24 @@ def compile_kernels(nvcc: str, folder: Path) -> str:
 
 def compiler() -> str:
     """Returns the C++ compiler."""
-    return os.environ.get("CXX", "g++").split()[0]
+    return os.environ.get("CXX", "g++").split()[-1]  # "ccache g++"
 
 
 def native_extension() -> dict[str, Any]:
     """Returns setup()'s arguments for the native library; none where it cannot or shall not be built."""
-    if os.environ.get("DGC_NATIVE") == "0":
+    nvcc = find_nvcc()
+    native = os.environ.get("DGC_NATIVE") != "0"
+    if os.environ.get("DGC_CUDA") == "1" and not (native and shutil.which(compiler())):
+        raise SystemExit(
+            "DGC_CUDA=1: expected a C++ compiler and no DGC_NATIVE=0; the kernels are part of that library"
+        )
+    if not native:
         return {}
     if shutil.which(compiler()) is None:
         print(f"dgc: no C++ compiler ({compiler()}): installing without the native library; plain PyTorch will be used")
         return {}
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    nvcc = find_nvcc()
     extension = CppExtension(
         "dgc._native",
         CPU_SOURCES + (CUDA_SOURCES if nvcc else []),
@@ -101,6 +115,8 @@ def native_extension() -> dict[str, Any]:
 
         def build_extensions(self) -> None:
             """Compiles the CUDA source where there is nvcc, then everything else."""
+            # What was built with another DGC_CUDA is no use, and looks up to date.
+            self.force = True
             if nvcc:
                 extension.extra_objects = [compile_kernels(nvcc, Path(self.build_temp)), cuda_runtime(nvcc)]
                 extension.extra_link_args = ["-ldl", "-lrt", "-lpthread"]

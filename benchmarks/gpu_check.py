@@ -13,6 +13,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -61,12 +62,13 @@ class Check:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            start_new_session=True,
         )
         try:
             output, _ = process.communicate(timeout=limit)
             result = "passed" if process.returncode == 0 else f"FAILED ({process.returncode})"
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # ranks too, which hold its output open
             output, _ = process.communicate()
             result = f"FAILED (not done after {limit:.0f} s)"
         lines = [line for line in output.splitlines() if line.strip()]
@@ -110,6 +112,7 @@ def main() -> None:
         sys.exit(f"gpu_check: expected a GPU that torch {torch.__version__} can use, found none")
 
     check = Check(args.minutes)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
     build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"]
     check.run("build", build, 120, DGC_CUDA="auto" if nvcc else "0")
@@ -118,19 +121,29 @@ def main() -> None:
         check.run("hook, graphs, streams", [*PYTEST, "tests/test_cuda.py", "tests/test_cuda_build.py"], 120)
     else:
         check.skip("ops on the GPU", "no nvcc, so no kernels were built")
-    if not args.no_benchmark:
+    if nvcc and not args.no_benchmark:
         check.run("benchmark", [sys.executable, "benchmarks/ops.py", "--device", "cuda"], 170)
     if importlib.util.find_spec("cupy") is not None:
         with tempfile.TemporaryDirectory() as folder:
             tests = [*PYTEST, "tests/test_ops.py", "tests/test_cuda.py", "-k", "cuda"]
-            check.run("the same through CuPy", tests, 150, PYTHONPATH=without_library(folder))
+            # Not this folder's package, which python -m would find first.
+            check.run(
+                "the same through CuPy",
+                tests,
+                150,
+                PYTHONPATH=without_library(folder),
+                PYTHONSAFEPATH="1",
+                DGC_EXPECT="cupy",
+            )
     else:
         check.skip("the same through CuPy", "CuPy is not installed")
-    some = "cuda and (random_shapes and (0 or 13) or many_ranks or restore_gives)"
-    for tool in ("memcheck", "racecheck"):
+    some = "cuda and (random_shapes and 13 or many_ranks or restore_gives or subtract or corrupt or random_bytes)"
+    for tool in ("memcheck", "racecheck", "synccheck"):
         if nvcc and shutil.which("compute-sanitizer"):
             command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-            check.run(tool, [*command, *PYTEST, "tests/test_ops.py", "-k", some], 90)
+            # Without torch's pool of memory, in which nothing is out of bounds.
+            tests = [*command, *PYTEST, "tests/test_ops.py", "-k", some]
+            check.run(tool, tests, 90, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         else:
             check.skip(tool, "compute-sanitizer is not installed")
 
@@ -139,7 +152,7 @@ def main() -> None:
 
     rows = [[step.name, step.result, f"{step.seconds:.0f}", step.says[:100]] for step in check.steps]
     table = tabulate(rows, ["step", "result", "seconds", "its last word"], tablefmt="github")
-    about = machine()
+    about = machine() | {"commit": commit.stdout.strip()}  # as it was before results were written
     described = ", ".join(f"{key} {value}" for key, value in about.items() if key != "command")
     text = f"What a GPU has confirmed, by `./launch/gpu_check.sh`:\n\n{table}\n\n{described}\n"
     print("\n" + text)

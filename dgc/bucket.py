@@ -14,6 +14,10 @@ from . import ops, wire
 from .config import DGCConfig
 from .memory import Memory
 
+_DENSE, _HALF = 1, 2
+_AVERAGES = {_DENSE: "the average of dense parameters", _HALF: "the average, in float16"}
+"""What is not finite, by the bits of a report's last number."""
+
 
 class Gradients(NamedTuple):
     """One bucket of gradients, as a framework hands it over. The reduced ones are written to the same places."""
@@ -96,7 +100,7 @@ class Bucket:
             self.momentum_factors: list[float] = []
             self.mu = torch.zeros(len(rows), device=device)
         self.report = torch.zeros(world_size + 1, dtype=torch.int32, device=device)
-        """What this step found: unpack's status of each rank, then whether an average is not finite. On the device."""
+        """What this step found: unpack's status of each rank, then which averages are not finite. On the device."""
         self.taken = torch.zeros(len(rows), dtype=torch.uint8, device=device)
         """1 for each compressed parameter whose sent entries are out of v, and not yet applied."""
 
@@ -185,7 +189,7 @@ class Bucket:
         flat = gradients.buffers[0].view(-1) if self.in_place else self.flat
         if flat is None:
             return
-        self._report_nonfinite(flat)
+        self._report_nonfinite(flat, _DENSE)
         if not self.in_place:
             at = 0
             for m in self.dense:
@@ -213,11 +217,11 @@ class Bucket:
         )
         for m in self.compressed:  # float16 averages can overflow; their float32 sums cannot
             if (gradient := gradients.of(m.index)).dtype == torch.float16:
-                self._report_nonfinite(gradient)
+                self._report_nonfinite(gradient, _HALF)
 
-    def _report_nonfinite(self, tensor: Tensor) -> None:
+    def _report_nonfinite(self, tensor: Tensor, flag: int) -> None:
         low, high = tensor.aminmax()  # one pass; both are NaN if any entry is
-        self.report[-1:] |= ~(low.isfinite() & high.isfinite())
+        self.report[-1:] |= flag * ~(low.isfinite() & high.isfinite())
 
     def findings(self, report: list[int]) -> set[str]:
         """Returns in words where gradients were not finite.
@@ -231,7 +235,7 @@ class Bucket:
         found = set()
         if self.gathered is not None:
             found = {f"rank {rank}" for rank in wire.check_status(report[:-1], self.gathered)}
-        return found | {"the average"} if report[-1] else found
+        return found | {what for flag, what in _AVERAGES.items() if report[-1] & flag}
 
     def restore_unused(self, memory: Memory) -> None:
         """Takes back what was sent for parameters whose gradient was zero on every rank.

@@ -55,7 +55,7 @@ class DGCConfig:
     on_nonfinite: Literal["raise", "skip"] = "raise"
     """What the optimizer's step() does when any rank's gradient has an Inf or NaN: raise FloatingPointError on every
     rank, or leave this step out on every rank (dgc.SGD only). Either way the finite entries stay accumulated. On a GPU
-    the step is always left out, and the error or the log line comes with the next backward pass."""
+    the step is always left out, and the error or the log line comes with the next one."""
 
     def __post_init__(self) -> None:
         """Checks every field."""

@@ -28,8 +28,8 @@ BINS = 2048
 MAX_SOURCES = 256
 MAX_PAIRS = 120
 FLOAT_TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-MIN_CAPABILITY = {"native": (8, 0), "cupy": (7, 0)}
-"""Compute capability that the kernels need: the library holds code from 8.0 on; below 7.0 instructions are missing."""
+MIN_CAPABILITY = {"native": (8, 0), "cupy": (7, 5)}
+"""Compute capability that the kernels need: what the library holds code for, what CUDA 13's NVRTC knows."""
 
 
 def _workspace_sizes(n_segments: int, n_tiles: int, n_entries: int) -> list[int]:
@@ -84,7 +84,7 @@ def check_capability(device: torch.device, backend: str) -> None:
         raise RuntimeError(
             f"dgc: expected compute capability {needed[0]}.{needed[1]} or later for the {backend} CUDA kernels, got "
             f"{found[0]}.{found[1]} ({torch.cuda.get_device_name(device)}): "
-            f"{way_out or 'uninstall CuPy'}, and the next choice runs: CuPy from 7.0 on, else plain PyTorch"
+            f"{way_out or 'uninstall CuPy'}, and the next choice runs: CuPy from 7.5 on, else plain PyTorch"
         )
 
 
@@ -238,7 +238,7 @@ class Kernels:
             _sources(out, "out", segments, workspace),
         )
         status.zero_()
-        self.launch("dgc_check", div_up(args.bucket.tiles, CHUNKS_PER_TILE), ranks, args)
+        self.launch("dgc_check", div_up(args.bucket.tiles, THREADS // 32), ranks, args)
         self.launch("dgc_average", CHUNKS_PER_TILE * args.bucket.tiles, 1, args)
 
     def restore_(
@@ -444,11 +444,14 @@ def cupy_kernels() -> Kernels:
     return Kernels(launch)
 
 
-def _on_device(op: str, tensor_of: Callable[..., Tensor]) -> Callable[..., None]:
+def _on_device(op: str) -> Callable[..., None]:
     """Returns an op for the dispatcher: current device is the tensors', kernels are compiled by then."""
 
     def run(*args: Any) -> None:
-        with torch.cuda.device(tensor_of(*args).device):
+        flat = [x for arg in args for x in (arg if isinstance(arg, list) else [arg])]
+        # Some tensor is there, or the dispatcher would not have come here; the checks are for the others.
+        device = next(x.device for x in flat if isinstance(x, Tensor) and x.is_cuda)
+        with torch.cuda.device(device):
             getattr(cupy_kernels(), op)(*args)
 
     return run
@@ -456,7 +459,5 @@ def _on_device(op: str, tensor_of: Callable[..., Tensor]) -> Callable[..., None]
 
 def register_cupy(library: torch.library.Library) -> None:
     """Makes CuPy's kernels the ops' implementation for CUDA tensors."""
-    library.impl("compress_", _on_device("compress_", lambda *args: args[2]), "CUDA")
-    library.impl("unpack", _on_device("unpack", lambda *args: args[0]), "CUDA")
-    library.impl("restore_", _on_device("restore_", lambda *args: args[0]), "CUDA")
-    library.impl("subtract_", _on_device("subtract_", lambda *args: args[0][0]), "CUDA")
+    for op in ("compress_", "unpack", "restore_", "subtract_"):
+        library.impl(op, _on_device(op), "CUDA")

@@ -88,7 +88,7 @@ class SGD(Optimizer):
             RuntimeError: there are gradients and momentum, but no DGCState has reduced since the last step: momentum
                 would be silently missing.
             FloatingPointError: a gradient was not finite on some rank (DGCConfig.on_nonfinite). On a GPU the device
-                leaves the step out, and the next backward pass raises.
+                leaves the step out, and the next step() raises.
         """
         loss = None
         if closure is not None:
@@ -131,10 +131,9 @@ class SGD(Optimizer):
         self, p: Tensor, lr: float, mu: float, decay: float, nesterov: bool, skip: Tensor | None
     ) -> None:
         """Takes the weight-decay part of the update off p: lr times the momentum form of decay * p."""
-        factor = 1 - lr * decay
-        shrink = factor if skip is None else torch.where(skip != 0, 1.0, factor)
+        shrink = partial(torch.Tensor.mul_, other=1 - lr * decay)
         if not mu:
-            p.mul_(shrink)
+            _unless(skip, p, shrink)
             return
         state = self.state[p]
         if "decay_momentum" not in state:
@@ -142,7 +141,7 @@ class SGD(Optimizer):
         u = state["decay_momentum"]
         _unless(skip, u, partial(_advance, gradient=p, mu=mu, alpha=decay))
         if nesterov:
-            p.mul_(shrink)
+            _unless(skip, p, shrink)
         _subtract([p], [u], lr * mu if nesterov else lr, skip)
 
 

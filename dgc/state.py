@@ -14,7 +14,7 @@ from torch.futures import Future
 from torch.optim.optimizer import Optimizer
 from torch.profiler import record_function
 
-from . import report
+from . import report, wire
 from .bucket import Bucket, Gradients, Member
 from .clip import clip_scale, squared_norm
 from .config import DGCConfig
@@ -92,6 +92,7 @@ class DGCState:
         self._shadow = False  # the last backward pass has no step() on this rank
         self._late = device.type == "cuda"  # reading the device's verdict at once would wait for it
         self._verdict: Verdict | None = None  # of the last step, not read yet
+        self._error: Exception | None = None  # what that verdict was, until step() raises it
         self._stats = Stats()
         self._total_bytes = 0
         if isinstance(optimizer, SGD):
@@ -137,7 +138,10 @@ class DGCState:
                 "gradients would carry the averaged ones into the residual. To accumulate, run all but the last "
                 "backward under model.no_sync(); to drop an update on purpose, call state.discard() and zero_grad()"
             )
-        self._settle()
+        try:
+            self._settle()
+        except (FloatingPointError, wire.PayloadError) as error:
+            self._error = error  # for step(): DDP does not survive an error in the middle of a backward pass
         self._open = True
         self._reduced = {}
         self._sent = []
@@ -219,8 +223,8 @@ class DGCState:
     def take(self) -> bool:
         """Claims the reduced gradients for step(); False if the step is to be left out, on all ranks alike.
 
-        On a GPU the answer is always True, `skip` tells the device, and what is wrong is raised by the next backward
-        pass.
+        On a GPU the answer is True, `skip` tells the device, and what is wrong is raised here one step later; that
+        step's update is given back too.
 
         Raises:
             RuntimeError: no backward pass was reduced since the last step().
@@ -232,6 +236,10 @@ class DGCState:
                 "DGCState: expected a backward pass since the last step(), got none. Did it run under no_sync(), or "
                 "is the hook missing? model.register_comm_hook(state, dgc.dgc_hook)"
             )
+        if self._error is not None:
+            error, self._error = self._error, None
+            self.discard()
+            raise error
         self._pending = False
         self._verdict = Verdict(list(self._reduced.values()), self.step - 1)
         if not self._late:
@@ -391,6 +399,7 @@ class DGCState:
 
         Raises:
             RuntimeError: between backward() and step(): what was sent would be in neither the residual nor the model.
+            FloatingPointError, PayloadError: on a GPU, what the next step() would have raised.
         """
         if self._open or self._pending:
             raise RuntimeError(
@@ -432,5 +441,5 @@ class DGCState:
         self._buckets.clear()
         self._reduced = {}
         self._waiting = []
-        self._verdict = None
+        self._verdict = self._error = None
         self._open = self._pending = self._shadow = False

@@ -69,7 +69,7 @@ cd "$root"
 stamp=$venv/dgc-quickstart
 source_hash=$(
     {
-        echo "$root ${DGC_NATIVE:-1}"
+        echo "$root ${DGC_NATIVE:-1} ${DGC_CUDA:-auto}"
         cat constraints.txt pyproject.toml setup.py
         find csrc -type f -print0 | sort -z | xargs -0 cat
     } | sha256sum

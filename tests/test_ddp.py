@@ -521,8 +521,9 @@ def test_a_peer_that_dies_in_the_middle_of_a_step_is_an_error_not_a_hang(tmp_pat
     assert seconds < 25  # within the group's timeout
 
 
-def poison(rank, world_size, bucket_name, on_nonfinite):
+def poison(rank, world_size, bucket_name, on_nonfinite, late=False):
     run = Run(dgc.DGCConfig(density=0.01, on_nonfinite=on_nonfinite), momentum=0.0, lr=0.25)
+    run.state._late = late  # as on a GPU
     total = {n: torch.zeros(s) for n, s in SHAPES.items()}
     raised = 0
     for step in range(12):
@@ -553,6 +554,20 @@ def test_non_finite_gradients_anywhere_lose_nothing(bucket_name, on_nonfinite):
     assert [r["raised"] for r in results] == [2 * (on_nonfinite == "raise")] * 2
     assert [r["stats"].skipped for r in results] == [2, 2]
     assert [r["step"] for r in results] == [10, 10]
+
+
+@pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
+def test_a_verdict_that_comes_late_leaves_ddp_in_working_order(on_nonfinite):
+    results = run_ranks(2, poison, "c", on_nonfinite, True)
+    assert_replicas_equal(results)
+    start = dict(Given(SHAPES).named_parameters())
+    for name in LARGE:
+        moved = start[name].detach() - results[0]["parameters"][name]
+        total = sum(r["total"][name] for r in results)
+        assert torch.equal(8 * moved + sum(r["residual"][name] for r in results), total), name
+    # Of two bad steps in a row, the error of the first takes the second along.
+    assert [r["raised"] for r in results] == [on_nonfinite == "raise"] * 2
+    assert [(r["step"], r["stats"].skipped) for r in results] == [(10, 2)] * 2
 
 
 def subgroup(rank, world_size):

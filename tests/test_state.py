@@ -238,7 +238,7 @@ def test_non_finite_gradients_raise_and_nothing_is_lost(name):
     gradients = normals(SHAPES, 1)
     gradients[name].view(-1)[5] = math.inf
     one.backward(gradients)
-    with pytest.raises(FloatingPointError, match="rank 0" if name == "big" else "the average"):
+    with pytest.raises(FloatingPointError, match="rank 0" if name == "big" else "the average of dense parameters"):
         one.optimizer.step()
     assert all(torch.equal(one.parameter(n), before[n]) for n in SHAPES)
     assert one.state.memory.momentum.isfinite().all()
@@ -448,7 +448,7 @@ def test_a_float16_average_that_overflows_is_not_applied():
         if not one.model.get_parameter("big").grad.isfinite().all():
             break
         one.optimizer.step()
-    with pytest.raises(FloatingPointError, match="the average"):
+    with pytest.raises(FloatingPointError, match="in float16"):
         one.optimizer.step()
     assert torch.equal(one.parameter("big"), before)
     assert before.isfinite().all()

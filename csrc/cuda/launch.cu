@@ -1,4 +1,5 @@
-// The launch sequences: which kernel with how many blocks. dgc/jit.py has the same for the kernels that NVRTC compiles.
+// The launch sequences: which kernel with how many blocks. dgc/cuda.py has the same for the kernels that NVRTC
+// compiles.
 #include <cuda_runtime.h>
 
 #include "kernels.cuh"

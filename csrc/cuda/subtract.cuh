@@ -1,5 +1,5 @@
 // dgc::subtract_ on a GPU: parameter -= lr * update, for updates that are nearly all zero. Where four of them are, the
-// parameter is neither read nor written. One launch for up to 128 parameters, with a block for each 8,192 elements.
+// parameter is neither read nor written. One launch for up to 120 parameters, with a block for each 8,192 elements.
 #pragma once
 
 #include "common.cuh"
