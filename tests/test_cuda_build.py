@@ -17,7 +17,9 @@ import dgc
 from dgc import cuda
 
 ROOT = Path(__file__).parent.parent
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+# Where setup.py looks, in its order.
+PLACES = [f"{os.environ.get('CUDA_HOME', '')}/bin", os.environ["PATH"], "/usr/local/cuda/bin"]
+NVCC = next((found for path in PLACES if (found := shutil.which("nvcc", path=path))), None)
 KERNELS = {
     f"dgc_{name}"
     for name in (
