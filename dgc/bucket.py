@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -58,6 +58,7 @@ class Bucket:
         members: Sequence[Member],
         memory: Memory,
         world_size: int,
+        reducible: Collection[torch.dtype],
         config: DGCConfig,
         masking: bool,
     ) -> None:
@@ -68,10 +69,13 @@ class Bucket:
             members: every parameter of the bucket.
             memory: where u and v are.
             world_size: number of ranks whose payloads will come.
+            reducible: types that the all-reduce takes.
             config: the user's.
             masking: whether u of sent entries is masked, and so has to be kept until the step is taken.
         """
         device = gradients.buffers[0].device
+        self.name = members[0].name
+        """The same on all ranks, and no other bucket's."""
         self.wire_dtype = config.wire_dtype
         self.compressed = [m for m in members if m.entries is not None]
         self.dense = [m for m in members if m.entries is None]
@@ -99,16 +103,18 @@ class Bucket:
             self.sent_momentum = torch.zeros(self.entries, device=device) if masked else None
             self.momentum_factors: list[float] = []
             self.mu = torch.zeros(len(rows), device=device)
+            self.one = torch.ones(1, device=device)
         self.report = torch.zeros(world_size + 1, dtype=torch.int32, device=device)
         """What this step found: unpack's status of each rank, then which averages are not finite. On the device."""
         self.taken = torch.zeros(len(rows), dtype=torch.uint8, device=device)
         """1 for each compressed parameter whose sent entries are out of v, and not yet applied."""
 
         dtypes = {gradients.buffers[gradients.places[m.index][0]].dtype for m in self.dense}
+        one_type = len(dtypes) == 1 and dtypes.issubset(reducible)
         # u is float32, and is averaged in float32.
-        self.flat_dtype = dtypes.pop() if len(dtypes) == 1 and not self.averaged else torch.float32
+        self.flat_dtype = dtypes.pop() if one_type and not self.averaged else torch.float32
         self.flat_numel = self.dense_numel + sum(numel[m.index] for m in self.averaged)
-        self.in_place = not self.compressed and not self.averaged and len(gradients.buffers) == 1
+        self.in_place = not self.compressed and not self.averaged and one_type and len(gradients.buffers) == 1
         self.flat: Tensor | None = None
         if self.dense and not self.in_place:
             self.flat = torch.empty(self.flat_numel, dtype=self.flat_dtype, device=device)
@@ -129,7 +135,13 @@ class Bucket:
         return self.flat_numel * self.flat_dtype.itemsize
 
     def compress(
-        self, gradients: Gradients, memory: Memory, factors: list[float], scale: Tensor, nesterov: bool, step: int
+        self,
+        gradients: Gradients,
+        memory: Memory,
+        factors: list[float],
+        scale: Tensor | None,
+        nesterov: bool,
+        step: int,
     ) -> None:
         """Accumulates the compressed parameters and fills the payload.
 
@@ -137,7 +149,7 @@ class Bucket:
             gradients: the bucket.
             memory: u and v, which change.
             factors: mu of each compressed parameter.
-            scale: float32 [1], what gradients are multiplied with first.
+            scale: float32 [1], what gradients are multiplied with first; None for 1.
             nesterov: which form v accumulates.
             step: for the header.
         """
@@ -158,7 +170,7 @@ class Bucket:
             memory.residual,
             self.segments,
             self.mu,
-            scale,
+            self.one if scale is None else scale,
             self.payload,
             self.workspace,
             self.sent_momentum,
@@ -167,8 +179,8 @@ class Bucket:
         )
         self.taken.fill_(1)
 
-    def load_dense(self, gradients: Gradients, memory: Memory, scale: Tensor | None, world_size: int) -> Tensor | None:
-        """Returns what is to be all-reduced: dense gradients, then u of the averaged ones, both divided by N."""
+    def load_dense(self, gradients: Gradients, memory: Memory, scale: Tensor | None) -> Tensor | None:
+        """Returns what is to be averaged over the ranks: dense gradients, then u of the averaged ones."""
         flat = gradients.buffers[0].view(-1) if self.in_place else self.flat
         if flat is None:
             return None
@@ -181,8 +193,7 @@ class Bucket:
             u = memory.flat_momentum(m.name)
             flat[at : at + u.numel()].copy_(u)
             at += u.numel()
-        # Before the sum, as DDP divides, so that 16-bit sums do not overflow.
-        return flat.div_(world_size) if world_size > 1 else flat
+        return flat
 
     def store_dense(self, gradients: Gradients, memory: Memory) -> None:
         """Writes the averages back, and reports whether one is not finite."""

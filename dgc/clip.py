@@ -22,8 +22,8 @@ def squared_norm(gradient: Tensor) -> Tensor:
     return norm * norm
 
 
-def clip_scale(squared_norms: Iterable[Tensor], clip_norm: float, world_size: int) -> Tensor:
-    """Returns min(1, sqrt(N) * clip_norm / norm), what every gradient of this rank is multiplied with: float32 [1].
+def clip_scale(squared_norms: Iterable[Tensor], clip_norm: float, world_size: int, most: float = 1.0) -> Tensor:
+    """Returns min(most, sqrt(N) * clip_norm / norm), what this rank's gradients are multiplied with: float32 [1].
 
     The paper scales the threshold by N^-1/2 for gradients that already carry 1/N; ours are local means, N times as
     large, hence N^1/2: N such gradients of independent samples average to a norm of about clip_norm.
@@ -32,7 +32,8 @@ def clip_scale(squared_norms: Iterable[Tensor], clip_norm: float, world_size: in
         squared_norms: of each parameter, in the order of the names, so that buckets do not matter to the last bit.
         clip_norm: the threshold for one worker.
         world_size: N.
+        most: what they are multiplied with where nothing is clipped: N where the update is the sum over ranks.
     """
     norm = torch.stack(list(squared_norms)).cumsum(0)[-1].sqrt()  # cumsum: one after the other, in order
-    scale: Tensor = (math.sqrt(world_size) * clip_norm / norm).clamp(max=1)
+    scale: Tensor = (math.sqrt(world_size) * clip_norm / norm).clamp(max=most)
     return scale.to(torch.float32).view(1)

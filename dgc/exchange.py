@@ -1,10 +1,12 @@
-"""Exchange: a bucket's two collectives, and the agreement at the start. The only file that talks to other ranks."""
+"""Exchange: how ranks talk. A bucket's two collectives and the agreement at the start; here over torch.distributed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,8 +17,96 @@ from torch.futures import Future
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class Transfer:
-    """The collectives of one bucket, under way.
+class Transfer(Protocol):
+    """The collectives of one bucket, under way."""
+
+    @property
+    def done(self) -> Future[Any]:
+        """Completes when all collectives have, or one has failed; on a GPU perhaps before."""
+
+    def arrived(self) -> AbstractContextManager[None]:
+        """Surrounds the work on what has been received, in a callback of `done`.
+
+        Raises:
+            RuntimeError: a collective failed; its buffers hold nothing of worth.
+        """
+
+
+class Exchange(ABC):
+    """What DGCState asks of a framework's collectives.
+
+    Attributes:
+        rank: of this process, among those that exchange.
+        world_size: how many these are.
+        reducible: types that the all-reduce takes; gradients of another travel as float32.
+        elastic: whether ranks may come and go. DGCState then agrees with the others in regroup(), not when it is made.
+        changed: whether they have, or may have, since refresh() was called last.
+    """
+
+    rank: int
+    world_size: int
+    reducible: Collection[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16)
+    elastic = False
+    changed = False
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Looks again which rank this is, and of how many."""
+
+    def future(self) -> Future[Tensor]:
+        """Returns a future for a reduced tensor."""
+        return Future()
+
+    @abstractmethod
+    def start(self, name: str, payload: Tensor | None, gathered: Tensor | None, dense: Tensor | None) -> Transfer:
+        """Starts the all-gather of a payload and the averaging of dense gradients; either may be missing.
+
+        Every rank must call this for the same buckets in the same order, from inside the hook: a collective started
+        in a callback could meet another rank's next one.
+
+        Args:
+            name: the bucket's, the same on all ranks.
+            payload: uint8 [bytes], this rank's.
+            gathered: uint8 [world size, bytes], receives all.
+            dense: any type of `reducible`, averaged in place.
+        """
+
+    def finish(self) -> None:
+        """Completes all that has been started, where no thread of the framework does that by itself."""
+        return
+
+    @abstractmethod
+    def everyone(self, text: str) -> list[str]:
+        """Returns the texts of all ranks, in their order; a collective."""
+
+    @abstractmethod
+    def broadcast(self, tensors: Sequence[Tensor], root: int) -> None:
+        """Copies one rank's tensors, contiguous, to all others; a collective."""
+
+    def agree(self, mine: Mapping[str, object]) -> None:
+        """Compares a description of this rank's set-up with all others'; a collective.
+
+        Raises:
+            ValueError: on every rank, naming what differs and where.
+        """
+        everyone = [json.loads(text) for text in self.everyone(json.dumps({k: repr(v) for k, v in mine.items()}))]
+        wrong = [
+            f"{key}: rank 0 has {everyone[0].get(key)}, rank {rank} has {other.get(key)}"
+            for rank, other in enumerate(everyone)
+            for key in dict.fromkeys([*everyone[0], *other])
+            if everyone[0].get(key) != other.get(key)
+        ]
+        if wrong:
+            more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
+            raise ValueError(
+                "DGCState: expected the same configuration and parameters on all ranks, but "
+                + "; ".join(wrong[:5])
+                + more
+            )
+
+
+class DistributedTransfer:
+    """The collectives of one bucket over torch.distributed.
 
     On a GPU three things have to come in order, on three streams:
 
@@ -36,17 +126,12 @@ class Transfer:
         self._stream = stream
         self._futures = [work.get_future() for work in works]
         self.done: Future[list[Any]] = torch.futures.collect_all(self._futures)
-        """Completes when all have, or one has failed; on a GPU perhaps before."""
         # For what does not depend on a collective: with one rank there is none.
         self._queued = None if stream is None else torch.cuda.current_stream(stream.device).record_event()
 
     @contextmanager
     def arrived(self) -> Iterator[None]:
-        """Surrounds the work on what has been received, in a callback of `done`.
-
-        Raises:
-            RuntimeError: a collective failed; its buffers hold nothing of worth.
-        """
+        """Puts what it surrounds on the stream that waits for the collectives; see Transfer."""
         for future in self._futures:
             future.value()
         if self._stream is None or self._queued is None:
@@ -59,33 +144,30 @@ class Transfer:
             yield
 
 
-class Exchange:
-    """A process group as DGC uses it; one rank by itself where torch.distributed is not initialised."""
+class DistributedExchange(Exchange):
+    """A process group; one rank by itself where torch.distributed is not initialised."""
 
     def __init__(self, device: torch.device, process_group: dist.ProcessGroup | None = None) -> None:
         """Takes the default group unless another is given; device is that of all tensors to come."""
-        self.active = dist.is_available() and dist.is_initialized()
         self.group = process_group
-        self.rank = dist.get_rank(process_group) if self.active else 0
-        self.world_size = dist.get_world_size(process_group) if self.active else 1
+        self.refresh()
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    def refresh(self) -> None:
+        """Looks again which rank this is, and of how many."""
+        active = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank(self.group) if active else 0
+        self.world_size = dist.get_world_size(self.group) if active else 1
+
     def future(self) -> Future[Tensor]:
-        """Returns a future for a reduced tensor; on a GPU, whoever waits for it waits for the stream of `arrived`."""
+        """Returns a future; on a GPU, whoever waits for it waits for the stream of `arrived`."""
         return Future(devices=None if self._stream is None else [self._device])
 
-    def start(self, payload: Tensor | None, gathered: Tensor | None, dense: Tensor | None) -> Transfer:
-        """Starts the all-gather of a payload and the all-reduce (sum) of dense gradients; either may be None.
-
-        Every rank must call this for the same buckets in the same order, from inside the hook: a collective started
-        in a callback could meet another rank's next one.
-
-        Args:
-            payload: uint8 [bytes], this rank's.
-            gathered: uint8 [world size, bytes], receives all.
-            dense: any float type, summed in place.
-        """
+    def start(
+        self, name: str, payload: Tensor | None, gathered: Tensor | None, dense: Tensor | None
+    ) -> DistributedTransfer:
+        """Starts both collectives; a process group goes by their order, not by name."""
         works: list[dist.Work] = []
         if payload is not None and gathered is not None:
             if self.world_size == 1:
@@ -93,29 +175,20 @@ class Exchange:
             else:
                 works.append(_all_gather(gathered.view(-1), payload, group=self.group, async_op=True))
         if dense is not None and self.world_size > 1:
+            dense.div_(self.world_size)  # before the sum, as DDP divides, so that 16-bit sums do not overflow
             works.append(dist.all_reduce(dense, group=self.group, async_op=True))
-        return Transfer(works, self._stream)
+        return DistributedTransfer(works, self._stream)
 
-    def agree(self, mine: Mapping[str, object]) -> None:
-        """Compares a description of this rank's set-up with all others'; a collective.
-
-        Raises:
-            ValueError: on every rank, naming what differs and where.
-        """
+    def everyone(self, text: str) -> list[str]:
+        """Returns the texts of all ranks, in their order; a collective."""
         if self.world_size == 1:
-            return
-        everyone: list[Any] = [None] * self.world_size
-        dist.all_gather_object(everyone, dict(mine), group=self.group)
-        wrong = [
-            f"{key}: rank 0 has {everyone[0].get(key)!r}, rank {rank} has {other.get(key)!r}"
-            for rank, other in enumerate(everyone)
-            for key in dict.fromkeys([*everyone[0], *other])
-            if everyone[0].get(key) != other.get(key)
-        ]
-        if wrong:
-            more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
-            raise ValueError(
-                "DGCState: expected the same configuration and parameters on all ranks, but "
-                + "; ".join(wrong[:5])
-                + more
-            )
+            return [text]
+        texts = [""] * self.world_size
+        dist.all_gather_object(texts, text, group=self.group)
+        return texts
+
+    def broadcast(self, tensors: Sequence[Tensor], root: int) -> None:
+        """Copies one rank's tensors, contiguous, to all others; a collective."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, group_src=root, group=self.group)

@@ -64,6 +64,12 @@ class Memory:
         parameter = self.parameters[name]
         return flat.as_strided(parameter.shape, dense_strides(parameter), self.offset[name])
 
+    def scale(self, factor: float) -> None:
+        """Multiplies this rank's share: v, and u where it differs between ranks."""
+        self.residual.mul_(factor)
+        for name in self.diverged:
+            self.flat_momentum(name).mul_(factor)
+
     def state_dict(self) -> dict[str, object]:
         """Returns views of u and v by name; saving them saves each flat tensor once."""
         momentum = {} if self.momentum is None else {n: self._view(self.momentum, n) for n in self.parameters}

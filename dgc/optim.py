@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,6 +15,10 @@ from . import ops
 
 class Reducer(Protocol):
     """What dgc.SGD asks of the DGCState that reduces its gradients."""
+
+    @property
+    def pending(self) -> bool:
+        """Whether gradients were reduced that no step() has taken."""
 
     def take(self) -> bool:
         """Claims the gradients of the last backward pass; False if this step is to be left out."""
@@ -94,7 +98,11 @@ class SGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not any(p.grad is not None for group in self.param_groups for p in group["params"]):
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not gradients:
+            return loss
+        if not (self._reducer is not None and self._reducer.pending) and all_zero(gradients):
+            self._allocate_decay_momentum()
             return loss
         if self._reducer is not None:
             if not self._reducer.take():
@@ -103,7 +111,9 @@ class SGD(Optimizer):
             raise RuntimeError(
                 "dgc.SGD: expected a DGCState to have reduced these gradients, got none, so momentum would be missing. "
                 "Create dgc.DGCState(model.named_parameters(), optimizer) and register it: "
-                "model.register_comm_hook(state, dgc.dgc_hook). Without DGC, use torch.optim.SGD"
+                "model.register_comm_hook(state, dgc.dgc_hook); with Horovod, wrap it: "
+                "dgc.horovod.DistributedOptimizer(optimizer, model.named_parameters()). Without DGC, use "
+                "torch.optim.SGD"
             )
         for group in self.param_groups:
             self._step_group(group)
@@ -135,14 +145,33 @@ class SGD(Optimizer):
         if not mu:
             _unless(skip, p, shrink)
             return
-        state = self.state[p]
-        if "decay_momentum" not in state:
-            state["decay_momentum"] = torch.zeros_like(p)
-        u = state["decay_momentum"]
+        u = self._decay_momentum(p)
         _unless(skip, u, partial(_advance, gradient=p, mu=mu, alpha=decay))
         if nesterov:
             _unless(skip, p, shrink)
         _subtract([p], [u], lr * mu if nesterov else lr, skip)
+
+    def _decay_momentum(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if "decay_momentum" not in state:
+            state["decay_momentum"] = torch.zeros_like(p)
+        u: Tensor = state["decay_momentum"]
+        return u
+
+    def _allocate_decay_momentum(self) -> None:
+        for group in self.param_groups:
+            if group["weight_decay"] and group["momentum"]:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        self._decay_momentum(p)
+
+
+def all_zero(gradients: Iterable[Tensor]) -> bool:
+    """Returns whether there is nothing to apply, and so nothing that DGC could have missed.
+
+    hvd.broadcast_optimizer_state() steps on such gradients, to have the state made that it broadcasts then.
+    """
+    return not any(bool(gradient.any()) for gradient in gradients)
 
 
 def _advance(u: Tensor, gradient: Tensor, mu: float, alpha: float = 1) -> None:

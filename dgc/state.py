@@ -14,13 +14,13 @@ from torch.futures import Future
 from torch.optim.optimizer import Optimizer
 from torch.profiler import record_function
 
-from . import report, wire
+from . import elastic, report, wire
 from .bucket import Bucket, Gradients, Member
 from .clip import clip_scale, squared_norm
 from .config import DGCConfig
-from .exchange import Exchange, Transfer
+from .exchange import DistributedExchange, Exchange, Transfer
 from .memory import Memory, return_free_memory
-from .optim import SGD
+from .optim import SGD, all_zero
 from .parameters import by_name, check_optimizer, dense_reasons, group_indices
 from .phase import Phase, phase_at
 from .schedule import DensitySchedule, entries
@@ -35,7 +35,8 @@ STATE_VERSION = 1
 class DGCState:
     """Reduces gradients by Deep Gradient Compression, and holds what has not been sent yet.
 
-    Making one is a collective: all ranks compare configuration and parameters.
+    Making one is a collective: all ranks compare configuration and parameters. In an elastic Horovod run they do so in
+    `regroup`.
 
     Args:
         named_parameters: the model's, all of them; "module." and "_orig_mod." in front of names do not matter.
@@ -43,6 +44,8 @@ class DGCState:
             plain accumulation (paper, Algorithm 1).
         config: the same on all ranks.
         process_group: DDP's; None for the default group.
+        exchange: how ranks talk where it is not torch.distributed; for adapters of other frameworks.
+        average: False where the update is the sum of the ranks' gradients, not their mean (Horovod's op=Sum).
 
     Raises:
         ValueError: parameters that are missing, double, of an unsupported type or on several devices; an optimizer
@@ -56,6 +59,8 @@ class DGCState:
         config: DGCConfig | None = None,
         *,
         process_group: dist.ProcessGroup | None = None,
+        exchange: Exchange | None = None,
+        average: bool = True,
     ) -> None:
         """Checks everything, agrees with the other ranks, and allocates v (and u, where there is momentum)."""
         self.config = config or DGCConfig()
@@ -67,19 +72,21 @@ class DGCState:
         self._never_compressed = dense_reasons(self._parameters, self.config)
         check_optimizer(optimizer, self.config)
         device = next(iter(self._parameters.values())).device
-        self.exchange = Exchange(device, process_group)
-        self.exchange.agree(report.description(self.config, optimizer, self._parameters))
+        self.exchange = exchange or DistributedExchange(device, process_group)
+        self._average = average
 
         compressed = [name for name in self._parameters if name not in self._never_compressed]
         self.memory = Memory(self._parameters, compressed, device)
         if any(map(self._momentum_factor, self._parameters)):
             self.memory.allocate_momentum()
-        self._one = torch.ones(1, device=device)
+        self._device = device
         if device.type != "cpu" and self.exchange.rank == 0:
             report.log_backend(device.type)
 
         self.step = 0
         """Backward passes reduced so far, without skipped ones: the position in the warm-up."""
+        self.joined = False
+        """Whether u and v are a share of what the ranks of a group have accumulated; not before the first regroup()."""
         self._dense = False
         self._phase_key: tuple[object, ...] = ()
         self._phase: Phase
@@ -95,10 +102,40 @@ class DGCState:
         self._error: Exception | None = None  # what that verdict was, until step() raises it
         self._stats = Stats()
         self._total_bytes = 0
+        if not self.exchange.elastic:
+            self.regroup()
         if isinstance(optimizer, SGD):
             optimizer.attach(self)
         else:
             optimizer.register_step_pre_hook(self._before_foreign_step)
+
+    def regroup(self) -> None:
+        """Agrees with all ranks that are there now, and takes u and v over into their group; a collective.
+
+        After ranks have come or gone: survivors' shares are rescaled so that the mean over the ranks stays the same,
+        newcomers start with zeros and at the survivors' step, the shares of ranks that left are logged as lost.
+
+        Raises:
+            ValueError: on every rank, where configurations or parameters differ.
+            RuntimeError: a reduced gradient is not applied yet; or survivors come from different groups or steps.
+        """
+        if self._pending:
+            raise RuntimeError(
+                "DGCState.regroup: expected to be called between optimizer.step() and the next backward(), got a call "
+                "with an update outstanding: call step() first, or state.discard()"
+            )
+        mine = None
+        if self.joined:
+            mine = elastic.Share(
+                *(self.exchange.rank, self.exchange.world_size, self.step, self._dense),
+                *(sorted(self.memory.diverged), self.memory.momentum is not None),
+            )
+        self.exchange.refresh()
+        self.exchange.agree(report.description(self.config, self.optimizer, self._parameters))
+        if (share := elastic.regroup(self.exchange, self.memory, mine)) is not None:
+            self.step, self._dense = share.step, share.dense
+        self.joined = True
+        self._phase_key = ()
 
     # One backward pass, in the order in which a gradient meets it.
 
@@ -123,7 +160,7 @@ class DGCState:
         self._waiting.append((gradients, future))
         if self.config.clip_norm is None or last:
             # Clipping needs the norm of all gradients, so all buckets wait for the last.
-            scale = self._clip()
+            scale = self._scale()
             waiting, self._waiting = self._waiting, []
             for waiting_gradients, waiting_future in waiting:
                 self._send(waiting_gradients, scale, waiting_future)
@@ -136,12 +173,15 @@ class DGCState:
             raise RuntimeError(
                 "DGCState: expected optimizer.step() after the last backward pass, got another backward pass: its "
                 "gradients would carry the averaged ones into the residual. To accumulate, run all but the last "
-                "backward under model.no_sync(); to drop an update on purpose, call state.discard() and zero_grad()"
+                "backward under model.no_sync() (Horovod: backward_passes_per_step); to drop an update on purpose, "
+                "call state.discard() and zero_grad()"
             )
         try:
             self._settle()
         except (FloatingPointError, wire.PayloadError) as error:
             self._error = error  # for step(): DDP does not survive an error in the middle of a backward pass
+        if self.exchange.changed:
+            self.regroup()
         self._open = True
         self._reduced = {}
         self._sent = []
@@ -164,9 +204,11 @@ class DGCState:
             if self.exchange.rank == 0:
                 report.log_phase(self._phase, self._parameters, self.schedule, self.step, self._dense)
 
-    def _clip(self) -> Tensor | None:
+    def _scale(self) -> Tensor | None:
+        """Returns what this rank's gradients are multiplied with, float32 [1]; None for 1."""
+        most = 1.0 if self._average else float(self.exchange.world_size)
         if self.config.clip_norm is None:
-            return None
+            return None if most == 1 else torch.full((1,), most, device=self._device)
         with record_function("dgc.clip"):
             norms = {
                 self._name(p): squared_norm(gradients.of(i))
@@ -174,24 +216,22 @@ class DGCState:
                 for i, p in enumerate(gradients.parameters)
             }
             ordered = [norms[name] for name in self._parameters if name in norms]
-            return clip_scale(ordered, self.config.clip_norm, self.exchange.world_size)
+            return clip_scale(ordered, self.config.clip_norm, self.exchange.world_size, most)
 
     def _send(self, gradients: Gradients, scale: Tensor | None, future: Future[Tensor]) -> None:
         bucket = self._bucket(gradients)
         with record_function("dgc.accumulate_select_pack"):
             factors = [self._momentum_factor(m.name) for m in bucket.compressed]
-            bucket.compress(
-                gradients, self.memory, factors, self._one if scale is None else scale, self._nesterov, self.step
-            )
+            bucket.compress(gradients, self.memory, factors, scale, self._nesterov, self.step)
             if self.memory.momentum is not None:
                 self.memory.diverged.update(m.name for m in bucket.compressed)
             if not self._late and bucket.nonfinite:
                 report.log_nonfinite(bucket, gradients, self.exchange.rank, self.step)
         with record_function("dgc.exchange"):
-            dense = bucket.load_dense(gradients, self.memory, scale, self.exchange.world_size)
-            transfer = self.exchange.start(bucket.payload, bucket.gathered, dense)
+            dense = bucket.load_dense(gradients, self.memory, scale)
+            transfer = self.exchange.start(bucket.name, bucket.payload, bucket.gathered, dense)
         self._sent.append(future)
-        # Runs in the backend's thread: local work only, it must never wait.
+        # Runs in the backend's thread, or in exchange.finish(): local work only, it must never wait.
         transfer.done.add_done_callback(lambda _: self._receive(bucket, gradients, transfer, future))
 
     def _receive(self, bucket: Bucket, gradients: Gradients, transfer: Transfer, future: Future[Tensor]) -> None:
@@ -234,7 +274,8 @@ class DGCState:
         if not self._pending:
             raise RuntimeError(
                 "DGCState: expected a backward pass since the last step(), got none. Did it run under no_sync(), or "
-                "is the hook missing? model.register_comm_hook(state, dgc.dgc_hook)"
+                "is the hook missing? model.register_comm_hook(state, dgc.dgc_hook); with Horovod, "
+                "dgc.horovod.DistributedOptimizer"
             )
         if self._error is not None:
             error, self._error = self._error, None
@@ -247,6 +288,11 @@ class DGCState:
         for bucket in self._reduced.values():
             bucket.restore(self.memory, self._verdict.bad)
         return True
+
+    @property
+    def pending(self) -> bool:
+        """Whether gradients were reduced that no step() has taken."""
+        return self._pending
 
     @property
     def skip(self) -> Tensor | None:
@@ -293,7 +339,8 @@ class DGCState:
                 f"{type(self.optimizer).__name__}.step: expected no closure, since its backward pass would run after "
                 "DGC's check of the gradients. Call backward() before step(), or use dgc.SGD"
             )
-        if any(p.grad is not None for p in self._parameters.values()):
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        if self._pending or not all_zero(gradients):
             self.take()
             self._settle()  # this optimizer knows nothing of `skip`
 
@@ -305,6 +352,7 @@ class DGCState:
         """
         if not (self._open or self._pending):
             return  # nothing is outstanding: a step() has taken it
+        self.exchange.finish()
         for future in self._sent:  # after a backward pass that broke off, nobody else has waited
             with suppress(Exception):  # a bucket that failed sent nothing that counts; its error is backward()'s
                 future.wait()
@@ -373,7 +421,10 @@ class DGCState:
                 name = self._name(parameter)
                 k = None if name in self._phase.dense else entries(self._phase.density, parameter.numel())
                 members.append(Member(name, index, k))
-            bucket = Bucket(gradients, members, self.memory, self.exchange.world_size, self.config, self._phase.masking)
+            bucket = Bucket(
+                *(gradients, members, self.memory, self.exchange.world_size, self.exchange.reducible),
+                *(self.config, self._phase.masking),
+            )
             self._buckets[key] = bucket
         self._reduced[key] = bucket
         return bucket
@@ -434,7 +485,9 @@ class DGCState:
                     f"state_dict[{key!r}]: expected {value!r}, got {state_dict[key]!r}. A residual belongs to one rank "
                     "of one run: give each rank the file that it saved, and start as many ranks"
                 )
+        self.exchange.finish()
         self.memory.load_state_dict(state_dict)
+        self.joined = True
         self.step = int(state_dict["step"])
         self._dense = bool(state_dict["dense"])
         self._phase_key = ()

@@ -9,16 +9,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import Given, integers, normals
-from oracle import Oracle
 from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from training import (
+    LARGE,
+    SHAPES,
+    assert_close_to,
+    assert_replicas_equal,
+    oracle_for,
+    outcome,
+    seed_of,
+)
 
 import dgc
-
-# Several buckets of 0.05 MB; the second dimension and the sizes decide what is compressed.
-SHAPES = {"a": (200, 100), "b": (100,), "c": (130, 130), "d": (60, 20), "e": (260, 260)}
-LARGE = {"a", "c", "e"}
 
 
 class Run:
@@ -38,20 +42,7 @@ class Run:
         self.optimizer.step()
 
     def result(self):
-        memory = self.state.memory
-        return {
-            "parameters": {n: p.detach().clone() for n, p in self.net.named_parameters()},
-            "residual": {n: memory.residual_of(n).clone() for n in memory.compressed},
-            "momentum": {n: memory.momentum_of(n).clone() for n in memory.parameters}
-            if memory.momentum is not None
-            else {},
-            "stats": self.state.stats,
-            "step": self.state.step,
-        }
-
-
-def seed_of(step, rank):
-    return 1000 * step + rank
+        return outcome(self.net, self.state)
 
 
 def train_given(rank, world_size, steps, make, kwargs):
@@ -59,30 +50,6 @@ def train_given(rank, world_size, steps, make, kwargs):
     for step in range(steps):
         run.train(make(SHAPES, seed_of(step, rank)))
     return run.result()
-
-
-def assert_replicas_equal(results):
-    for other in results[1:]:
-        for name, p in results[0]["parameters"].items():
-            assert torch.equal(p, other["parameters"][name]), name
-
-
-def oracle_for(world_size, steps, make, densities, masking, start=None, **kwargs):
-    start = start or {n: p.detach().numpy() for n, p in Given(SHAPES).named_parameters()}
-    oracle = Oracle(start, world_size, LARGE, **{"lr": 0.5, "momentum": 0.5, **kwargs})
-    for step in range(steps):
-        gradients = [{n: g.numpy() for n, g in make(SHAPES, seed_of(step, rank)).items()} for rank in range(world_size)]
-        oracle.step(gradients, densities(step), masking(step))
-    return oracle
-
-
-def assert_close_to(oracle, results, tolerance):
-    for rank, result in enumerate(results):
-        for kind, expected in (("parameters", oracle.p), ("residual", oracle.v[rank]), ("momentum", oracle.u[rank])):
-            for name, tensor in result[kind].items():
-                reference = oracle.dense_u[name] if kind == "momentum" and name not in LARGE else expected[name]
-                error = np.linalg.norm(tensor.double().numpy().ravel() - reference)
-                assert error <= tolerance * max(1.0, np.linalg.norm(reference)), (rank, kind, name, error)
 
 
 # against the independent oracle
@@ -186,10 +153,10 @@ def count_bytes(rank, world_size):
     sizes = {"gather": [], "reduce": []}
     start = run.state.exchange.start
 
-    def spy(payload, gathered, dense):
+    def spy(name, payload, gathered, dense):
         sizes["gather"].append(0 if payload is None else payload.nbytes)
         sizes["reduce"].append(0 if dense is None else dense.nbytes)
-        return start(payload, gathered, dense)
+        return start(name, payload, gathered, dense)
 
     run.state.exchange.start = spy
     total = 0

@@ -77,8 +77,8 @@ def test_a_corrupt_payload_changes_nothing_and_surfaces_at_the_next_step_with_th
     one.train(normals(SHAPES, 0))
     start = one.state.exchange.start
 
-    def wrong(payload, gathered, dense):
-        transfer = start(payload, gathered, dense)
+    def wrong(name, payload, gathered, dense):
+        transfer = start(name, payload, gathered, dense)
         wire.header(gathered)[0, 0] ^= 1
         return transfer
 
@@ -145,8 +145,8 @@ def test_discard_waits_for_what_is_still_under_way():
     start = one.state.exchange.start
     arrived = []
 
-    def slow(payload, gathered, dense):
-        transfer = start(payload, gathered, dense)
+    def slow(name, payload, gathered, dense):
+        transfer = start(name, payload, gathered, dense)
         transfer.done = torch.futures.Future()
 
         def complete() -> None:

@@ -1,0 +1,51 @@
+"""A training run on several ranks whose gradients the test chooses, and what is expected of it; for every framework."""
+
+import numpy as np
+import torch
+from models import Given
+from oracle import Oracle
+
+# Several buckets of 0.05 MB; the second dimension and the sizes decide what is compressed.
+SHAPES = {"a": (200, 100), "b": (100,), "c": (130, 130), "d": (60, 20), "e": (260, 260)}
+LARGE = {"a", "c", "e"}
+
+
+def outcome(net, state):
+    """Returns what one rank has at the end."""
+    memory = state.memory
+    momentum = {} if memory.momentum is None else {n: memory.momentum_of(n).clone() for n in memory.parameters}
+    return {
+        "parameters": {n: p.detach().clone() for n, p in net.named_parameters()},
+        "residual": {n: memory.residual_of(n).clone() for n in memory.compressed},
+        "momentum": momentum,
+        "stats": state.stats,
+        "step": state.step,
+    }
+
+
+def seed_of(step, rank):
+    return 1000 * step + rank
+
+
+def assert_replicas_equal(results):
+    for other in results[1:]:
+        for name, p in results[0]["parameters"].items():
+            assert torch.equal(p, other["parameters"][name]), name
+
+
+def oracle_for(world_size, steps, make, densities, masking, start=None, **kwargs):
+    start = start or {n: p.detach().numpy() for n, p in Given(SHAPES).named_parameters()}
+    oracle = Oracle(start, world_size, LARGE, **{"lr": 0.5, "momentum": 0.5, **kwargs})
+    for step in range(steps):
+        gradients = [{n: g.numpy() for n, g in make(SHAPES, seed_of(step, rank)).items()} for rank in range(world_size)]
+        oracle.step(gradients, densities(step), masking(step))
+    return oracle
+
+
+def assert_close_to(oracle, results, tolerance):
+    for rank, result in enumerate(results):
+        for kind, expected in (("parameters", oracle.p), ("residual", oracle.v[rank]), ("momentum", oracle.u[rank])):
+            for name, tensor in result[kind].items():
+                reference = oracle.dense_u[name] if kind == "momentum" and name not in LARGE else expected[name]
+                error = np.linalg.norm(tensor.double().numpy().ravel() - reference)
+                assert error <= tolerance * max(1.0, np.linalg.norm(reference)), (rank, kind, name, error)
