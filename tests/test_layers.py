@@ -8,11 +8,12 @@ import dgc
 LAYERS = [
     {"config", "wire"},
     {"reference", "cuda", "schedule", "clip", "stats", "exchange", "memory"},
-    {"ops", "phase"},
+    {"ops", "phase", "elastic", "horovod_exchange"},
     {"optim", "bucket"},
     {"parameters", "report", "verdict"},
     {"state"},
-    {"ddp"},
+    {"ddp", "horovod_elastic"},
+    {"horovod"},
     {"__init__"},
 ]
 FOLDER = Path(dgc.__file__).parent

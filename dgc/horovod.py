@@ -1,0 +1,322 @@
+"""The door for Horovod: a compressor that carries the configuration, and the DistributedOptimizer that acts on it.
+
+optimizer = dgc.SGD(model.parameters(), lr=0.1, momentum=0.9)
+optimizer = dgc.horovod.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(),
+                                             compression=dgc.horovod.DGCCompressor(dgc.DGCConfig(density=0.001)))
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+from horovod.common.util import split_list
+from horovod.torch.compression import Compressor
+from horovod.torch.optimizer import _DistributedOptimizer as _Horovod
+from torch import Tensor
+from torch.futures import Future
+from torch.optim.optimizer import Optimizer
+
+from . import horovod_elastic
+from .bucket import Gradients
+from .config import DGCConfig
+from .horovod_exchange import HorovodExchange
+from .memory import dense_strides
+from .state import DGCState
+
+MAX_GROUP = 256
+"""Parameters in one group: the kernels for a GPU take no more gradient tensors at once."""
+
+
+class DGCCompressor(Compressor):
+    """Says that gradients are to be compressed by DGC, and how: the `compression` of our DistributedOptimizer.
+
+    DGC keeps state for each parameter, which a Horovod Compressor is not told: with plain hvd.DistributedOptimizer the
+    first exchange raises.
+
+    Args:
+        config: DGCConfig() where it is left out.
+        bucket_cap_mb: gradients of so many MiB are compressed and sent together, as in DistributedDataParallel.
+
+    Raises:
+        ValueError: bucket_cap_mb is not positive.
+    """
+
+    def __init__(self, config: DGCConfig | None = None, *, bucket_cap_mb: float = 25.0) -> None:
+        """Checks the arguments; see the class."""
+        if not bucket_cap_mb > 0:
+            raise ValueError(f"bucket_cap_mb: expected a number > 0, got {bucket_cap_mb!r}")
+        self.config = config or DGCConfig()
+        self.bucket_cap_mb = bucket_cap_mb
+
+    @staticmethod
+    def compress(tensor: Tensor) -> tuple[Tensor, Any]:
+        """Raises RuntimeError: only hvd.DistributedOptimizer calls it."""
+        raise RuntimeError(
+            "DGCCompressor: expected DGC's DistributedOptimizer, got Horovod's own, which knows no residual. Write\n"
+            "    import dgc.horovod as dgc_hvd\n"
+            "    optimizer = dgc_hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(),\n"
+            "                                             compression=dgc_hvd.DGCCompressor(dgc.DGCConfig(...)))"
+        )
+
+    @staticmethod
+    def decompress(tensor: Tensor, ctx: Any) -> Tensor:
+        """Returns the tensor: it is reduced and dense."""
+        return tensor
+
+
+def DistributedOptimizer(  # noqa: N802  (Horovod's name)
+    optimizer: Optimizer,
+    named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+    compression: DGCCompressor = DGCCompressor(),  # noqa: B008  (it has no state)
+    backward_passes_per_step: int = 1,
+    op: int = hvd.Average,
+    gradient_predivide_factor: float = 1.0,
+    num_groups: int = 0,
+    groups: int | list[list[Tensor]] | None = None,
+    sparse_as_dense: bool = False,
+    process_set: Any = hvd.global_process_set,
+) -> Any:
+    """Wraps an optimizer so that step() applies gradients that DGC has reduced: hvd.DistributedOptimizer, compressed.
+
+    Behaves as Horovod's own (synchronize, skip_synchronize, the guard of zero_grad, several backward passes a step).
+    Like that, it takes over the parameter groups, and the given optimizer is not to be used any more. Its DGCState
+    (stats, state_dict, dense, discard) is `dgc_state`. All processes of the set must call this, except in an elastic
+    run, where they compare their configurations at the first exchange.
+
+    Args:
+        optimizer: dgc.SGD; or one without momentum, for plain accumulation.
+        named_parameters: model.named_parameters(). Names are the state's, and those of the collectives.
+        compression: with the DGCConfig.
+        backward_passes_per_step: gradients are summed locally over so many backward passes before they are compressed.
+        op: hvd.Average or hvd.Sum.
+        gradient_predivide_factor: for gradients that are sent dense, as in Horovod; compressed ones are summed in
+            float32, where it makes no difference.
+        num_groups: Horovod's older name of groups.
+        groups: how many groups of parameters travel together, or lists of those that do. None: by
+            DGCCompressor.bucket_cap_mb.
+        sparse_as_dense: has to be False.
+        process_set: exchange among these processes only. In any other process DGC runs by itself.
+
+    Returns:
+        An optimizer of the given one's class, with Horovod's methods and the attribute `dgc_state`.
+
+    Raises:
+        ValueError: an argument that DGC cannot honour, or Horovod's and DGCState's own checks.
+        TypeError: compression is not a DGCCompressor.
+    """
+    if not isinstance(compression, DGCCompressor):
+        raise TypeError(
+            f"compression: expected a DGCCompressor, such as dgc.horovod.DGCCompressor(dgc.DGCConfig()), got "
+            f"{compression!r}. Without DGC, use horovod.torch.DistributedOptimizer"
+        )
+    if op not in (hvd.Average, hvd.Sum):
+        raise ValueError(
+            f"op: expected hvd.Average or hvd.Sum, got {'hvd.Adasum' if op == hvd.Adasum else op}. DGC adds up what "
+            "ranks send; Adasum weighs whole gradients by their angles, which sparse ones of different entries do not "
+            "have"
+        )
+    if sparse_as_dense:
+        raise ValueError(
+            "sparse_as_dense: expected False, got True. DGC accumulates dense gradients: create the embedding with "
+            "sparse=False"
+        )
+    if gradient_predivide_factor != 1.0 and op != hvd.Average:
+        raise ValueError("gradient_predivide_factor: expected 1 unless op is hvd.Average, whose division it splits")
+    if not backward_passes_per_step > 0:
+        raise ValueError(f"backward_passes_per_step: expected an integer > 0, got {backward_passes_per_step!r}")
+    if num_groups:
+        warnings.warn("num_groups: Horovod calls it groups now", DeprecationWarning, stacklevel=2)
+        groups = num_groups if groups is None else groups
+    named = None if named_parameters is None else list(named_parameters)
+
+    # As Horovod does: one class with the methods of both, since these call super(self.__class__, self).
+    parent = type(optimizer)
+    methods = {k: v for k, v in vars(_Methods).items() if not k.startswith("__")}
+    distributed: Any = type(parent.__name__, (parent,), {**vars(_Horovod), **methods})(
+        *(optimizer.param_groups, named, compression, backward_passes_per_step, op, gradient_predivide_factor),
+        *(groups, False, process_set),
+    )
+    distributed.state.update(optimizer.state)
+    if not process_set.included():
+        distributed.process_set = _Alone()  # or synchronize() would leave out what DGC does by itself
+    distributed._groups = None  # hooks then ask for each parameter; _Fusion puts them together
+
+    names = distributed._parameter_names
+    held = [p for group in distributed.param_groups for p in group["params"]]
+    fused = fuse([p for p in held if p.requires_grad], groups, compression.bucket_cap_mb)
+    agreed = {
+        "op": "Average" if op == hvd.Average else "Sum",
+        "gradient_predivide_factor": gradient_predivide_factor,
+        "backward_passes_per_step": backward_passes_per_step,
+        **{f"group of {names[p]}": i for i, group in enumerate(fused) for p in group},
+    }
+    exchange = HorovodExchange(held[0].device, process_set, gradient_predivide_factor, agreed)
+    ids = set(map(id, held))
+    distributed.dgc_state = DGCState(
+        [(name, p) for name, p in named if id(p) in ids] if named is not None else [(names[p], p) for p in held],
+        distributed,
+        compression.config,
+        exchange=exchange,
+        average=op == hvd.Average,
+    )
+    distributed._fusion = _Fusion(distributed.dgc_state, fused)
+    _Horovod._register_hooks(distributed)  # with one process too, where Horovod has none
+    return distributed
+
+
+def fuse(
+    parameters: Sequence[Tensor], groups: int | list[list[Tensor]] | None, bucket_cap_mb: float
+) -> list[list[Tensor]]:
+    """Returns the groups of parameters that travel together.
+
+    Args:
+        parameters: all trainable ones, in the order of the model.
+        groups: how many there shall be; or the groups themselves, where parameters that none of them has get one each;
+            or None: as many as fit into bucket_cap_mb, from the last to the first, since gradients come in about that
+            order.
+        bucket_cap_mb: MiB of gradients in a group.
+    """
+    if isinstance(groups, int):
+        chosen = split_list(list(parameters), groups)
+    elif groups is not None:
+        known, grouped = set(map(id, parameters)), {id(p) for group in groups for p in group}
+        chosen = [[p for p in group if id(p) in known] for group in groups]
+        chosen += [[p] for p in parameters if id(p) not in grouped]
+    else:
+        chosen = []
+        filling: dict[torch.dtype, list[Tensor]] = {}
+        for p in reversed(parameters):
+            group = filling.get(p.dtype)
+            if group is None or sum(q.nbytes for q in group) + p.nbytes > bucket_cap_mb * 2**20:
+                chosen.append(group := [])
+            group.append(p)
+            filling[p.dtype] = group
+    return [list(group[i : i + MAX_GROUP]) for group in chosen for i in range(0, len(group), MAX_GROUP)]
+
+
+class _Fusion:
+    """Which gradients of a backward pass are there already; hands a group to DGCState when all of its are."""
+
+    def __init__(self, state: DGCState, groups: Sequence[Sequence[Tensor]]) -> None:
+        self._state = state
+        self._groups = groups
+        self._group_of = {p: i for i, group in enumerate(groups) for p in group}
+        self._futures: dict[int, Future[Tensor]] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Waits for the first gradient of a backward pass."""
+        self._missing = [set(group) for group in self._groups]
+        self._left = len(self._groups)
+
+    def add(self, p: Tensor) -> Callable[[], Tensor]:
+        """Takes note of a gradient; returns what waits for the reduced one."""
+        index = self._group_of[p]
+        self._missing[index].discard(p)
+        if not self._missing[index]:
+            self._left -= 1
+            last = self._left == 0
+            group = self._groups[index]
+            gradients = Gradients(group, [_flat_gradient(p) for p in group], [(i, 0) for i in range(len(group))])
+            self._futures[index] = self._state.reduce(gradients, last=last)
+            if last:
+                self.reset()
+
+        def reduced() -> Tensor:
+            self._state.exchange.finish()
+            self._futures[index].wait()
+            assert p.grad is not None
+            return p.grad
+
+        return reduced
+
+
+def _flat_gradient(p: Tensor) -> Tensor:
+    """Returns the gradient, flat, in the order of the parameter's memory; changes .grad where that has another."""
+    if p.grad is None:  # unused here, but another rank may have one
+        p.grad = torch.zeros_like(p)
+    if p.grad.is_sparse:
+        raise ValueError(
+            "dgc.horovod: expected dense gradients, got a sparse one (nn.Embedding(sparse=True)?): use sparse=False"
+        )
+    strides = dense_strides(p)
+    if any(n > 1 and a != b for n, a, b in zip(p.shape, p.grad.stride(), strides, strict=True)):
+        p.grad = torch.empty_strided(p.shape, strides, dtype=p.dtype, device=p.device).copy_(p.grad)
+    return p.grad.as_strided((p.numel(),), (1,))
+
+
+class _Alone:
+    """In place of a process set that this process is not in."""
+
+    def included(self) -> bool:
+        return True
+
+
+class _Methods:
+    """What differs from Horovod's methods; `self` is an object of the class that DistributedOptimizer makes."""
+
+    def _register_hooks(self: Any) -> None:
+        """Does nothing: DistributedOptimizer registers them, once everything has been checked."""
+
+    def _allreduce_grad_async(self: Any, p: Tensor) -> tuple[Callable[[], Tensor], None]:
+        try:
+            return self._fusion.add(p), None
+        except Exception:
+            self._start_afresh()
+            raise
+
+    def _start_afresh(self: Any) -> None:
+        """Forgets a backward pass that broke off."""
+        self._handles.clear()
+        self._synchronized = False
+        self.set_backward_passes_per_step(self.backward_passes_per_step)
+        self._fusion.reset()
+
+    def synchronize(self: Any) -> None:
+        """Waits until all gradients are reduced.
+
+        Raises:
+            HorovodInternalError: a process is gone.
+            RuntimeError: a rank sent what does not fit. Nothing is applied; dgc_state.discard() goes on.
+        """
+        try:
+            _Horovod.synchronize(self)
+        except Exception:
+            self._start_afresh()
+            raise
+
+    def step(self: Any, closure: Callable[[], float] | None = None) -> float | None:
+        """Waits for the reduced gradients and applies them; a closure runs first, with its backward pass."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        _Horovod.step(self)
+        return loss
+
+    # torch would call hooks of step() around this one too, before the gradients are reduced.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def zero_grad(self: Any, set_to_none: bool = True) -> None:
+        """Sets gradients to None or zero, unless they are being reduced.
+
+        Raises:
+            AssertionError: backward() was called since, but neither step() nor synchronize().
+        """
+        if self._handles or set_to_none:
+            _Horovod.zero_grad(self)
+        else:
+            super(self.__class__, self).zero_grad(set_to_none=False)  # type: ignore[misc]
+
+    def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
+        """Loads the optimizer's own state, and forgets a backward pass that broke off."""
+        self._start_afresh()
+        super(self.__class__, self).load_state_dict(state_dict)  # type: ignore[misc]
+
+
+horovod_elastic.register()
+__all__ = ["DGCCompressor", "DistributedOptimizer"]

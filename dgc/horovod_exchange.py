@@ -1,0 +1,172 @@
+"""The exchange over Horovod's collectives."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+from horovod.common.exceptions import HorovodInternalError
+from torch import Tensor
+from torch.futures import Future
+
+from .exchange import Exchange
+
+
+class HorovodTransfer:
+    """The collectives of one bucket; `finish` waits for them.
+
+    On a GPU, Horovod waits for this stream before it reads a tensor, and when a handle is done its result is there: no
+    stream is needed but the current one.
+    """
+
+    def __init__(self) -> None:
+        """Starts with none."""
+        self.done: Future[Any] = Future()
+        self._handles: list[tuple[int, Tensor | None]] = []
+        self._error: Exception | None = None
+
+    def add(self, handle: int, gathered: Tensor | None = None) -> None:
+        """Adds a collective; the result of an all-gather goes to `gathered`."""
+        self._handles.append((handle, gathered))
+
+    def finish(self) -> None:
+        """Waits for the collectives, then completes `done`, whose callbacks run here."""
+        for handle, gathered in self._handles:
+            # All of them, also after one has failed: Horovod reads and writes our tensors until they are done.
+            self._error = _wait(handle, gathered) or self._error
+        self.done.set_result(None)
+
+    @contextmanager
+    def arrived(self) -> Iterator[None]:
+        """Raises what went wrong; see Transfer."""
+        if self._error is not None:
+            raise self._error
+        yield
+
+
+def _wait(handle: int, gathered: Tensor | None) -> Exception | None:
+    try:
+        output = hvd.synchronize(handle)
+    except HorovodInternalError as error:
+        gone: Exception = error
+        return gone
+    if gathered is not None:
+        # Horovod gathers tensors of any lengths.
+        if output.numel() != gathered.numel():
+            return RuntimeError(
+                f"dgc.horovod: expected {gathered[0].numel()} bytes from each of {len(gathered)} ranks, got "
+                f"{output.numel()} in all: ranks send different buckets, or are at different steps of the warm-up"
+            )
+        gathered.view(-1).copy_(output)
+    return None
+
+
+class HorovodExchange(Exchange):
+    """A process set of Horovod; collectives are matched by name, in whatever order ranks start them."""
+
+    # Horovod's torch adapter has no bfloat16.
+    reducible = (torch.float32, torch.float16)
+
+    def __init__(
+        self,
+        device: torch.device,
+        process_set: Any = hvd.global_process_set,
+        predivide_factor: float = 1.0,
+        agreed: Mapping[str, object] | None = None,
+    ) -> None:
+        """Takes the global process set unless another is given.
+
+        Args:
+            device: of all tensors to come.
+            process_set: a horovod.torch.ProcessSet. A process that is not in it exchanges with nobody.
+            predivide_factor: dense gradients are divided by it before the sum, and by world size / it afterwards.
+            agreed: what all ranks must have alike besides DGCState's own description.
+        """
+        self.elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
+        self._device = device
+        self._set = process_set
+        self._predivide_factor = predivide_factor
+        self._agreed = dict(agreed or {})
+        self._under_way: list[HorovodTransfer] = []
+        self._stale = True
+        self.rank, self.world_size = self._place()
+
+    def _place(self) -> tuple[int, int]:
+        return (self._set.rank(), self._set.size()) if self._set.included() else (0, 1)
+
+    @property
+    def changed(self) -> bool:  # type: ignore[override]
+        """Whether ranks have come or gone, or may have, since refresh() was called last."""
+        return self.elastic and (self._stale or self._place() != (self.rank, self.world_size))
+
+    def refresh(self) -> None:
+        """Looks again which rank this is, and of how many."""
+        self.rank, self.world_size = self._place()
+        self._stale = False
+
+    def roll_back(self, rank: int, world_size: int) -> None:
+        """Returns to an earlier group, until refresh() looks again."""
+        self.rank, self.world_size = rank, world_size
+        self._stale = True
+
+    def future(self) -> Future[Tensor]:
+        """Returns a future for a reduced tensor."""
+        return Future(devices=[self._device] if self._device.type == "cuda" else None)
+
+    def start(
+        self, name: str, payload: Tensor | None, gathered: Tensor | None, dense: Tensor | None
+    ) -> HorovodTransfer:
+        """Starts both collectives; see Exchange. finish() completes them."""
+        transfer = HorovodTransfer()
+        if payload is not None and gathered is not None:
+            if self.world_size == 1:
+                gathered[0].copy_(payload)
+            else:
+                handle = hvd.allgather_async(payload, name=f"dgc.payload.{name}", process_set=self._set)
+                transfer.add(handle, gathered)
+        if dense is not None and self.world_size > 1:
+            handle = hvd.allreduce_async_(
+                dense,
+                name=f"dgc.dense.{name}",
+                op=hvd.Sum,
+                prescale_factor=1 / self._predivide_factor,
+                postscale_factor=self._predivide_factor / self.world_size,
+                process_set=self._set,
+            )
+            transfer.add(handle)
+        self._under_way.append(transfer)
+        return transfer
+
+    def finish(self) -> None:
+        """Waits for all that has been started, in the order in which it was. What fails, fails for who waits for it."""
+        under_way, self._under_way = self._under_way, []
+        for transfer in under_way:
+            transfer.finish()
+
+    def everyone(self, text: str) -> list[str]:
+        """Returns the texts of all ranks, in their order; a collective."""
+        if self.world_size == 1:
+            return [text]
+        mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        length = torch.tensor([len(mine)])
+        lengths = hvd.allgather(length, name="dgc.lengths", process_set=self._set).tolist()
+        texts = hvd.allgather(mine, name="dgc.texts", process_set=self._set).split(lengths)
+        return [bytes(t.tolist()).decode() for t in texts]
+
+    def broadcast(self, tensors: Sequence[Tensor], root: int) -> None:
+        """Copies one rank's tensors to all others; a collective."""
+        root_rank = self._set.ranks[root]
+        handles = [
+            hvd.broadcast_async_(t, root_rank, name=f"dgc.broadcast.{i}", process_set=self._set)
+            for i, t in enumerate(tensors)
+        ]
+        for handle in handles:
+            hvd.synchronize(handle)
+
+    def agree(self, mine: Mapping[str, object]) -> None:
+        """Compares a description of this rank's set-up with all others'; see Exchange."""
+        super().agree({**mine, **self._agreed})
