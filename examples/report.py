@@ -1,4 +1,4 @@
-"""Compares runs of mnist.py: one table, and a picture of the learning curves.
+"""Compares runs of mnist.py and horovod_mnist.py: one table, and a picture of the learning curves.
 
 python examples/report.py dense.json dgc.json --picture curves.png
 """
@@ -32,7 +32,8 @@ def name(run: dict[str, Any]) -> str:
     """Returns what a run is called in table and picture."""
     config = run["config"]
     kind = "dense" if config["dense"] else f"DGC {100 * config['density']:g} %"
-    return f"{kind}, seed {config['seed']}"
+    library = "Horovod, " if run.get("library") == "Horovod" else ""
+    return f"{library}{kind}, seed {config['seed']}"
 
 
 def table(runs: list[dict[str, Any]]) -> str:

@@ -1,35 +1,44 @@
 #!/usr/bin/env bash
-# Installs Horovod 0.28.1 beside the torch of an environment, from its source package, and checks that it runs.
+# Installs Horovod 0.28.1 from its source package beside the torch of an environment, and checks that it runs.
 #
 #   ./launch/install_horovod.sh [--help]
 #
+# The environment is the one of PYTHON, else the activated one; it has to have torch. Where there is neither, it is the
+# one of launch/quickstart.sh, .venv or $DGC_VENV, which is made if need be.
 # The released source asks for C++14, current torch needs C++20; nothing else is changed. Five minutes on two cores; the
 # wheel is kept in $DGC_CACHE (~/.cache/torch-dgc), by version of torch and Python, so that the next call takes seconds.
-# PYTHON chooses the environment. Needs g++, cmake and torch. Gloo only, unless the usual settings say otherwise
+# Needs g++; cmake is installed where it is missing. Gloo only, unless the usual settings say otherwise
 # (HOROVOD_GPU_OPERATIONS=NCCL, HOROVOD_WITH_MPI=1, ...).
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 if [[ "${1:-}" == --help || "${1:-}" == -h ]]; then
-  sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
   exit 0
 fi
 
 version=0.28.1
 sha256=92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0
-python=${PYTHON:-python3}
-pip=("$python" -m pip --disable-pip-version-check)
-# CMake comes with the environment, if at all: its scripts come first.
-PATH=$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH
-export PATH
 
 fail() {
   echo "install_horovod.sh: $*" >&2
   exit 1
 }
 
+command -v "${CXX:-g++}" >/dev/null || fail "expected ${CXX:-g++}, found none. Install it (apt install g++, dnf install gcc-c++)"
+python=$(chosen_python)
+if [[ -z $python ]]; then
+  check_python python3
+  make_environment python3
+  python=$venv/bin/python
+fi
 tag=$("$python" -c 'import platform, sys, torch; print(f"torch{torch.__version__}-cp{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}")') ||
-  fail "expected torch in $python, found none. Install it first, or set PYTHON"
-command -v "${CXX:-g++}" >/dev/null || fail "expected ${CXX:-g++}, found none"
+  fail "expected torch in $python, found none. Install it there first, or leave PYTHON unset and no environment active: \
+one is then made, with torch"
+pip=("$python" -m pip --disable-pip-version-check)
+# CMake comes with the environment, if at all: its scripts come first.
+PATH=$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH
+export PATH
 
 # Whatever decides how it is built is part of the name.
 settings=$({ env | grep '^HOROVOD_' || true; } | sort | cksum | cut -d' ' -f1)
@@ -62,7 +71,8 @@ fi
 
 echo "== install"
 "${pip[@]}" install --quiet cloudpickle psutil pyyaml packaging cffi
-"${pip[@]}" install --quiet --no-deps "$wheels"/*.whl
+# Forced: the same version may be there already, built for a torch that has been replaced since.
+"${pip[@]}" install --quiet --no-deps --force-reinstall "$wheels"/*.whl
 
 echo "== check"
 check=$(mktemp --suffix=.py)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 usage() {
     cat <<'EOF'
@@ -32,9 +32,7 @@ fail() {
 }
 
 python=${PYTHON:-python3}
-command -v "$python" >/dev/null || fail "$python not found. Install Python 3.10 or later, or set PYTHON to one"
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-    fail "Python: expected 3.10 or later, got $("$python" -V). Set PYTHON to a newer one"
+check_python "$python"
 
 # 1. Options, checked before anything is installed.
 density=0.001 epochs=20 processes=2 seed=0 warmup_steps=
@@ -63,33 +61,9 @@ while [[ $# -gt 0 ]]; do
     shift 2
 done
 
-# 2. Installation, once: the stamp is what it was made from.
-venv=$(realpath -m "${DGC_VENV:-$root/.venv}")
+# 2. Installation, where it has not been done.
+make_environment "$python"
 cd "$root"
-stamp=$venv/dgc-quickstart
-source_hash=$(
-    {
-        echo "$root ${DGC_NATIVE:-1} ${DGC_CUDA:-auto}"
-        cat constraints.txt pyproject.toml setup.py
-        find csrc -type f -print0 | sort -z | xargs -0 cat
-    } | sha256sum
-)
-if [[ ! -f $stamp || $(<"$stamp") != "$source_hash" ]]; then
-    if [[ ${DGC_NATIVE:-1} != 0 ]] && ! command -v "${CXX:-g++}" >/dev/null; then
-        fail "${CXX:-g++} not found; it compiles the kernels. Install it (apt install g++, dnf install gcc-c++), or set \
-DGC_NATIVE=0 to go on with plain PyTorch kernels, slower"
-    fi
-    "$python" -c 'import ensurepip, venv' 2>/dev/null ||
-        fail "$python lacks the module venv. Install it (apt install python3-venv), or set PYTHON to another Python"
-    echo "== Installing into $venv"
-    "$python" -m venv "$venv"
-    # torch first, and alone under the constraint: whatever follows finds it there and takes no other build.
-    "$venv/bin/python" -m pip install -c constraints.txt torch
-    "$venv/bin/python" -m pip install --quiet -c constraints.txt "setuptools>=77" wheel
-    echo "== Compiling the kernels"
-    "$venv/bin/python" -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[examples]"
-    echo "$source_hash" >"$stamp"
-fi
 
 # 3. Two runs and their comparison.
 runs=runs/quickstart

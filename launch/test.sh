@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the package into an environment of its own and runs every check: lint, types, tests.
+# Installs the package and Horovod into an environment of its own and runs every check: lint, types, tests.
 #
 #   ./launch/test.sh [arguments for pytest]
 #
@@ -26,6 +26,13 @@ step "install"
 # torch first and pinned: left to itself, pip would choose a build with gigabytes of CUDA.
 "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools wheel
 "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test,examples]'
+
+step "horovod"
+if "$python" -c 'import sys, horovod.torch; sys.exit(horovod.__version__ != "0.28.1")' 2>/dev/null; then
+  echo "Horovod 0.28.1 is installed"
+else
+  PYTHON=$python ./launch/install_horovod.sh
+fi
 
 step "ruff"
 "$venv/bin/ruff" check .

