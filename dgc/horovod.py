@@ -11,8 +11,15 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import horovod.torch as hvd
 import torch
+
+try:
+    import horovod.torch as hvd
+except ImportError as error:
+    raise ImportError(
+        f"dgc.horovod: expected Horovod with support for this torch, got: {error}. launch/install_horovod.sh builds "
+        "and installs Horovod 0.28.1"
+    ) from error
 from horovod.common.util import split_list
 from horovod.torch.compression import Compressor
 from horovod.torch.optimizer import _DistributedOptimizer as _Horovod
