@@ -75,7 +75,7 @@ class Bucket:
         """
         device = gradients.buffers[0].device
         self.name = members[0].name
-        """The same on all ranks, and no other bucket's."""
+        """The same on all ranks, and of this model no other bucket's."""
         self.wire_dtype = config.wire_dtype
         self.compressed = [m for m in members if m.entries is not None]
         self.dense = [m for m in members if m.entries is None]
@@ -231,6 +231,8 @@ class Bucket:
                 self._report_nonfinite(gradient, _HALF)
 
     def _report_nonfinite(self, tensor: Tensor, flag: int) -> None:
+        if tensor.numel() == 0:
+            return
         low, high = tensor.aminmax()  # one pass; both are NaN if any entry is
         self.report[-1:] |= flag * ~(low.isfinite() & high.isfinite())
 

@@ -41,4 +41,5 @@ def dgc_hook(
     # A rank that has left DDP's join() context early is asked for zero gradients, outside any backward pass. It keeps
     # sending its residual; no step() follows there.
     shadow = torch._C._current_graph_task_id() == -1
-    return state.reduce(Gradients(parameters, [buffer], places), last=bucket.is_last(), shadow=shadow)
+    gradients = Gradients(parameters, [buffer], places)
+    return state.reduce(gradients, first=bucket.index() == 0, last=bucket.is_last(), shadow=shadow)

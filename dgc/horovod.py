@@ -138,15 +138,21 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     if num_groups:
         warnings.warn("num_groups: Horovod calls it groups now", DeprecationWarning, stacklevel=2)
         groups = num_groups if groups is None else groups
+    if process_set.process_set_id is None:
+        raise ValueError(
+            f"process_set: expected a registered one, got {process_set}. Pass it to hvd.init(process_sets=[...]), or "
+            "call hvd.add_process_set()"
+        )
     named = None if named_parameters is None else list(named_parameters)
 
     # As Horovod does: one class with the methods of both, since these call super(self.__class__, self).
     parent = type(optimizer)
     methods = {k: v for k, v in vars(_Methods).items() if not k.startswith("__")}
-    distributed: Any = type(parent.__name__, (parent,), {**vars(_Horovod), **methods})(
+    distributed: Any = type(parent.__name__, (parent, horovod_elastic.Compressed), {**vars(_Horovod), **methods})(
         *(optimizer.param_groups, named, compression, backward_passes_per_step, op, gradient_predivide_factor),
         *(groups, False, process_set),
     )
+    distributed.defaults = optimizer.defaults
     distributed.state.update(optimizer.state)
     if not process_set.included():
         distributed.process_set = _Alone()  # or synchronize() would leave out what DGC does by itself
@@ -212,7 +218,7 @@ class _Fusion:
         self._state = state
         self._groups = groups
         self._group_of = {p: i for i, group in enumerate(groups) for p in group}
-        self._futures: dict[int, Future[Tensor]] = {}
+        self._sent: dict[int, tuple[Future[Tensor], dict[Tensor, Tensor]]] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -225,19 +231,21 @@ class _Fusion:
         index = self._group_of[p]
         self._missing[index].discard(p)
         if not self._missing[index]:
+            first = self._left == len(self._groups)
             self._left -= 1
             last = self._left == 0
             group = self._groups[index]
-            gradients = Gradients(group, [_flat_gradient(p) for p in group], [(i, 0) for i in range(len(group))])
-            self._futures[index] = self._state.reduce(gradients, last=last)
+            flat = Gradients(group, [_flat_gradient(p) for p in group], [(i, 0) for i in range(len(group))])
+            gradients = {p: p.grad for p in group if p.grad is not None}
+            self._sent[index] = self._state.reduce(flat, first=first, last=last), gradients
             if last:
                 self.reset()
 
         def reduced() -> Tensor:
             self._state.exchange.finish()
-            self._futures[index].wait()
-            assert p.grad is not None
-            return p.grad
+            future, gradients = self._sent[index]
+            future.wait()
+            return gradients[p]  # which p.grad need not be any more
 
         return reduced
 
@@ -270,6 +278,7 @@ class _Methods:
         """Does nothing: DistributedOptimizer registers them, once everything has been checked."""
 
     def _allreduce_grad_async(self: Any, p: Tensor) -> tuple[Callable[[], Tensor], None]:
+        self._synchronized = False
         try:
             return self._fusion.add(p), None
         except Exception:
@@ -277,19 +286,21 @@ class _Methods:
             raise
 
     def _start_afresh(self: Any) -> None:
-        """Forgets a backward pass that broke off."""
+        """Forgets a backward pass that broke off; what it sent is dgc_state's to take back."""
         self._handles.clear()
         self._synchronized = False
         self.set_backward_passes_per_step(self.backward_passes_per_step)
         self._fusion.reset()
 
     def synchronize(self: Any) -> None:
-        """Waits until all gradients are reduced.
+        """Waits until all gradients are reduced; at once, where they are.
 
         Raises:
             HorovodInternalError: a process is gone.
             RuntimeError: a rank sent what does not fit. Nothing is applied; dgc_state.discard() goes on.
         """
+        if self._synchronized and not self._handles:
+            return  # again, by a step() without skip_synchronize(): their average is what they are
         try:
             _Horovod.synchronize(self)
         except Exception:

@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from typing import Any
 
-from horovod.torch.elastic.state import StateHandler, get_handler_registry, set_handler_registry
+from horovod.torch.elastic.state import (
+    OptimizerStateHandler,
+    StateHandler,
+    get_handler_registry,
+    set_handler_registry,
+)
+from horovod.torch.functions import broadcast_optimizer_state
 
 from .horovod_exchange import HorovodExchange
 from .state import DGCState
+
+_handled: weakref.WeakSet[DGCState] = weakref.WeakSet()
+"""States that a handler commits and restores."""
+
+
+class Compressed:
+    """An optimizer that DistributedOptimizer has made."""
+
+    dgc_state: DGCState
 
 
 class DGCStateHandler(StateHandler):
@@ -20,6 +37,7 @@ class DGCStateHandler(StateHandler):
     def __init__(self, state: DGCState) -> None:
         """Commits for the first time."""
         super().__init__(state)
+        _handled.add(state)
         self.save()
 
     def save(self) -> None:
@@ -41,11 +59,32 @@ class DGCStateHandler(StateHandler):
 
     def sync(self) -> None:
         """Takes momentum and residual over into the group of workers that are there now; a collective."""
+        # First, since momentum factors are compared, and a newcomer's are not yet those of the schedule.
+        broadcast_optimizer_state(self.value.optimizer, root_rank=0)
         self.value.regroup()
 
 
+class CompressedHandler(OptimizerStateHandler):
+    """Horovod's handler of an optimizer, for one whose momentum and residual need a handler too."""
+
+    def __init__(self, optimizer: Any) -> None:
+        """Commits for the first time.
+
+        Raises:
+            ValueError: nobody commits the DGCState.
+        """
+        # TorchState makes the handlers of model and optimizer last.
+        if optimizer.dgc_state not in _handled:
+            raise ValueError(
+                "hvd.elastic.TorchState: expected the optimizer's momentum and residual beside it, got none, so a "
+                "restore would leave them behind: TorchState(model=model, optimizer=optimizer, dgc=optimizer.dgc_state)"
+            )
+        super().__init__(optimizer)
+
+
 def register() -> None:
-    """Makes hvd.elastic.TorchState know DGCState."""
+    """Makes hvd.elastic.TorchState know DGCState, and optimizers that have one."""
     registry = get_handler_registry()
     if all(kind is not DGCState for kind, _ in registry):
-        set_handler_registry([*registry, (DGCState, DGCStateHandler)])
+        # The first that fits is taken, and ours are optimizers too.
+        set_handler_registry([(DGCState, DGCStateHandler), (Compressed, CompressedHandler), *registry])

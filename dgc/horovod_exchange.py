@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -49,11 +50,16 @@ class HorovodTransfer:
 
 
 def _wait(handle: int, gathered: Tensor | None) -> Exception | None:
+    """Waits for a collective; returns what went wrong."""
     try:
+        # hvd.synchronize() spins, on a core that Horovod's own thread may need: where there are as many processes as
+        # cores, that made one wait in ten 10 ms long instead of 2.
+        while not hvd.poll(handle):
+            time.sleep(1e-4)
         output = hvd.synchronize(handle)
-    except HorovodInternalError as error:
-        gone: Exception = error
-        return gone
+    except (HorovodInternalError, ValueError) as error:  # ValueError: a handle that Horovod does not know any more
+        failure: Exception = error
+        return failure
     if gathered is not None:
         # Horovod gathers tensors of any lengths.
         if output.numel() != gathered.numel():
@@ -110,7 +116,7 @@ class HorovodExchange(Exchange):
 
     def roll_back(self, rank: int, world_size: int) -> None:
         """Returns to an earlier group, until refresh() looks again."""
-        self.rank, self.world_size = rank, world_size
+        super().roll_back(rank, world_size)
         self._stale = True
 
     def future(self) -> Future[Tensor]:
@@ -122,6 +128,8 @@ class HorovodExchange(Exchange):
     ) -> HorovodTransfer:
         """Starts both collectives; see Exchange. finish() completes them."""
         transfer = HorovodTransfer()
+        # First: if one collective starts and the other fails to, the one still has to be waited for.
+        self._under_way.append(transfer)
         if payload is not None and gathered is not None:
             if self.world_size == 1:
                 gathered[0].copy_(payload)
@@ -138,7 +146,6 @@ class HorovodExchange(Exchange):
                 process_set=self._set,
             )
             transfer.add(handle)
-        self._under_way.append(transfer)
         return transfer
 
     def finish(self) -> None:

@@ -102,7 +102,7 @@ class SGD(Optimizer):
         if not gradients:
             return loss
         if not (self._reducer is not None and self._reducer.pending) and all_zero(gradients):
-            self._allocate_decay_momentum()
+            self._allocate()
             return loss
         if self._reducer is not None:
             if not self._reducer.take():
@@ -117,6 +117,7 @@ class SGD(Optimizer):
             )
         for group in self.param_groups:
             self._step_group(group)
+        self._steps().add_(1)
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
@@ -158,7 +159,21 @@ class SGD(Optimizer):
         u: Tensor = state["decay_momentum"]
         return u
 
-    def _allocate_decay_momentum(self) -> None:
+    def _steps(self) -> Tensor:
+        """Returns the number of steps applied, on a GPU with those that the device left out: float32 on the CPU.
+
+        Kept so that there is a state at all: hvd.broadcast_optimizer_state() leaves learning rates where they are if
+        there is none.
+        """
+        state = self.state[self.param_groups[0]["params"][0]]
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+        steps: Tensor = state["step"]
+        return steps
+
+    def _allocate(self) -> None:
+        """Makes what step() would make."""
+        self._steps()
         for group in self.param_groups:
             if group["weight_decay"] and group["momentum"]:
                 for p in group["params"]:

@@ -118,33 +118,42 @@ class DGCState:
         Raises:
             ValueError: on every rank, where configurations or parameters differ.
             RuntimeError: a reduced gradient is not applied yet; or survivors come from different groups or steps.
+            FloatingPointError, PayloadError: on a GPU, what the next step() would have raised.
         """
         if self._pending:
             raise RuntimeError(
                 "DGCState.regroup: expected to be called between optimizer.step() and the next backward(), got a call "
                 "with an update outstanding: call step() first, or state.discard()"
             )
+        self._settle()
         mine = None
         if self.joined:
             mine = elastic.Share(
                 *(self.exchange.rank, self.exchange.world_size, self.step, self._dense),
                 *(sorted(self.memory.diverged), self.memory.momentum is not None),
             )
+        before = self.exchange.rank, self.exchange.world_size
         self.exchange.refresh()
-        self.exchange.agree(report.description(self.config, self.optimizer, self._parameters))
-        if (share := elastic.regroup(self.exchange, self.memory, mine)) is not None:
+        try:
+            self.exchange.agree(report.description(self.config, self.optimizer, self._parameters))
+            share = elastic.regroup(self.exchange, self.memory, mine)
+        except Exception:
+            self.exchange.roll_back(*before)  # it is still that group's share
+            raise
+        if share is not None:
             self.step, self._dense = share.step, share.dense
         self.joined = True
         self._phase_key = ()
 
     # One backward pass, in the order in which a gradient meets it.
 
-    def reduce(self, gradients: Gradients, *, last: bool, shadow: bool = False) -> Future[Tensor]:
+    def reduce(self, gradients: Gradients, *, first: bool, last: bool, shadow: bool = False) -> Future[Tensor]:
         """Reduces one bucket of gradients in place.
 
         Args:
             gradients: the bucket. All ranks reduce the same buckets in the same order.
-            last: whether it is the last one of this backward pass.
+            first: whether it is the first one of a backward pass.
+            last: whether it is the last one.
             shadow: no step() will follow on this rank (DDP's join).
 
         Returns:
@@ -152,10 +161,16 @@ class DGCState:
 
         Raises:
             ValueError: a parameter that named_parameters did not have.
-            RuntimeError: the gradients of the backward pass before have not been taken by a step().
+            RuntimeError: the gradients of the backward pass before have not been taken by a step(); or it broke off, or
+                this one has been discarded.
         """
-        if not self._open:
+        if first:
             self._begin()
+        elif not self._open:
+            raise RuntimeError(
+                "DGCState: expected the first bucket of a backward pass, got a later one: this pass has been "
+                "discarded. Call zero_grad() and run another"
+            )
         future = self.exchange.future()
         self._waiting.append((gradients, future))
         if self.config.clip_norm is None or last:
@@ -169,6 +184,11 @@ class DGCState:
         return future
 
     def _begin(self) -> None:
+        if self._open:
+            raise RuntimeError(
+                "DGCState: expected the last backward pass to be complete, but it broke off, and what it sent is in "
+                "neither the residual nor the model. Call state.discard(), which takes it back, and zero_grad()"
+            )
         if self._pending:
             raise RuntimeError(
                 "DGCState: expected optimizer.step() after the last backward pass, got another backward pass: its "
@@ -267,7 +287,8 @@ class DGCState:
         step's update is given back too.
 
         Raises:
-            RuntimeError: no backward pass was reduced since the last step().
+            RuntimeError: no backward pass was reduced since the last step(), or a bucket of it failed.
+            ValueError: the optimizer holds a gradient that was not reduced.
             FloatingPointError: a rank's gradient was not finite, and config.on_nonfinite is "raise". Nothing was
                 applied; finite entries stay accumulated.
         """
@@ -281,6 +302,10 @@ class DGCState:
             error, self._error = self._error, None
             self.discard()
             raise error
+        self._check_all_reduced()
+        self.exchange.finish()
+        for future in self._sent:
+            future.wait()
         self._pending = False
         self._verdict = Verdict(list(self._reduced.values()), self.step - 1)
         if not self._late:
@@ -288,6 +313,15 @@ class DGCState:
         for bucket in self._reduced.values():
             bucket.restore(self.memory, self._verdict.bad)
         return True
+
+    def _check_all_reduced(self) -> None:
+        held = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if local := [p for p in held if id(p) not in self._names]:
+            raise ValueError(
+                f"optimizer: expected gradients of the parameters that named_parameters had, got those of "
+                f"{len(local)} more, of shape {', '.join(str(tuple(p.shape)) for p in local)}, which no rank has sent. "
+                "They were frozen, or not there, when DGCState was made: make optimizer and DGCState again"
+            )
 
     @property
     def pending(self) -> bool:
@@ -334,7 +368,7 @@ class DGCState:
         return self.memory.momentum_of(name)
 
     def _before_foreign_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if len(args) > 1 or kwargs.get("closure") is not None:
+        if any(argument is not None for argument in (*args[1:], *kwargs.values())):
             raise RuntimeError(
                 f"{type(self.optimizer).__name__}.step: expected no closure, since its backward pass would run after "
                 "DGC's check of the gradients. Call backward() before step(), or use dgc.SGD"

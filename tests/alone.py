@@ -17,7 +17,7 @@ def reduce(state: dgc.DGCState, model: torch.nn.Module, shadow: bool = False) ->
     """Reduces all gradients of the model in one bucket."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     gradients = Gradients(parameters, [p.grad.view(-1) for p in parameters], [(i, 0) for i in range(len(parameters))])
-    state.reduce(gradients, last=True, shadow=shadow).wait()
+    state.reduce(gradients, first=True, last=True, shadow=shadow).wait()
 
 
 class Alone:

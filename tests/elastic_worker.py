@@ -47,6 +47,8 @@ def train(state):
         optimizer.step()
         state.step += 1
         state.grown |= hvd.size() == 3
+        for group in optimizer.param_groups:  # a schedule, which a newcomer has to take up
+            group["lr"], group["momentum"] = 0.5 * 0.95**state.step, 0.5 * 0.99**state.step
         steps += 1
         state.save()
         record[-1] = (*record[-1][:2], outcome(net, optimizer.dgc_state))

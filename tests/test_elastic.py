@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from alone import reduce
+from alone import Alone, reduce
 from models import Given, integers, normals
 from ranks import run_ranks
 from training import LARGE, SHAPES, assert_replicas_equal, outcome, seed_of
@@ -111,17 +111,49 @@ def disagree(rank, world_size, how):
         reduce(state, net)
     state.step += rank
     state.exchange.group = group
-    try:
+    with pytest.raises(RuntimeError) as caught:
         state.regroup()
-    except RuntimeError as error:
-        return str(error), state.memory.residual.count_nonzero().item()
-    return "no error"
+    return str(caught.value), state.memory.residual.count_nonzero().item()
 
 
 def test_survivors_of_different_steps_are_refused_and_keep_what_they_have():
     for message, waiting in run_ranks(2, disagree, "step"):
         assert "rank 0 was rank 0 of 2 at step 1; rank 1 was rank 1 of 2 at step 2" in message
         assert waiting > 80_000
+
+
+def fail_then_regroup(rank, world_size):
+    old, new = dist.new_group([0, 1, 2]), dist.new_group([0, 1])
+    net, optimizer, state = build(old)
+    train(net, optimizer, state, 0)
+    before = outcome(net, state)
+    if rank == 2:
+        return None
+    state.exchange.group = new
+    state.step += rank
+    with pytest.raises(RuntimeError):
+        state.regroup()
+    state.step -= rank
+    kept = state.exchange.rank, state.exchange.world_size
+    state.regroup()
+    return kept, before, outcome(net, state)
+
+
+def test_a_regroup_that_fails_can_be_tried_again():
+    for rank, (kept, before, after) in enumerate(run_ranks(3, fail_then_regroup)[:2]):
+        assert kept == (rank, 3)
+        assert torch.equal(after["residual"]["a"], before["residual"]["a"] * (2 / 3))
+
+
+def test_regroup_counts_a_step_that_the_device_has_left_out():
+    one = Alone(SHAPES, dgc.DGCConfig(0.01, on_nonfinite="skip"), lr=0.5)
+    one.state._late = True  # as on a GPU
+    one.train(normals(SHAPES, 0))
+    one.train({**normals(SHAPES, 1), "a": torch.full(SHAPES["a"], torch.nan)})
+    shares = []
+    one.state.exchange.everyone = lambda text: shares.append(text) or [text]
+    one.state.regroup()
+    assert '"step": 1' in shares[-1]
 
 
 def test_regroup_with_an_update_outstanding_is_refused():
@@ -138,6 +170,8 @@ def commit_and_restore():
     import test_horovod
 
     run = test_horovod.Run(dgc.DGCConfig(0.01, warmup_steps=6, warmup_densities=(0.25,)), weight_decay=0.1)
+    with pytest.raises(ValueError, match=r"dgc=optimizer\.dgc_state"):
+        hvd.elastic.TorchState(model=run.net, optimizer=run.optimizer)
     elastic = hvd.elastic.TorchState(model=run.net, optimizer=run.optimizer, dgc=run.state, batch=0)
     fresh = outcome(run.net, run.state)
     results = []

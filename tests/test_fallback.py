@@ -47,3 +47,11 @@ def test_plain_pytorch_takes_over_with_one_warning(tmp_path):
     w, residual = map(float, result.stdout.split())
     assert float(one.parameter("w").double().sum()) == w
     assert float(one.state.memory.residual.double().sum()) == residual
+
+
+def test_without_horovod_its_door_says_what_installs_it():
+    script = "import sys, dgc; sys.modules['horovod'] = None; import dgc.horovod"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "ImportError: dgc.horovod: expected Horovod with support for this torch" in result.stderr
+    assert "launch/install_horovod.sh" in result.stderr

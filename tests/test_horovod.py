@@ -174,15 +174,26 @@ def test_sum_is_the_average_of_gradients_times_the_number_of_processes(horovod, 
             torch.testing.assert_close(p, total["parameters"][name])
 
 
-def predivided():
+def predivided(monkeypatch=None):
+    factors = []
+    reduce = hvd.allreduce_async_
+
+    def spy(tensor, **kwargs):
+        factors.append((kwargs["prescale_factor"], kwargs["postscale_factor"]))
+        return reduce(tensor, **kwargs)
+
     ours = Run(horovod={"gradient_predivide_factor": 4.0}, momentum=0.0)
-    for step in range(5):
-        ours.train(normals(SHAPES, seed_of(step, hvd.rank())))
-    return ours.result()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hvd, "allreduce_async_", spy)
+        for step in range(5):
+            ours.train(normals(SHAPES, seed_of(step, hvd.rank())))
+    return ours.result(), factors
 
 
-def test_predividing_by_a_power_of_two_changes_nothing(horovod):
-    assert_equal(horovod(2, predivided), horovod(2, train_given, 5, normals, {"momentum": 0.0}))
+def test_predividing_splits_the_division(horovod):
+    results, factors = zip(*horovod(2, predivided), strict=True)
+    assert_equal(results, horovod(2, train_given, 5, normals, {"momentum": 0.0}))  # powers of two
+    assert factors == ([(0.25, 2.0)] * 5,) * 2
 
 
 # Horovod's behaviour
@@ -405,9 +416,194 @@ def broadcast(weight_decay):
 def test_parameters_and_optimizer_state_are_broadcast(horovod, weight_decay):
     results = horovod(2, broadcast, weight_decay)
     assert [r["equal"] for r in results] == [True, True]
-    if weight_decay:  # without it the optimizer has no state, and Horovod then broadcasts nothing at all
-        assert [r["lr"] for r in results] == [0.1, 0.1]
-        assert_replicas_equal(results)
+    assert [r["lr"] for r in results] == [0.1, 0.1]
+    assert_replicas_equal(results)
+
+
+def foreign(kind):
+    net = Given(SHAPES)
+    plain = torch.optim.SGD(net.parameters(), lr=0.25) if kind == "SGD" else torch.optim.Adam(net.parameters(), lr=0.01)
+    calls = []
+    named = [(f"{kind}.{n}", p) for n, p in net.named_parameters()]
+    optimizer = dgc_hvd.DistributedOptimizer(plain, named, dgc_hvd.DGCCompressor(dgc.DGCConfig(density=0.01)))
+    hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+    optimizer.register_step_pre_hook(lambda *_: calls.append(net.a.grad.count_nonzero().item()))
+    for step in range(10):
+        optimizer.zero_grad()
+        net(integers(SHAPES, seed_of(step, hvd.rank()))).backward()
+        optimizer.step()
+    result = {"parameters": {n: p.detach() for n, p in net.named_parameters()}, "momentum": {}}
+    return {**result, "residual": {n: optimizer.dgc_state.memory.residual_of(f"{kind}.{n}") for n in LARGE}}, calls
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam"])
+@pytest.mark.filterwarnings("ignore:dgc. Adam is outside the paper")
+def test_optimizers_of_torch_get_plain_accumulation(horovod, kind):
+    results, calls = zip(*horovod(2, foreign, kind), strict=True)
+    assert_replicas_equal(results)
+    assert all(len(c) == 10 and max(c) <= 400 for c in calls)  # hooks of step() see the reduced gradient, once
+    if kind == "SGD":
+        exact = {"densities": lambda s: 0.01, "masking": lambda s: True, "momentum": 0.0, "lr": 0.25}
+        assert_close_to(oracle_for(2, 10, integers, **exact), results, 0.0)
+
+
+def misuse():
+    """Ways through synchronize() and step() that are not the ordinary one; what they leave is compared with that."""
+    ordinary, other = Run(), Run()
+    for step in range(5):
+        g = normals(SHAPES, seed_of(step, hvd.rank()))
+        ordinary.train(g)
+        other.optimizer.zero_grad()
+        other.net(g).backward()
+        if step == 0:  # Horovod warns, and goes on
+            other.optimizer.synchronize()
+            other.optimizer.synchronize()
+            with pytest.warns(UserWarning, match="skip_synchronize"):
+                other.optimizer.step()
+        elif step == 1:  # nobody waited
+            with other.optimizer.skip_synchronize():
+                other.optimizer.step()
+            other.optimizer.synchronize()
+        elif step == 2:  # another tensor in its place
+            for p in other.net.parameters():
+                p.grad = torch.full_like(p.grad, 7.0)
+            other.optimizer.step()
+        else:
+            other.optimizer.step()
+    return ordinary.result(), other.result()
+
+
+def test_other_orders_of_synchronize_and_step_apply_reduced_gradients_too(horovod):
+    ordinary, other = zip(*horovod(2, misuse), strict=True)
+    assert_equal(ordinary, other)
+
+
+def breaks_off(way_out):
+    """An exception in the middle of backward, when some groups have been sent."""
+    run = Run(momentum=0.0, lr=0.25)
+    total = {n: torch.zeros(s) for n, s in SHAPES.items()}
+
+    def fail(p):
+        raise KeyError("the user's own")
+
+    for step in range(6):
+        g = integers(SHAPES, seed_of(step, hvd.rank()))
+        for name in SHAPES:
+            total[name] += g[name]
+        if step != 2:
+            run.train(g)
+            continue
+        hook = run.net.a.register_post_accumulate_grad_hook(fail)
+        run.optimizer.zero_grad()
+        with pytest.raises(KeyError):
+            run.net(g).backward()
+        hook.remove()
+        assert run.state._sent
+        if way_out == "synchronize":  # gradients that are there are exchanged, for the others it is zero
+            run.optimizer.synchronize()
+            run.state.discard()
+        else:
+            run.optimizer._start_afresh()  # as after an exception of ours
+            with pytest.raises(RuntimeError, match=r"it broke off.*Call state.discard\(\)"):
+                run.net(integers(SHAPES, 0)).backward()
+            run.state.discard()
+            # What has been sent by now is in the residual; the rest never got there.
+            there = {
+                run.state._names[id(p)] for key in run.state._reduced for p in run.net.parameters() if id(p) in key
+            }
+            for name in SHAPES.keys() - there:
+                total[name] -= g[name]
+        run.optimizer.zero_grad()
+    return {**run.result(), "total": total}
+
+
+@pytest.mark.parametrize("way_out", ["synchronize", "discard"])
+def test_a_backward_pass_that_breaks_off_loses_nothing(horovod, way_out):
+    results = horovod(2, breaks_off, way_out)
+    assert_conserved(results, 8)
+    assert [r["step"] for r in results] == [5, 5]
+
+
+def discarded_too_early():
+    run = Run(momentum=0.0, lr=0.25)
+    total = {n: torch.zeros(s) for n, s in SHAPES.items()}
+    for step in range(4):
+        g = integers(SHAPES, seed_of(step, hvd.rank()))
+        for name in ("a", "e"):
+            total[name] += g[name]
+        run.optimizer.zero_grad()
+        if step != 1:
+            run.net({n: g[n] for n in ("a", "e")}).backward()
+            run.optimizer.step()
+            continue
+        # c never gets a gradient, so its group is sent in step() only, after what the others sent is taken back.
+        run.net({n: g[n] for n in ("a", "e")}).backward()
+        run.state.discard()
+        with pytest.raises(RuntimeError, match="this pass has been discarded"):
+            run.optimizer.step()
+    total["c"].zero_()
+    return {**run.result(), "total": total}
+
+
+def test_discard_before_synchronize_does_not_apply_what_is_taken_back(horovod):
+    assert_conserved(horovod(2, discarded_too_early), 8)
+
+
+def frozen_and_added(how):
+    net = Given(SHAPES)
+    net.c.requires_grad_(False)
+    run = Run(module=net, momentum=0.0 if how == "unfrozen" else 0.5)
+    g = integers(SHAPES, hvd.rank())
+    run.train({n: g[n] for n in SHAPES if n != "c"})
+    if how == "unfrozen":
+        net.c.requires_grad_(True)
+        run.optimizer.zero_grad()
+        run.net(g).backward()
+    else:
+        new = nn.Parameter(torch.zeros(3))
+        run.optimizer.add_param_group({"params": [new]})
+        assert run.optimizer.param_groups[1]["momentum"] == 0.5  # the user's, not the class's
+        run.optimizer.zero_grad()
+        (run.net({n: g[n] for n in SHAPES if n != "c"}) + new.sum()).backward()
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    with pytest.raises(ValueError, match="make optimizer and DGCState again") as caught:
+        run.optimizer.step()
+    unchanged = all(torch.equal(p, before[n]) for n, p in net.named_parameters())
+    return str(caught.value), unchanged, run.state.pending
+
+
+@pytest.mark.parametrize(("how", "shape"), [("unfrozen", "(130, 130)"), ("added", "(3,)")])
+def test_a_gradient_that_nobody_reduced_is_not_applied(horovod, how, shape):
+    for message, unchanged, pending in horovod(2, frozen_and_added, how):
+        assert shape in message
+        assert unchanged
+        assert pending  # discard() can still take it back
+
+
+def odd_shapes():
+    shapes = {"empty": (0, 5), "scalar": (), "w": (200, 100), "lonely": (0,)}
+    run = Run(shapes=shapes, cap=1e-6)  # each parameter in a group of its own
+    for step in range(3):
+        run.train(normals(shapes, seed_of(step, hvd.rank())))
+    return {**run.result(), "groups": len(run.optimizer._fusion._groups)}
+
+
+def test_empty_parameters_and_scalars(horovod):
+    results = horovod(2, odd_shapes)
+    assert_replicas_equal(results)
+    assert results[0]["groups"] == 4
+    assert not torch.equal(results[0]["parameters"]["scalar"], Given({"scalar": ()}).scalar)
+
+
+def test_groups_hold_one_type_and_no_more_tensors_than_the_kernels_take():
+    small = [nn.Parameter(torch.zeros(2, dtype=torch.float16 if i % 2 else torch.float32)) for i in range(1200)]
+    groups = dgc_hvd.fuse(small, None, 25)
+    assert [len(group) for group in groups] == [256, 256, 88] * 2
+    assert all(len({p.dtype for p in group}) == 1 for group in groups)
+    assert [id(p) for p in groups[0][:2]] == [id(small[-1]), id(small[-3])]
+    large = [nn.Parameter(torch.zeros(1024, 1024)) for _ in range(5)]
+    assert [len(group) for group in dgc_hvd.fuse(large, None, 8.5)] == [2, 2, 1]
+    assert [len(group) for group in dgc_hvd.fuse(large, None, 1)] == [1] * 5
 
 
 # saving and resuming, here and behind DDP
@@ -480,9 +676,11 @@ def count_bytes():
         sizes["reduce"].append((kwargs["name"], tensor.nbytes))
         return reduce(tensor, **kwargs)
 
-    hvd.allgather_async, hvd.allreduce_async_ = spy_gather, spy_reduce
     run = Run()
-    run.train(normals(SHAPES, hvd.rank()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hvd, "allgather_async", spy_gather)
+        patch.setattr(hvd, "allreduce_async_", spy_reduce)
+        run.train(normals(SHAPES, hvd.rank()))
     align = lambda n: -(-n // 16) * 16  # noqa: E731
     formula = 0
     for bucket in run.state._reduced.values():
@@ -524,6 +722,7 @@ def refused():
         "unnamed": {"named_parameters": named[:2]},
         "twice": {"named_parameters": [*named[:3], ("0.weight", named[3][1])]},
         "no tuples": {"named_parameters": net.parameters()},
+        "set": {"process_set": hvd.ProcessSet([0])},
         "momentum": {"optimizer": torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)},
     }
     messages = {}
@@ -564,6 +763,7 @@ def test_wrong_arguments_are_refused_with_the_reason(horovod):
         "unnamed": "were not named",
         "twice": "Found duplicates: 0.weight",
         "no tuples": "sequence of tuples",
+        "set": "process_set: expected a registered one",
         "momentum": "ValueError: optimizer: expected dgc.SGD, got SGD with momentum > 0",
         "sparse gradient": "use sparse=False",
         "plain": "dgc.horovod.DistributedOptimizer(optimizer, model.named_parameters())",
@@ -638,20 +838,28 @@ def test_a_process_at_another_step_is_named_and_nothing_is_applied(horovod):
 
 def another_phase():
     config = dgc.DGCConfig(density=0.01, warmup_steps=2, warmup_densities=(0.25,))
-    run = Run(config, shapes={"a": (200, 100)})
-    run.train(normals({"a": (200, 100)}, 0))
-    run.state.step += hvd.rank()
-    run.net(normals({"a": (200, 100)}, 1)).backward()
-    try:
+    shapes = {"a": (200, 100)}
+    run = Run(config, shapes=shapes, momentum=0.0, lr=0.25)
+    run.train(integers(shapes, hvd.rank()))
+    run.state.step += hvd.rank()  # the next one is after the warm-up there, and not yet here
+    run.optimizer.zero_grad()
+    run.net(integers(shapes, 2 + hvd.rank())).backward()
+    with pytest.raises(RuntimeError) as caught:
         run.optimizer.step()
-    except RuntimeError as error:
-        return str(error)
-    return "no error"
+    run.state.discard()
+    run.state.step -= hvd.rank()
+    run.train(integers(shapes, 4 + hvd.rank()))
+    total = sum(integers(shapes, 2 * step + hvd.rank())["a"] for step in range(3))
+    return str(caught.value), {**run.result(), "total": total}
 
 
-def test_payloads_of_different_sizes_are_an_error(horovod):
-    for message in horovod(2, another_phase):
-        assert "ranks send different buckets, or are at different steps of the warm-up" in message
+def test_payloads_of_different_sizes_are_an_error_and_lose_nothing(horovod):
+    messages, results = zip(*horovod(2, another_phase), strict=True)
+    assert all("ranks send different buckets, or are at different steps of the warm-up" in m for m in messages)
+    assert_replicas_equal(results)
+    moved = Given({"a": (200, 100)}).a.detach() - results[0]["parameters"]["a"]
+    waiting = sum(r["residual"]["a"] for r in results)
+    assert torch.equal(8 * moved + waiting, sum(r["total"] for r in results))
 
 
 def die(folder):

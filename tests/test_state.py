@@ -10,6 +10,7 @@ from models import Given, integers, normals
 from torch import nn
 
 import dgc
+from dgc.bucket import Gradients
 
 SHAPES = {"big": (300, 300), "small": (20, 20), "bias": (300,)}
 
@@ -460,3 +461,19 @@ def test_a_closure_is_refused_by_other_optimizers():
     dgc.DGCState(model.named_parameters(), optimizer, dgc.DGCConfig(density=0.01))
     with pytest.raises(RuntimeError, match="expected no closure"):
         optimizer.step(lambda: 0.0)
+
+
+def test_after_a_backward_pass_that_broke_off_only_discard_goes_on():
+    one = Alone({"w": (200, 100), "x": (200, 100)}, dgc.DGCConfig(density=0.01), lr=0.5)
+    g = normals({"w": (200, 100), "x": (200, 100)}, 0)
+    one.model(g).backward()
+    half = Gradients([one.model.w], [one.model.w.grad.view(-1)], [(0, 0)])
+    one.state.reduce(half, first=True, last=False)  # x never comes
+    with pytest.raises(RuntimeError, match="it broke off"):
+        one.state.reduce(half, first=True, last=False)
+    one.state.discard()
+    assert torch.equal(one.state.memory.residual_of("w"), g["w"])
+    with pytest.raises(RuntimeError, match="this pass has been discarded"):
+        one.state.reduce(half, first=False, last=True)
+    one.train(g)
+    assert one.state.step == 1

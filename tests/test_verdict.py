@@ -161,7 +161,7 @@ def test_discard_waits_for_what_is_still_under_way():
     one.model(normals(SHAPES, 0)).backward()
     parameters = list(one.model.parameters())
     gradients = Gradients(parameters, [p.grad.view(-1) for p in parameters], [(i, 0) for i in range(len(parameters))])
-    one.state.reduce(gradients, last=False)  # a backward pass that breaks off
+    one.state.reduce(gradients, first=True, last=False)  # a backward pass that breaks off
     assert not arrived
     one.state.discard()
     assert arrived
@@ -178,7 +178,7 @@ def test_one_bad_bucket_of_several_is_enough(bad):
     one.model(given).backward()
     parameters = list(one.model.parameters())
     for i, p in enumerate(parameters):  # a bucket each
-        one.state.reduce(Gradients([p], [p.grad.view(-1)], [(0, 0)]), last=i == len(parameters) - 1)
+        one.state.reduce(Gradients([p], [p.grad.view(-1)], [(0, 0)]), first=i == 0, last=i == len(parameters) - 1)
     one.optimizer.step()
     assert all(torch.equal(one.parameter(name), before[name]) for name in SHAPES)
     one.train(normals(SHAPES, 1))
