@@ -115,9 +115,9 @@ class SGD(Optimizer):
                 "dgc.horovod.DistributedOptimizer(optimizer, model.named_parameters()). Without DGC, use "
                 "torch.optim.SGD"
             )
+        self._steps().add_(1)
         for group in self.param_groups:
             self._step_group(group)
-        self._steps().add_(1)
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:

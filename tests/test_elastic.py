@@ -189,7 +189,13 @@ def commit_and_restore():
     for step in range(4, 8):
         run.train(normals(SHAPES, seed_of(step, hvd.rank())))
     results.append(outcome(run.net, run.state))
+    run.state.joined = False  # as before the first sync of an elastic run
     other = hvd.elastic.TorchState(model=run.net, dgc=run.state)
+    other.sync()
+    assert run.state.joined
+    other.restore()  # a worker that came and never committed is new again
+    assert not run.state.joined
+    other.sync()
     run.net(normals(SHAPES, 99)).backward()
     run.optimizer.synchronize()
     try:
@@ -227,12 +233,13 @@ def test_a_real_elastic_run_gains_a_worker_and_loses_another(tmp_path):
     discover.write_text(f"#!/bin/sh\ncat {hosts}\n")
     discover.chmod(discover.stat().st_mode | stat.S_IEXEC)
     tests, scripts = Path(__file__).parent, Path(sys.executable).parent
+    path = os.pathsep.join(filter(None, [str(tests), os.environ.get("PYTHONPATH")]))
     run = subprocess.run(
         [
             *(scripts / "horovodrun", "--gloo", "-np", "2", "--min-np", "2", "--max-np", "3"),
             *("--host-discovery-script", discover, sys.executable, tests / "elastic_worker.py", tmp_path, hosts),
         ],
-        env={**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(tests)},
+        env={**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=200,

@@ -4,6 +4,7 @@ import inspect
 import os
 import signal
 import time
+import warnings
 
 import horovod_ranks
 import pytest
@@ -165,7 +166,7 @@ def sum_and_average(clip_norm):
     return average.result(), total.result()
 
 
-@pytest.mark.parametrize("clip_norm", [None, 40.0])
+@pytest.mark.parametrize("clip_norm", [None, 40.0, 1e4])  # never, always and never clipped
 def test_sum_is_the_average_of_gradients_times_the_number_of_processes(horovod, clip_norm):
     averages, totals = zip(*horovod(2, sum_and_average, clip_norm), strict=True)
     assert_equal(averages, totals)  # times 2 is exact
@@ -375,8 +376,11 @@ def by_hand():
     other.state.discard()
     other.optimizer.zero_grad()
     notes["steps"] = other.state.step
-    other.optimizer.set_backward_passes_per_step(2)
-    return ordinary.result(), other.result(), notes
+    results = ordinary.result(), other.result()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Horovod's, of a step() after synchronize()
+        other.train(normals(SHAPES, 8))
+    return *results, notes
 
 
 def test_synchronize_and_closures_give_the_ordinary_loops_bits(horovod):
@@ -454,6 +458,8 @@ def misuse():
         g = normals(SHAPES, seed_of(step, hvd.rank()))
         ordinary.train(g)
         other.optimizer.zero_grad()
+        if step == 3:  # a gradient that lies otherwise in memory than its parameter
+            other.net.a.grad = torch.zeros(SHAPES["a"][::-1]).t()
         other.net(g).backward()
         if step == 0:  # Horovod warns, and goes on
             other.optimizer.synchronize()
@@ -817,7 +823,9 @@ def another_step():
     before = run.net.a.detach().clone()
     run.state.step += hvd.rank()  # as if it had run one more backward pass
     try:
-        run.train(normals({"a": (200, 100)}, 9))
+        run.optimizer.zero_grad()
+        run.net(normals({"a": (200, 100)}, 9)).backward()
+        run.optimizer.synchronize()
         return "no error"
     except dgc.PayloadError as error:
         run.state.discard()

@@ -158,3 +158,20 @@ def test_bfloat16_parameters_keep_float32_momentum():
     g = [normals(SHAPES, step)["bias"].bfloat16().float() for step in range(3)]
     expected = (0.9 * 0.9 * g[0]) + 0.9 * g[1] + g[2]
     torch.testing.assert_close(one.state.memory.momentum_of("bias"), expected)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_a_step_on_zero_gradients_makes_the_state_that_other_steps_make(weight_decay):
+    # hvd.broadcast_optimizer_state() needs the same on all ranks, whether they have taken a step or not.
+    sgd = {"lr": 0.1, "momentum": 0.9, "weight_decay": weight_decay}
+    used, fresh = (Alone(SHAPES, dgc.DGCConfig(), **sgd) for _ in range(2))
+    for step in range(3):
+        used.train(normals(SHAPES, step))
+    before = [p.detach().clone() for p in fresh.model.parameters()]
+    for p in fresh.model.parameters():
+        p.grad = torch.zeros_like(p)
+    fresh.optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(fresh.model.parameters(), before, strict=True))
+    ours, theirs = used.optimizer.state_dict()["state"], fresh.optimizer.state_dict()["state"]
+    assert {i: list(s) for i, s in ours.items()} == {i: list(s) for i, s in theirs.items()}
+    assert (ours[0]["step"].item(), theirs[0]["step"].item()) == (3, 0)
