@@ -219,12 +219,17 @@ class _Fusion:
         self._groups = groups
         self._group_of = {p: i for i, group in enumerate(groups) for p in group}
         self._sent: dict[int, tuple[Future[Tensor], dict[Tensor, Tensor]]] = {}
+        """By group: what completes when it is reduced, and the gradients."""
         self.reset()
 
     def reset(self) -> None:
         """Waits for the first gradient of a backward pass."""
         self._missing = [set(group) for group in self._groups]
         self._left = len(self._groups)
+
+    def forget(self) -> None:
+        """Lets go of the gradients, so that zero_grad() can free their memory."""
+        self._sent.clear()
 
     def add(self, p: Tensor) -> Callable[[], Tensor]:
         """Takes note of a gradient; returns what waits for the reduced one."""
@@ -291,6 +296,7 @@ class _Methods:
         self._synchronized = False
         self.set_backward_passes_per_step(self.backward_passes_per_step)
         self._fusion.reset()
+        self._fusion.forget()
 
     def synchronize(self: Any) -> None:
         """Waits until all gradients are reduced; at once, where they are.
@@ -303,6 +309,7 @@ class _Methods:
             return  # again, by a step() without skip_synchronize(): their average is what they are
         try:
             _Horovod.synchronize(self)
+            self._fusion.forget()
         except Exception:
             self._start_afresh()
             raise

@@ -306,6 +306,7 @@ class DGCState:
         self.exchange.finish()
         for future in self._sent:
             future.wait()
+        self._sent = []  # they hold gradients
         self._pending = False
         self._verdict = Verdict(list(self._reduced.values()), self.step - 1)
         if not self._late:

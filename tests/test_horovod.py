@@ -5,6 +5,7 @@ import os
 import signal
 import time
 import warnings
+import weakref
 
 import horovod_ranks
 import pytest
@@ -381,6 +382,18 @@ def by_hand():
         warnings.simplefilter("error")  # Horovod's, of a step() after synchronize()
         other.train(normals(SHAPES, 8))
     return *results, notes
+
+
+def keep_gradients():
+    run = Run()
+    run.train(normals(SHAPES, hvd.rank()))
+    gradients = [weakref.ref(p.grad) for p in run.net.parameters()]
+    run.optimizer.zero_grad()
+    return [g() is None for g in gradients]
+
+
+def test_zero_grad_frees_the_gradients(horovod):
+    assert horovod(2, keep_gradients) == [[True] * 5] * 2
 
 
 def test_synchronize_and_closures_give_the_ordinary_loops_bits(horovod):
