@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +21,46 @@ process_set: Any = None
 
 
 class Pool:
-    """Processes of one `horovodrun -np N`, which wait for functions to call."""
+    """Processes of one `horovodrun -np N`, which wait for functions to call.
+
+    Args:
+        num_proc: N.
+        process_set: ranks of a process set besides the global one.
+        outlived: whether a shell outlives each process, so that horovodrun does not kill the others when one dies.
+        timeout: seconds for each call.
+    """
 
     def __init__(
-        self, num_proc: int, process_set: Sequence[int] = (), env: Mapping[str, str] | None = None, timeout: float = 120
+        self, num_proc: int, process_set: Sequence[int] = (), outlived: bool = False, timeout: float = 120
     ) -> None:
         self.num_proc = num_proc
         self.timeout = timeout
         self.tasks = 0
         self.folder = Path(tempfile.mkdtemp())
         python = [sys.executable, __file__, str(self.folder), ",".join(map(str, process_set)), str(os.getpid())]
+        if outlived:
+            python = ["sh", "-c", '"$@"; until [ -e "$0" ]; do sleep 0.2; done', str(self.folder / "closed"), *python]
         scripts = Path(sys.executable).parent
         path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
         self.log = (self.folder / "log").open("w+")
         self.process = subprocess.Popen(
             [scripts / "horovodrun", "--gloo", "-np", str(num_proc), "-H", f"localhost:{num_proc}", *python],
-            env={**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": path, **(env or {})},
+            env={**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": path},
             stdout=self.log,
             stderr=subprocess.STDOUT,
         )
 
-    def __call__(self, body: Callable[..., Any], *args: Any) -> list[Any]:
-        """Calls body(*args) in every process and returns the results by rank; an error is raised with its traceback."""
+    def send(self, body: Callable[..., Any], *args: Any) -> list[Path]:
+        """Has every process call body(*args); returns the files of the results, by rank."""
         torch.save((body.__module__, body.__name__, args), self.folder / "writing")
         (self.folder / "writing").rename(self.folder / f"{self.tasks}.task")
         paths = [self.folder / f"{self.tasks}.{rank}" for rank in range(self.num_proc)]
         self.tasks += 1
+        return paths
+
+    def __call__(self, body: Callable[..., Any], *args: Any) -> list[Any]:
+        """Calls body(*args) in every process and returns the results by rank; an error is raised with its traceback."""
+        paths = self.send(body, *args)
         deadline = time.monotonic() + self.timeout
         while not all(path.exists() for path in paths):
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -61,6 +75,7 @@ class Pool:
     def close(self) -> None:
         """Ends the processes."""
         (self.folder / f"{self.tasks}.task").touch()
+        (self.folder / "closed").touch()
         try:
             self.process.wait(30)
         except subprocess.TimeoutExpired:

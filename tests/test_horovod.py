@@ -6,6 +6,7 @@ import signal
 import time
 import warnings
 import weakref
+from pathlib import Path
 
 import horovod_ranks
 import pytest
@@ -884,7 +885,6 @@ def test_payloads_of_different_sizes_are_an_error_and_lose_nothing(horovod):
 
 
 def die(folder):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher sends it when the other process is dead
     run = Run()
     for step in range(3):
         run.train(normals(SHAPES, seed_of(step, hvd.rank())))
@@ -899,20 +899,20 @@ def die(folder):
             run.net(normals(SHAPES, step)).backward()
         error = "none"
     except hvd.mpi_ops.HorovodInternalError as caught:
-        error = str(caught)
-    torch.save((error, time.monotonic() - begin), f"{folder}/outcome.pt")
+        error = type(caught).__name__  # the message is the shutdown's or the connection's, whichever is met first
+    torch.save((error, time.monotonic() - begin), f"{folder}/writing")
+    Path(f"{folder}/writing").rename(f"{folder}/outcome.pt")
 
 
 def test_a_process_that_dies_is_an_error_not_a_hang(tmp_path):
-    pool = horovod_ranks.Pool(2)
-    with pytest.raises(RuntimeError, match="the processes ended"):
-        pool(die, str(tmp_path))
-    deadline = time.monotonic() + 60
+    pool = horovod_ranks.Pool(2, outlived=True)
+    pool.send(die, str(tmp_path))
+    deadline = time.monotonic() + 90
     while not (tmp_path / "outcome.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     pool.close()
     error, seconds = torch.load(tmp_path / "outcome.pt")
-    assert "Horovod has been shut down" in error
+    assert error == "HorovodInternalError"
     assert seconds < 40  # Horovod gives a lost peer 30
 
 
