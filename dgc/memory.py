@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,37 +71,50 @@ class Memory:
         for name in self.diverged:
             self.flat_momentum(name).mul_(factor)
 
-    def state_dict(self) -> dict[str, object]:
-        """Returns views of u and v by name; saving them saves each flat tensor once."""
+    def state_dict(self) -> dict[str, Any]:
+        """Returns views of u and v by name; torch.save() saves each flat tensor once."""
         momentum = {} if self.momentum is None else {n: self._view(self.momentum, n) for n in self.parameters}
         residual = {name: self._view(self.residual, name) for name in self.compressed}
-        return {"momentum": momentum, "residual": residual, "diverged": sorted(self.diverged)}
+        return {"momentum": momentum, "residual": residual}
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Copies a state_dict's tensors into place; changes nothing unless all of it fits.
+    def check(self, state_dicts: Sequence[Mapping[str, object]], diverged: Sequence[str]) -> None:
+        """Compares state_dicts' tensors with this memory.
 
         Raises:
-            ValueError: names or shapes differ; the message lists them.
+            ValueError: names, shapes, types or values do not fit; the message lists them.
         """
-        momentum, residual = _tensors(state, "momentum"), _tensors(state, "residual")
-        wrong = _differences("residual", residual, {n: self.parameters[n] for n in self.compressed})
-        if momentum:
-            wrong += _differences("momentum", momentum, self.parameters)
+        if unknown := sorted(set(diverged) - self.parameters.keys()):
+            raise ValueError(f"state_dict['diverged']: expected parameters of this model, got {', '.join(unknown)}")
+        compressed = {name: self.parameters[name] for name in self.compressed}
+        wrong = []
+        for state_dict in state_dicts:
+            wrong += _differences("residual", state_dict["residual"], compressed)
+            if state_dict["momentum"]:
+                wrong += _differences("momentum", state_dict["momentum"], self.parameters)
         if wrong:
             raise ValueError(
-                "state_dict: expected that of this model and DGCConfig, but " + "; ".join(wrong) + ". Build the model "
-                "and the DGCConfig (dense_below, dense_parameters) as they were when it was saved"
+                "state_dict: expected that of this model and DGCConfig, but " + "; ".join(dict.fromkeys(wrong)) + ". "
+                "Build the model and the DGCConfig (dense_below, dense_parameters) as they were when it was saved; "
+                "where values are not finite, the file is damaged"
             )
-        diverged = state.get("diverged")
-        if not isinstance(diverged, (list, tuple)) or not set(diverged) <= self.parameters.keys():
-            raise ValueError(f"state_dict['diverged']: expected a list of parameter names, got {diverged!r}")
-        # In place and without clearing first: the tensors may be views of this very memory.
-        for name, tensor in residual.items():
-            self._view(self.residual, name).copy_(tensor)
-        if momentum:
+
+    def load(self, parts: Sequence[tuple[float, Mapping[str, Any]]], diverged: Sequence[str]) -> None:
+        """Sets u and v to weighted sums of state_dicts' tensors.
+
+        Args:
+            parts: weights and state_dicts, checked.
+            diverged: parameters whose u is summed; that of the others is copied from the first part.
+        """
+        share = [weight for weight, _ in parts]
+        for name in self.compressed:
+            summed = _weighted(share, [state_dict["residual"][name] for _, state_dict in parts])
+            self._view(self.residual, name).copy_(summed)
+        if parts[0][1]["momentum"]:
             flat = self.allocate_momentum()
-            for name, tensor in momentum.items():
-                self._view(flat, name).copy_(tensor)
+            first = [1.0] + [0.0] * (len(parts) - 1)
+            for name in self.parameters:
+                tensors = [state_dict["momentum"][name] for _, state_dict in parts]
+                self._view(flat, name).copy_(_weighted(share if name in diverged else first, tensors))
         elif self.momentum is not None:
             self.momentum.zero_()
         self.diverged = set(diverged)
@@ -127,24 +141,34 @@ def dense_strides(parameter: Tensor) -> tuple[int, ...]:
     return parameter.stride()
 
 
-def _tensors(state: Mapping[str, object], key: str) -> dict[str, Tensor]:
-    value = state.get(key)
-    if not isinstance(value, Mapping) or not all(isinstance(t, Tensor) for t in value.values()):
-        raise ValueError(
-            f"state_dict[{key!r}]: expected a dict of tensors by parameter name, got {type(value).__name__}"
-        )
-    return dict(value)
+def _weighted(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    """Returns the weighted sum, in the order given; where one weight is 1 and the others 0, that very tensor."""
+    terms = [(weight, tensor) for weight, tensor in zip(weights, tensors, strict=True) if weight]
+    if [weight for weight, _ in terms] == [1.0]:
+        return terms[0][1]  # perhaps a view of the memory that is written next
+    total = torch.zeros_like(tensors[0])
+    for weight, tensor in terms:
+        total.add_(tensor, alpha=weight)
+    return total
 
 
-def _differences(what: str, got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+def _differences(what: str, tensors: object, expected: Mapping[str, Tensor]) -> list[str]:
+    """Returns how the tensors of a state_dict differ from what is expected of them."""
+    if not isinstance(tensors, Mapping):
+        return [f"{what} is no dict of tensors by parameter name, but {type(tensors).__name__}"]
     wrong = []
-    if missing := sorted(expected.keys() - got.keys()):
+    if missing := [name for name in expected if name not in tensors]:
         wrong.append(f"{what} of {', '.join(missing)} is missing")
-    if extra := sorted(got.keys() - expected.keys()):
-        wrong.append(f"{what} has {', '.join(extra)}, which this model does not")
-    wrong += [
-        f"{what} of {name} has shape {tuple(got[name].shape)}, expected {tuple(expected[name].shape)}"
-        for name in expected.keys() & got.keys()
-        if got[name].shape != expected[name].shape
-    ]
+    if extra := [str(name) for name in tensors if name not in expected]:
+        wrong.append(f"{what} has {', '.join(sorted(extra))}, which this model does not")
+    for name in expected.keys() & tensors.keys():
+        tensor, shape = tensors[name], expected[name].shape
+        if not isinstance(tensor, Tensor):
+            wrong.append(f"{what} of {name} is no tensor, but {type(tensor).__name__}")
+        elif tensor.shape != shape:
+            wrong.append(f"{what} of {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+        elif tensor.dtype != torch.float32 or tensor.layout != torch.strided or tensor.is_meta:
+            wrong.append(f"{what} of {name} is {tensor.dtype}, {tensor.layout}, on {tensor.device}; expected float32")
+        elif not tensor.isfinite().all():
+            wrong.append(f"{what} of {name} has values that are not finite")
     return wrong

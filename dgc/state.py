@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,7 +16,8 @@ from torch.futures import Future
 from torch.optim.optimizer import Optimizer
 from torch.profiler import record_function
 
-from . import elastic, report, wire
+from . import report, wire
+from . import share as shares
 from .bucket import Bucket, Gradients, Member
 from .clip import clip_scale, squared_norm
 from .config import DGCConfig
@@ -24,12 +27,11 @@ from .optim import SGD, all_zero
 from .parameters import by_name, check_optimizer, dense_reasons, group_indices
 from .phase import Phase, phase_at
 from .schedule import DensitySchedule, entries
+from .share import Share
 from .stats import Stats
 from .verdict import Verdict
 
 logger = logging.getLogger("dgc")
-
-STATE_VERSION = 1
 
 
 class DGCState:
@@ -126,17 +128,12 @@ class DGCState:
                 "with an update outstanding: call step() first, or state.discard()"
             )
         self._settle()
-        mine = None
-        if self.joined:
-            mine = elastic.Share(
-                *(self.exchange.rank, self.exchange.world_size, self.step, self._dense),
-                *(sorted(self.memory.diverged), self.memory.momentum is not None),
-            )
+        mine = self._share() if self.joined else None
         before = self.exchange.rank, self.exchange.world_size
         self.exchange.refresh()
         try:
             self.exchange.agree(report.description(self.config, self.optimizer, self._parameters))
-            share = elastic.regroup(self.exchange, self.memory, mine)
+            share = shares.regroup(self.exchange, self.memory, mine)
         except Exception:
             self.exchange.roll_back(*before)  # it is still that group's share
             raise
@@ -478,53 +475,66 @@ class DGCState:
 
     # What is saved.
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """Returns this rank's momentum and residual by parameter name, and its step; each rank saves its own.
 
         Tensors are views, not copies. torch.load(weights_only=True) reads it back.
 
         Raises:
-            RuntimeError: between backward() and step(): what was sent would be in neither the residual nor the model.
+            RuntimeError: between backward() and step(): what was sent would be in neither the residual nor the model;
+                or torch.distributed.checkpoint calls it.
             FloatingPointError, PayloadError: on a GPU, what the next step() would have raised.
         """
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("torch.distributed.checkpoint"):
+            raise RuntimeError(
+                "torch.distributed.checkpoint: expected model and optimizer without the DGCState. It keeps one of the "
+                "entries that all ranks have by the same name, and so one rank's residual of all. Write "
+                "dgc.checkpoint.save(state, dir), and dgc.checkpoint.load(state, dir)"
+            )
         if self._open or self._pending:
             raise RuntimeError(
                 "DGCState.state_dict: expected to be called between optimizer.step() and the next backward(), got a "
                 "call with an update outstanding: call step() first, or state.discard()"
             )
         self._settle()
-        return {
-            "version": STATE_VERSION,
-            "step": self.step,
-            "dense": self._dense,
-            "rank": self.exchange.rank,
-            "world_size": self.exchange.world_size,
-            **self.memory.state_dict(),
-        }
+        return {"version": shares.VERSION, **asdict(self._share()), **self.memory.state_dict()}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes up where this rank's state_dict() was saved. Changes nothing unless all of it fits.
+    def _share(self) -> Share:
+        memory, exchange = self.memory, self.exchange
+        return Share(
+            *(exchange.rank, exchange.world_size, self.step, self._dense),
+            *(sorted(memory.diverged), memory.momentum is not None),
+        )
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, allow_missing_ranks: bool = False
+    ) -> None:
+        """Takes up where state_dict() was saved. Changes nothing unless all of it fits.
+
+        Args:
+            state_dict: this rank's; or those of all ranks, for another number of ranks. Then this rank takes over its
+                part of what waited, so that the mean over the ranks, what is still to come, is what it was
+                (docs/reliability.md).
+            allow_missing_ranks: goes on without the shares of ranks whose state_dict is not there, and logs what is
+                lost.
 
         Raises:
-            ValueError: it is of another model, version, rank or number of ranks; the message lists what differs.
+            ValueError: it is of another model, version or rank, ranks are missing, or values are damaged; the message
+                lists what differs.
         """
-        missing = {"version", "step", "dense", "rank", "world_size", "momentum", "residual", "diverged"} - set(
-            state_dict
-        )
-        if missing:
-            raise ValueError(f"state_dict: expected a DGCState's, but {', '.join(sorted(missing))} is missing")
-        expected = {"version": STATE_VERSION, "rank": self.exchange.rank, "world_size": self.exchange.world_size}
-        for key, value in expected.items():
-            if state_dict[key] != value:
-                raise ValueError(
-                    f"state_dict[{key!r}]: expected {value!r}, got {state_dict[key]!r}. A residual belongs to one rank "
-                    "of one run: give each rank the file that it saved, and start as many ranks"
-                )
+        state_dicts = [state_dict] if isinstance(state_dict, Mapping) else state_dict
+        place = self.exchange.rank, self.exchange.world_size
+        self.take_up(shares.choose(self.memory, state_dicts, *place, allow_missing_ranks))
+
+    def take_up(self, choice: shares.Choice) -> None:
+        """Takes up where a run stood, with what has been chosen for this rank; what was outstanding is forgotten."""
         self.exchange.finish()
-        self.memory.load_state_dict(state_dict)
+        share = choice.share
+        self.memory.load(choice.parts, share.diverged)
+        if choice.missing:
+            shares.log_lost(choice.missing, share.world_size)
         self.joined = True
-        self.step = int(state_dict["step"])
-        self._dense = bool(state_dict["dense"])
+        self.step, self._dense = share.step, share.dense
         self._phase_key = ()
         self._buckets.clear()
         self._reduced = {}

@@ -8,11 +8,11 @@ import dgc
 LAYERS = [
     {"config", "wire"},
     {"reference", "cuda", "schedule", "clip", "stats", "exchange", "memory"},
-    {"ops", "phase", "elastic", "horovod_exchange"},
+    {"ops", "phase", "share", "horovod_exchange"},
     {"optim", "bucket"},
     {"parameters", "report", "verdict"},
     {"state"},
-    {"ddp", "horovod_elastic"},
+    {"ddp", "horovod_elastic", "checkpoint"},
     {"horovod"},
     {"__init__"},
 ]

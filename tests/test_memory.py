@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from models import Given
@@ -45,7 +47,7 @@ def test_without_momentum_none_is_allocated():
 
 def test_a_state_dict_returns_every_bit():
     before, after = filled(), memory()
-    after.load_state_dict(before.state_dict())
+    after.load([(1.0, before.state_dict())], ["a"])
     for name in SHAPES:
         assert torch.equal(after.momentum_of(name), before.momentum_of(name))
     assert torch.equal(after.residual_of("c"), before.residual_of("c"))
@@ -58,7 +60,7 @@ def test_a_state_dict_means_values_by_index_whatever_the_memory_format():
     last = memory(shape, ["conv"])
     last.parameters = {"conv": last.parameters["conv"].to(memory_format=torch.channels_last)}
     plain.residual.normal_()
-    last.load_state_dict(plain.state_dict())
+    last.load([(1.0, plain.state_dict())], [])
     assert last.residual_of("conv").stride() == last.parameters["conv"].stride()
     assert torch.equal(last.residual_of("conv"), plain.residual_of("conv"))
     assert not torch.equal(last.residual, plain.residual)
@@ -74,18 +76,32 @@ def test_a_state_dict_means_values_by_index_whatever_the_memory_format():
             lambda s: s["momentum"].update(a=torch.zeros(3, 30)),
             r"momentum of a has shape \(3, 30\), expected \(30, 3\)",
         ),
-        (lambda s: s.update(residual=[1]), r"state_dict\['residual'\]: expected a dict of tensors"),
+        (lambda s: s.update(residual=[1]), "residual is no dict of tensors by parameter name, but list"),
+        (lambda s: s["residual"].update(a=3), "residual of a is no tensor, but int"),
+        (lambda s: s["residual"].update(a=torch.zeros(30, 3).half()), "residual of a is torch.float16"),
+        (lambda s: s["residual"].update(a=torch.zeros(30, 3, device="meta")), "residual of a is .* on meta"),
+        (lambda s: s["residual"].update(a=torch.zeros(30, 3).to_sparse()), "residual of a is .*torch.sparse_coo"),
+        (lambda s: s["momentum"]["bias"].fill_(math.nan), "momentum of bias has values that are not finite"),
+        (lambda s: s["residual"]["c"].fill_(-math.inf), "residual of c has values that are not finite"),
     ],
 )
-def test_what_does_not_fit_is_listed_and_nothing_changes(change, message):
-    m = filled()
-    residual, momentum = m.residual.clone(), m.momentum.clone()
+def test_what_does_not_fit_is_listed(change, message):
     state = filled().state_dict()
     change(state)
     with pytest.raises(ValueError, match=message):
-        m.load_state_dict(state)
-    assert torch.equal(m.residual, residual)
-    assert torch.equal(m.momentum, momentum)
+        memory().check([filled().state_dict(), state], ["a"])
+    memory().check([filled().state_dict()] * 2, ["a"])
+    with pytest.raises(ValueError, match=r"'diverged'\]: expected parameters of this model, got z"):
+        memory().check([filled().state_dict()], ["a", "z"])
+
+
+def test_parts_are_weighted_but_for_momentum_that_is_the_same_on_all_ranks():
+    one, two, m = filled(), filled(), memory()
+    m.load([(0.75, one.state_dict()), (0.25, two.state_dict())], ["a"])
+    assert torch.equal(m.residual_of("c"), 0.75 * one.residual_of("c") + 0.25 * two.residual_of("c"))
+    assert torch.equal(m.momentum_of("a"), 0.75 * one.momentum_of("a") + 0.25 * two.momentum_of("a"))
+    assert torch.equal(m.momentum_of("c"), one.momentum_of("c"))
+    assert m.diverged == {"a"}
 
 
 def test_strides_are_the_parameters_own_unless_it_has_gaps():

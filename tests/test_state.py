@@ -330,8 +330,16 @@ def test_a_state_dict_in_the_middle_of_a_step_is_refused():
     [
         (lambda s: s.pop("step"), "step is missing"),
         (lambda s: s.update(version=99), r"state_dict\['version'\]: expected 1, got 99"),
-        (lambda s: s.update(rank=1), r"state_dict\['rank'\]: expected 0, got 1"),
-        (lambda s: s.update(world_size=4), r"state_dict\['world_size'\]: expected 1, got 4"),
+        (lambda s: s.update(version="1"), r"state_dict\['version'\]: expected 1, got '1'"),
+        (lambda s: s.update(rank=1), r"state_dict\['rank'\]: expected a rank of 1, got 1"),
+        (lambda s: s.update(rank=1, world_size=4), r"expected that of rank 0, 2, 3 of 4, .* got that of rank 1 of 4"),
+        (lambda s: s.update(world_size=True), r"state_dict\['world_size'\]: expected a number of ranks, got True"),
+        (lambda s: s.update(step=-1), r"state_dict\['step'\]: expected a number of steps, got -1"),
+        (lambda s: s.update(step=torch.ones(1)), r"state_dict\['step'\]: expected a number of steps, got tensor"),
+        (lambda s: s.update(dense=1), r"state_dict\['dense'\]: expected True or False, got 1"),
+        (lambda s: s.update(diverged={}), r"state_dict\['diverged'\]: expected a list of parameter names, got {}"),
+        (lambda s: s.update(diverged=[1]), r"state_dict\['diverged'\]: expected a list of parameter names"),
+        (lambda s: s.update(momentum=None), r"state_dict\['momentum'\]: expected tensors by parameter name, got None"),
         (lambda s: s["residual"].pop("big"), "residual of big is missing"),
     ],
 )
@@ -345,6 +353,30 @@ def test_a_state_dict_that_does_not_fit_changes_nothing(change, message):
         one.state.load_state_dict(state)
     assert torch.equal(one.state.memory.residual, v)
     assert one.state.step == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda states: [], "expected at least one, got an empty sequence"),
+        (lambda states: [states[0]] * 2, "expected one of each rank, got those of rank 0, 0"),
+        (lambda states: states[1:], "expected that of rank 0 of 2, whose residual rank 0 of 1 takes over, got that of"),
+        (lambda states: [states[0], {**states[1], "step": 5}], "state_dict 1 was rank 1 of 2 at step 5"),
+        (lambda states: [states[0], {**states[1], "world_size": 3}], "state_dict 1 was rank 1 of 3 at step 1"),
+        (lambda states: [states[0], {**states[1], "momentum": {}}], "of one group at one step"),
+        (lambda states: [states[0], 7], "expected that of a DGCState, got int"),
+    ],
+)
+def test_state_dicts_that_do_not_fit_each_other_change_nothing(change, message):
+    one = alone()
+    one.train(normals(SHAPES, 0))
+    v = one.state.memory.residual.clone()
+    states = [{**one.state.state_dict(), "rank": rank, "world_size": 2} for rank in range(2)]
+    with pytest.raises(ValueError, match=message):
+        one.state.load_state_dict(change(states))
+    assert torch.equal(one.state.memory.residual, v)
+    one.state.load_state_dict(states)
+    assert torch.equal(one.state.memory.residual, v)  # the mean of two equal ones
 
 
 def test_resume_on_one_rank_in_the_middle_of_warm_up_is_bit_exact(tmp_path):

@@ -1,0 +1,269 @@
+"""Checkpoints of all ranks' momentum and residual in one directory, by torch.distributed.checkpoint (DCP).
+
+dgc.checkpoint.save(state, "runs/step1000/dgc")
+dgc.checkpoint.load(state, "runs/step1000/dgc")
+
+Both are collectives. Model and optimizer are alike on all ranks and are saved as always; save them first, so that a
+directory of DGC's says that the whole step is there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import pickle
+import re
+import shutil
+import warnings
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
+
+from . import share as shares
+from .exchange import DistributedExchange
+from .state import DGCState
+
+_KINDS = ("momentum", "residual")
+_KEY = re.compile(r"rank(\d+)\.(?:about|momentum\.(.+)|residual\.(.+))", re.DOTALL)
+_IN_METADATA = {
+    *(("torch.distributed.checkpoint.metadata", name) for name in dcp.metadata.__all__),
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    *(("torch", name) for name in ("Size", "float32", "uint8")),
+    *((module, "PosixPath") for module in ("pathlib", "pathlib._local")),
+}
+"""All that the metadata of our checkpoints is pickled from."""
+
+
+def save(state: DGCState, directory: str | Path) -> None:
+    """Writes all ranks' state_dict() to a directory; a collective.
+
+    The directory is there only when every rank's part is: until then it is called <directory>.partial. One that exists
+    is replaced.
+
+    Args:
+        state: between step() and the next backward().
+        directory: on a file system that all ranks share.
+
+    Raises:
+        RuntimeError: an update is outstanding; or a rank could not write, or wrote somewhere else.
+        TypeError: the ranks talk over Horovod.
+    """
+    exchange = _exchange_of(state)
+    whole, partial = Path(directory), Path(f"{directory}.partial")
+    own = state.state_dict()
+    tensors = {f"{kind}.{name}": tensor for kind in _KINDS for name, tensor in own[kind].items()}
+    about = {key: value for key, value in own.items() if key not in _KINDS}
+    about["crc32"] = {name: _crc32(tensor) for name, tensor in tensors.items()}
+    tensors["about"] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
+    if exchange.rank == 0:  # the others write when it has told them to
+        shutil.rmtree(partial, ignore_errors=True)
+    failure: BaseException | None = None
+    try:
+        with _one_process_is_no_surprise():
+            dcp.save(
+                {f"rank{exchange.rank}.{name}": tensor for name, tensor in tensors.items()},
+                storage_writer=dcp.FileSystemWriter(str(partial)),
+                process_group=exchange.group,
+                no_dist=not dist.is_initialized(),
+            )
+        if exchange.rank == 0:
+            if missing := [rank for rank, there in _Reader(partial).complete().items() if not there]:
+                raise RuntimeError(f"rank {missing} wrote somewhere else: expected a file system that all ranks share")
+            _replace(whole, partial)
+    except (Exception, dcp.CheckpointException) as error:
+        failure = error
+    if errors := _errors(exchange.everyone(json.dumps(_describe(failure)))):
+        raise RuntimeError(f"dgc.checkpoint.save: {directory}: {errors}. {partial} is not complete") from failure
+
+
+def load(state: DGCState, directory: str | Path, *, allow_missing_ranks: bool = False) -> None:
+    """Takes up where save() was called; a collective. On an error, no rank's state has changed.
+
+    With another number of ranks, each takes over its part of what waited, so that the mean over the ranks is what it
+    was (docs/reliability.md).
+
+    Args:
+        state: of the same model and DGCConfig.
+        directory: that of save().
+        allow_missing_ranks: goes on without ranks whose file is not there, and logs what is lost.
+
+    Raises:
+        ValueError: on every rank: the directory is not complete, is damaged, or does not fit; the message says which
+            rank found what.
+        TypeError: the ranks talk over Horovod.
+    """
+    exchange = _exchange_of(state)
+    choice: shares.Choice | None = None
+    failure: BaseException | None = None
+    try:
+        choice = _choose(state, exchange, Path(directory), allow_missing_ranks)
+    except (Exception, dcp.CheckpointException) as error:  # of whatever kind, the other ranks have to know
+        failure = error
+    everyone = exchange.everyone(json.dumps(asdict(choice.share) if choice else _describe(failure)))
+    if errors := _errors(everyone):
+        raise ValueError(f"dgc.checkpoint.load: {directory}: {errors}. No rank's state has changed") from failure
+    if differ := shares.differences(
+        {f"that of rank {rank}": shares.Share(**json.loads(text)) for rank, text in enumerate(everyone)}
+    ):
+        raise ValueError(f"dgc.checkpoint.load: {directory}: expected the same checkpoint on all ranks, but {differ}")
+    assert choice is not None
+    state.take_up(choice)
+
+
+def _choose(
+    state: DGCState, exchange: DistributedExchange, directory: Path, allow_missing_ranks: bool
+) -> shares.Choice:
+    if not directory.is_dir():
+        partial = Path(f"{directory}.partial")
+        why = f"{partial} is one that was not completed" if partial.exists() else "there is none"
+        raise FileNotFoundError(f"expected a checkpoint, but {why}")
+    reader = _Reader(directory)
+    complete = reader.complete()
+    there = [rank for rank, is_there in complete.items() if is_there]
+    wanted = shares.weights(exchange.rank, exchange.world_size, len(complete))
+    chosen = [rank for rank in there if rank in wanted] or there[:1]
+    state_dicts = [reader.state_dict_of(rank) for rank in chosen]
+    place = exchange.rank, exchange.world_size
+    return shares.choose(state.memory, state_dicts, *place, allow_missing_ranks)
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads our checkpoints, believing nothing: neither the pickled metadata, nor the bytes."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(str(directory))
+        self._directory = directory
+        with (directory / ".metadata").open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise ValueError(f".metadata: expected DCP's, got {type(metadata).__name__}")
+        self._metadata = metadata
+        self._keys: dict[int, list[str]] = {}
+        for key in metadata.state_dict_metadata:
+            match = _KEY.fullmatch(key)
+            if match is None:
+                raise ValueError(f".metadata: expected what dgc.checkpoint.save() writes, got an entry {key!r:.100}")
+            self._keys.setdefault(int(match[1]), []).append(key)
+        if sorted(self._keys) != list(range(len(self._keys))):
+            raise ValueError(f".metadata: expected entries of ranks from 0 on, got those of {sorted(self._keys)}")
+        self._files: dict[str, tuple[Path, int]] = {}  # by key: the file, and where the entry ends there
+        for index, info in metadata.storage_data.items():
+            self._files[index.fqn] = directory / Path(info.relative_path).name, info.offset + info.length
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Returns the metadata that has been checked."""
+        self._metadata.storage_meta = dcp.metadata.StorageMeta(load_id=self.load_id)
+        return self._metadata
+
+    def complete(self) -> dict[int, bool]:
+        """Returns for each rank whether its part is there.
+
+        Raises:
+            ValueError: a file is shorter than it should be.
+        """
+        there = {}
+        for rank, keys in sorted(self._keys.items()):
+            if unknown := [key for key in keys if key not in self._files]:
+                raise ValueError(f".metadata: expected a file for every entry, got none for {unknown[0]}")
+            files = [self._files[key] for key in keys]
+            there[rank] = all(file.exists() for file, _ in files)
+            for file, end in files:
+                if there[rank] and file.stat().st_size < end:
+                    raise ValueError(f"{file.name}: expected {end} bytes or more, got {file.stat().st_size}: truncated")
+        return there
+
+    def state_dict_of(self, rank: int) -> dict[str, Any]:
+        """Returns what a rank's state_dict() was."""
+        template = {}
+        for key in self._keys[rank]:
+            entry = self._metadata.state_dict_metadata[key]
+            file, _ = self._files[key]
+            # What a damaged size asks for might be more memory than there is.
+            if not isinstance(entry, dcp.metadata.TensorStorageMetadata) or entry.size.numel() > file.stat().st_size:
+                raise ValueError(f"{key}: expected a tensor that fits into {file.name}, got {entry!r:.100}")
+            template[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+        with _one_process_is_no_surprise():
+            dcp.load(template, storage_reader=self, no_dist=True)
+        prefix = f"rank{rank}."
+        tensors = {key[len(prefix) :]: tensor for key, tensor in template.items()}
+        about = json.loads(bytes(tensors.pop("about").tolist()))
+        expected = about.pop("crc32")
+        if damaged := [name for name, tensor in tensors.items() if _crc32(tensor) != expected.get(name)]:
+            raise ValueError(f"rank {rank}: {', '.join(damaged)} is not what was saved: the file is damaged")
+        kinds: dict[str, dict[str, Tensor]] = {kind: {} for kind in _KINDS}
+        for key, tensor in tensors.items():
+            kind, name = key.split(".", 1)
+            kinds[kind][name] = tensor
+        return {**about, **kinds}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """DCP reads its metadata with plain pickle, which runs whatever a file says."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Returns a class that metadata is made of.
+
+        Raises:
+            pickle.UnpicklingError: another one is asked for.
+        """
+        if (module, name) not in _IN_METADATA:
+            raise pickle.UnpicklingError(f".metadata: expected what dgc.checkpoint.save() writes, got {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _exchange_of(state: DGCState) -> DistributedExchange:
+    if not isinstance(state.exchange, DistributedExchange):
+        raise TypeError(
+            "dgc.checkpoint: expected ranks that talk over torch.distributed, got "
+            f"{type(state.exchange).__name__}. Write torch.save(state.state_dict(), file) on each rank, and "
+            "state.load_state_dict(); with the state_dicts of all ranks it loads on another number of them"
+        )
+    return state.exchange
+
+
+def _describe(failure: BaseException | None) -> dict[str, str]:
+    """Returns what the other ranks are told of an error; nothing where there is none."""
+    if isinstance(failure, dcp.CheckpointException) and failure.failures:
+        failure = next(iter(failure.failures.values()))[0]  # DCP puts a rank's whole traceback around it
+    return {} if failure is None else {"error": f"{type(failure).__name__}: {failure}"}
+
+
+def _errors(everyone: list[str]) -> str:
+    """Returns the first error of any rank, with its rank; nothing where there is none."""
+    found = [json.loads(text).get("error") for text in everyone]
+    errors = [f"rank {rank}: {error}" for rank, error in enumerate(found) if error]
+    more = f" (and {len(errors) - 1} more ranks)" if len(errors) > 1 else ""
+    return errors[0] + more if errors else ""
+
+
+def _replace(whole: Path, partial: Path) -> None:
+    """Gives a completed checkpoint its name; at every moment there is one that is complete."""
+    replaced = Path(f"{whole}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if whole.exists():
+        whole.rename(replaced)
+    partial.rename(whole)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _crc32(tensor: Tensor) -> int:
+    tensor = tensor.detach().cpu().contiguous()
+    # Through ctypes, since numpy need not be there.
+    return zlib.crc32((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())) if tensor.numel() else 0
+
+
+class _one_process_is_no_surprise(warnings.catch_warnings):  # noqa: N801  (used like a function)
+    """DCP warns where it is told to work without a process group, as we mean it to."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")

@@ -1,0 +1,222 @@
+"""Share: one rank's part of what waits, and whose it becomes when a run goes on with more ranks, or fewer."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from .exchange import Exchange
+from .memory import Memory
+
+logger = logging.getLogger("dgc")
+
+VERSION = 1
+"""Of state_dict()."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Whose share of momentum and residual a memory holds, and where the run stands."""
+
+    rank: int
+    world_size: int
+    """Of the group in which the share was accumulated."""
+    step: int
+    dense: bool
+    diverged: list[str]
+    """Parameters whose momentum is a share too; that of the others is the same on all ranks."""
+    momentum: bool
+    """Whether there is any."""
+
+    @classmethod
+    def of(cls, state_dict: Mapping[str, Any]) -> Share:
+        """Reads the plain values of a state_dict.
+
+        Raises:
+            ValueError: one is missing, or is not what it should be; the message names it.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"state_dict: expected that of a DGCState, got {type(state_dict).__name__}")
+        names = {"version", "rank", "world_size", "step", "dense", "diverged", "momentum", "residual"}
+        if missing := sorted(names - state_dict.keys()):
+            raise ValueError(f"state_dict: expected a DGCState's, but {', '.join(missing)} is missing")
+
+        def check(key: str, good: bool, expected: str) -> Any:
+            if not good:
+                raise ValueError(f"state_dict[{key!r}]: expected {expected}, got {state_dict[key]!r:.100}")
+            return state_dict[key]
+
+        def number(key: str, low: int, below: int, expected: str) -> int:
+            value = state_dict[key]
+            return int(check(key, type(value) is int and low <= value < below, expected))
+
+        number("version", VERSION, VERSION + 1, str(VERSION))
+        world_size = number("world_size", 1, 2**31, "a number of ranks")
+        dense, diverged = state_dict["dense"], state_dict["diverged"]
+        strings = isinstance(diverged, (list, tuple)) and all(type(name) is str for name in diverged)
+        return cls(
+            number("rank", 0, world_size, f"a rank of {world_size}"),
+            world_size,
+            number("step", 0, 2**62, "a number of steps"),
+            bool(check("dense", type(dense) is bool, "True or False")),
+            list(check("diverged", strings, "a list of parameter names")),
+            bool(check("momentum", isinstance(state_dict["momentum"], Mapping), "tensors by parameter name")),
+        )
+
+
+def differences(shares: Mapping[str, Share]) -> str:
+    """Returns how shares that should be of one group at one step differ; nothing where they do not.
+
+    Args:
+        shares: by what the message calls them.
+    """
+    one = next(iter(shares.values()))
+    if all({**asdict(share), "rank": one.rank} == asdict(one) for share in shares.values()):
+        return ""
+    return "; ".join(
+        f"{what} was rank {share.rank} of {share.world_size} at step {share.step}" for what, share in shares.items()
+    )
+
+
+def weights(rank: int, world_size: int, before: int) -> dict[int, float]:
+    """Returns what a rank takes over of the shares of a group of another size; docs/reliability.md has the proof.
+
+    All ranks' shares lie side by side on a line, once in pieces of the old group and once in pieces of the new one:
+    rank r of N gets (N/M) * |[rM/N, (r+1)M/N) intersected with [s, s+1)| of share s of M. Each rank's weights add up
+    to 1 and each share's to N/M, so the mean over the ranks stays the same. With N = M each rank gets its own.
+
+    Args:
+        rank: r.
+        world_size: N.
+        before: M.
+
+    Returns:
+        Weights by s, without those that are 0.
+    """
+    overlaps = {
+        s: min((rank + 1) * before, (s + 1) * world_size) - max(rank * before, s * world_size) for s in range(before)
+    }
+    return {s: overlap / before for s, overlap in overlaps.items() if overlap > 0}
+
+
+class Choice(NamedTuple):
+    """What a rank takes over of the state_dicts of a group, all of it checked."""
+
+    share: Share
+    """Where the run stood; of any of the ranks."""
+    parts: list[tuple[float, Mapping[str, Any]]]
+    """Weights and state_dicts, in the order of their ranks."""
+    missing: list[int]
+    """Ranks whose share this rank should get, and does not."""
+
+
+def choose(
+    memory: Memory,
+    state_dicts: Sequence[Mapping[str, Any]],
+    rank: int,
+    world_size: int,
+    allow_missing_ranks: bool = False,
+) -> Choice:
+    """Returns a rank's part of what the state_dicts hold.
+
+    Args:
+        memory: this rank's, which the parts have to fit; it does not change.
+        state_dicts: one of each rank, in any order; those that this rank takes nothing of may be left out.
+        rank: this process's, now.
+        world_size: number of ranks, now.
+        allow_missing_ranks: whether the shares that this rank should get may be missing: they count as zero then.
+
+    Raises:
+        ValueError: they do not fit each other or this model, one is damaged, or one is missing.
+    """
+    if not state_dicts:
+        raise ValueError("state_dict: expected at least one, got an empty sequence")
+    shares = [Share.of(state_dict) for state_dict in state_dicts]
+    by_rank = {share.rank: state_dict for share, state_dict in zip(shares, state_dicts, strict=True)}
+    if len(by_rank) < len(shares):
+        raise ValueError(
+            f"state_dict: expected one of each rank, got those of rank {_ranks([s.rank for s in shares])}. A residual "
+            "belongs to one rank, and each rank saves its own: with torch.distributed.checkpoint, by "
+            "dgc.checkpoint.save(state, dir)"
+        )
+    if differ := differences({f"state_dict {i}": share for i, share in enumerate(shares)}):
+        raise ValueError(f"state_dict: expected those of one group at one step, but {differ}")
+    one = shares[0]
+    wanted = weights(rank, world_size, one.world_size)
+    missing = sorted(wanted.keys() - by_rank.keys())
+    if missing and not allow_missing_ranks:
+        raise ValueError(
+            f"state_dict: expected that of rank {_ranks(missing)} of {one.world_size}, whose residual rank {rank} of "
+            f"{world_size} takes over, got that of rank {_ranks(sorted(by_rank))} of {one.world_size}. Give each rank "
+            "what it saved; for another number of ranks load_state_dict([...]) takes those of all ranks, and "
+            "dgc.checkpoint finds them by itself. Or go on without what that rank had not sent: "
+            "allow_missing_ranks=True"
+        )
+    # Where none is there, any rank's will do for the momentum that is the same on all.
+    chosen = sorted(wanted.keys() & by_rank.keys()) or sorted(by_rank)[:1]
+    parts = [(wanted.get(s, 0.0), by_rank[s]) for s in chosen]
+    memory.check([state_dict for _, state_dict in parts], one.diverged)
+    return Choice(one, parts, missing)
+
+
+def regroup(exchange: Exchange, memory: Memory, mine: Share | None) -> Share | None:
+    """Takes momentum and residual over into the group of ranks that exchange has now; a collective.
+
+    What is still to come, the mean over all ranks of u and v, stays the same but for the shares of ranks that left:
+    with N ranks instead of M, each survivor's share is multiplied by N/M. Newcomers' shares are zero, and they get the
+    momentum that is the same on all ranks from a survivor.
+
+    Args:
+        exchange: of the new group.
+        memory: this rank's, which changes.
+        mine: what this rank brings; None where it is new.
+
+    Returns:
+        What any survivor brought: where the run stands. None where all ranks are new.
+
+    Raises:
+        RuntimeError: survivors come from different groups or steps.
+    """
+    texts = exchange.everyone(json.dumps(mine and asdict(mine)))
+    brought = [None if share is None else Share(**share) for share in map(json.loads, texts)]
+    survivors = {f"rank {rank}": share for rank, share in enumerate(brought) if share is not None}
+    if not survivors:
+        return None
+    one = next(iter(survivors.values()))
+    if differ := differences(survivors):
+        raise RuntimeError(
+            f"DGCState.regroup: expected all ranks from one group at one step, but {differ}. Commit and restore them "
+            "together: hvd.elastic.TorchState(model=model, optimizer=optimizer, dgc=optimizer.dgc_state)"
+        )
+    memory.diverged = set(one.diverged)
+    if one.momentum:
+        memory.allocate_momentum()
+    if exchange.world_size != one.world_size:
+        memory.scale(exchange.world_size / one.world_size)
+    if len(survivors) < exchange.world_size and one.momentum:
+        same = [name for name in memory.parameters if name not in memory.diverged]
+        exchange.broadcast([memory.flat_momentum(name) for name in same], root=brought.index(one))
+    if exchange.rank == 0:
+        before, now = one.world_size, exchange.world_size
+        logger.info(
+            "dgc: %d ranks now, %d before, %d new; residuals multiplied by %d/%d",
+            *(now, before, now - len(survivors), now, before),
+        )
+        if lost := sorted(set(range(before)) - {share.rank for share in survivors.values()}):
+            log_lost(lost, before)
+    return one
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    return ", ".join(map(str, ranks))
+
+
+def log_lost(lost: Sequence[int], before: int) -> None:
+    """Says what has gone with ranks that left."""
+    logger.warning(
+        "dgc: rank %s of %d left: what it had not sent is lost, %d/%d of all that waited",
+        *(_ranks(lost), before, len(lost), before),
+    )
