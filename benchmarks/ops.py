@@ -142,7 +142,7 @@ def compare(
     u, v = torch.zeros(n), torch.zeros(n)
     fused = Fused(gradients, u, v, k)
     payloads = torch.zeros(8, fused.payload.numel(), dtype=torch.uint8)
-    out, status = torch.empty(n), torch.zeros(8, dtype=torch.int32)
+    out, status = torch.empty(n), torch.zeros(9, dtype=torch.int32)
     competitors: dict[str, Callable[[], object]] = {
         "floor": Floor(gradients, u, v, k, floor),
         "dgc": fused,
@@ -151,7 +151,9 @@ def compare(
         "sampled": EagerSampled(gradients, u, v, k),
         "topk": lambda: v.abs().topk(k, sorted=False),
         "zero fill": out.zero_,
-        "unpack 8": lambda: ops.unpack(payloads, 0, fused.segments, fused.workspace, torch.float32, [out], status),
+        "unpack 8": lambda: ops.unpack(
+            payloads, 0, fused.segments, fused.workspace, fused.one, torch.float32, [out], status
+        ),
     }
     # DGC cuts v off just above the threshold: time it on what it leaves behind, not on fresh noise.
     for _ in range(20):

@@ -201,7 +201,7 @@ class Bench:
             self.fused()
             payload.copy_(self.fused.payload)
         self.outs = [torch.empty(n, device=DEVICE) for _ in range(count)]
-        self.status = torch.zeros(RANKS, dtype=torch.int32, device=DEVICE)
+        self.status = torch.zeros(RANKS + 1, dtype=torch.int32, device=DEVICE)
         self._check()
         self.start = self.u.clone(), self.v.clone()
 
@@ -247,7 +247,9 @@ class Bench:
 
     def unpack(self, out: Tensor) -> None:
         """Averages all ranks' payloads."""
-        ops.unpack(self.payloads, 0, self.segments, self.fused.workspace, torch.float32, [out], self.status)
+        ops.unpack(
+            self.payloads, 0, self.segments, self.fused.workspace, self.fused.one, torch.float32, [out], self.status
+        )
 
     def _check(self) -> None:
         """Checks all that ours write against plain PyTorch, so exactly k entries, and none left that is larger.
@@ -272,7 +274,9 @@ class Bench:
             self._expect(f"{name}: sent u", fused.sent, sent)
         out, status = torch.zeros_like(self.outs[0]), torch.ones_like(self.status)
         self.unpack(self.outs[0])
-        reference.unpack(self.payloads, 0, self.segments, self.fused.workspace, torch.float32, [out], status)
+        reference.unpack(
+            self.payloads, 0, self.segments, self.fused.workspace, self.fused.one, torch.float32, [out], status
+        )
         self._expect("unpack: status", self.status, status)
         self._expect("unpack: gradient", self.outs[0], out)
 

@@ -131,6 +131,8 @@ struct WireHalf {
 struct StoreFloat {
   using Raw = float;
   DGC_BOTH static Raw round(float x) { return x; }
+  DGC_BOTH static bool is_finite(Raw x) { return magnitude(x) < kInfinity; }
+  DGC_BOTH static Raw nan() { return bits_float(0x7fc00000u); }
 };
 
 struct StoreBFloat16 {
@@ -139,6 +141,8 @@ struct StoreBFloat16 {
     const uint32_t bits = float_bits(x);
     return static_cast<Raw>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
   }
+  DGC_BOTH static bool is_finite(Raw x) { return (x & 0x7fffu) < 0x7f80u; }
+  DGC_BOTH static Raw nan() { return 0x7fc0u; }
 };
 
 struct StoreHalf {
@@ -148,6 +152,8 @@ struct StoreHalf {
     if (magnitude(x) >= float_bits(65520.0f)) return static_cast<Raw>(((float_bits(x) >> 16) & 0x8000u) | 0x7c00u);
     return WireHalf::store(x);
   }
+  DGC_BOTH static bool is_finite(Raw x) { return (x & 0x7fffu) < 0x7c00u; }
+  DGC_BOTH static Raw nan() { return 0x7e00u; }
 };
 
 // Momentum-corrected accumulation of one entry (paper, section 3.1): u <- mu*u + h; v <- v + u, or v + h + mu*u with

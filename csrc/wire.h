@@ -17,6 +17,8 @@ constexpr int64_t kMagic = 0x3145524957434744;  // "DGCWIRE1" in memory
 
 // Flags of the header.
 constexpr int64_t kNonFinite = 1;
+// Bits of a parameter's byte: its gradient was not zero; entries of it were left out.
+constexpr uint8_t kUsed = 1, kLeftOut = 2;
 
 // What unpack says about the payload of one rank: the low byte is one of these, kNonFiniteStatus may be added.
 enum Status : int32_t {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -14,9 +15,8 @@ from . import ops, wire
 from .config import DGCConfig
 from .memory import Memory
 
-_DENSE, _HALF = 1, 2
-_AVERAGES = {_DENSE: "the average of dense parameters", _HALF: "the average, in float16"}
-"""What is not finite, by the bits of a report's last number."""
+_OVERFLOW, _DENSE = 1, 2
+"""Bits of a report's last number, of which the ops write the first: which averages are not finite."""
 
 
 class Gradients(NamedTuple):
@@ -106,6 +106,8 @@ class Bucket:
             self.one = torch.ones(1, device=device)
         self.report = torch.zeros(world_size + 1, dtype=torch.int32, device=device)
         """What this step found: unpack's status of each rank, then which averages are not finite. On the device."""
+        self.nonfinite_averages: list[str] = []
+        """Names of dense parameters whose last average was not finite; on the CPU only."""
         self.taken = torch.zeros(len(rows), dtype=torch.uint8, device=device)
         """1 for each compressed parameter whose sent entries are out of v, and not yet applied."""
 
@@ -118,11 +120,6 @@ class Bucket:
         self.flat: Tensor | None = None
         if self.dense and not self.in_place:
             self.flat = torch.empty(self.flat_numel, dtype=self.flat_dtype, device=device)
-
-    @property
-    def nonfinite(self) -> bool:
-        """Whether compress() left entries out."""
-        return self.payload is not None and bool(int(wire.header(self.payload)[3]) & wire.NON_FINITE)
 
     @property
     def payload_bytes(self) -> int:
@@ -195,12 +192,20 @@ class Bucket:
             at += u.numel()
         return flat
 
-    def store_dense(self, gradients: Gradients, memory: Memory) -> None:
-        """Writes the averages back, and reports whether one is not finite."""
+    def store_dense(self, gradients: Gradients, memory: Memory, loss_scale: Tensor | None) -> None:
+        """Writes the averages back, times the loss scale, and reports whether one is not finite."""
         flat = gradients.buffers[0].view(-1) if self.in_place else self.flat
         if flat is None:
             return
-        self._report_nonfinite(flat, _DENSE)
+        if loss_scale is not None:
+            flat[: self.dense_numel].mul_(loss_scale)
+        if flat.numel() > 0:
+            low, high = flat.aminmax()  # one pass; both are NaN if any entry is
+            self.report[-1:] |= _DENSE * ~(low.isfinite() & high.isfinite())
+        if not flat.is_cuda and int(self.report[-1]) & _DENSE:
+            ends = accumulate(gradients.parameters[m.index].numel() for m in self.dense)
+            parts = zip(self.dense, flat[: self.dense_numel].tensor_split(list(ends)), strict=False)
+            self.nonfinite_averages = [m.name for m, part in parts if not part.isfinite().all()]
         if not self.in_place:
             at = 0
             for m in self.dense:
@@ -212,9 +217,10 @@ class Bucket:
                 u.copy_(flat[at : at + u.numel()])
                 at += u.numel()
 
-    def unpack(self, gradients: Gradients, rank: int) -> None:
-        """Writes the average of the sent entries into the gradients, and reports what is wrong with the payloads."""
+    def unpack(self, gradients: Gradients, rank: int, loss_scale: Tensor | None) -> None:
+        """Writes the average of the sent entries into the gradients, times the loss scale; reports what is wrong."""
         self.report.zero_()
+        self.nonfinite_averages = []
         if self.gathered is None:
             return
         ops.unpack(
@@ -222,22 +228,14 @@ class Bucket:
             rank,
             self.segments,
             self.workspace,
+            self.one if loss_scale is None else loss_scale,
             self.wire_dtype,
             gradients.buffers,
-            self.report[:-1],
+            self.report,
         )
-        for m in self.compressed:  # float16 averages can overflow; their float32 sums cannot
-            if (gradient := gradients.of(m.index)).dtype == torch.float16:
-                self._report_nonfinite(gradient, _HALF)
-
-    def _report_nonfinite(self, tensor: Tensor, flag: int) -> None:
-        if tensor.numel() == 0:
-            return
-        low, high = tensor.aminmax()  # one pass; both are NaN if any entry is
-        self.report[-1:] |= flag * ~(low.isfinite() & high.isfinite())
 
     def findings(self, report: list[int]) -> set[str]:
-        """Returns in words where gradients were not finite.
+        """Returns in words which gradients were not finite, and on which rank.
 
         Args:
             report: this bucket's, on the host.
@@ -247,8 +245,16 @@ class Bucket:
         """
         found = set()
         if self.gathered is not None:
-            found = {f"rank {rank}" for rank in wire.check_status(report[:-1], self.gathered)}
-        return found | {what for flag, what in _AVERAGES.items() if report[-1] & flag}
+            at = wire.wire_layout(self.segments, self.wire_dtype).used
+            for rank in wire.check_status(report[:-1], self.gathered):
+                marks = self.gathered[rank, at : at + len(self.segments)].tolist()
+                names = [m.name for m, mark in zip(self.compressed, marks, strict=True) if mark & wire.LEFT_OUT]
+                found.add(f"{', '.join(names)} on rank {rank}")
+        if report[-1] & _DENSE:
+            found.add(" ".join(["the average of dense parameters", *self.nonfinite_averages]))
+        if report[-1] & _OVERFLOW:
+            found.add(f"an average of {self.name} and what travels with it, which overflows")
+        return found
 
     def restore_unused(self, memory: Memory) -> None:
         """Takes back what was sent for parameters whose gradient was zero on every rank.
@@ -257,7 +263,7 @@ class Bucket:
         """
         if self.gathered is not None:
             at = wire.wire_layout(self.segments, self.wire_dtype).used
-            unused = self.gathered[:, at : at + len(self.segments)].amax(0) == 0
+            unused = (self.gathered[:, at : at + len(self.segments)] & wire.USED).amax(0) == 0
             if unused.is_cuda or unused.any():  # asking the device would wait for it
                 self.restore(memory, unused.to(torch.uint8))
 

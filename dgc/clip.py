@@ -22,7 +22,9 @@ def squared_norm(gradient: Tensor) -> Tensor:
     return norm * norm
 
 
-def clip_scale(squared_norms: Iterable[Tensor], clip_norm: float, world_size: int, most: float = 1.0) -> Tensor:
+def clip_scale(
+    squared_norms: Iterable[Tensor], clip_norm: float, world_size: int, most: float = 1.0, unscale: Tensor | None = None
+) -> Tensor:
     """Returns min(most, sqrt(N) * clip_norm / norm), what this rank's gradients are multiplied with: float32 [1].
 
     The paper scales the threshold by N^-1/2 for gradients that already carry 1/N; ours are local means, N times as
@@ -33,7 +35,10 @@ def clip_scale(squared_norms: Iterable[Tensor], clip_norm: float, world_size: in
         clip_norm: the threshold for one worker.
         world_size: N.
         most: what they are multiplied with where nothing is clipped: N where the update is the sum over ranks.
+        unscale: float32 [1], the inverse of the loss scale that the gradients still have; None for 1.
     """
     norm = torch.stack(list(squared_norms)).cumsum(0)[-1].sqrt()  # cumsum: one after the other, in order
-    scale: Tensor = (math.sqrt(world_size) * clip_norm / norm).clamp(max=most)
-    return scale.to(torch.float32).view(1)
+    if unscale is not None:
+        norm = norm * unscale.double()
+    scale: Tensor = (math.sqrt(world_size) * clip_norm / norm).clamp(max=most).to(torch.float32).view(1)
+    return scale if unscale is None else scale * unscale

@@ -128,6 +128,7 @@ class _UnpackArgs(ctypes.Structure):
         ("payloads", ctypes.c_void_p),
         ("ranks", ctypes.c_int64),
         ("rank", ctypes.c_int64),
+        ("scale", ctypes.c_void_p),
         ("status", ctypes.c_void_p),
         ("out", _Sources),
     )
@@ -216,6 +217,7 @@ class Kernels:
         rank: int,
         segments: Tensor,
         workspace: Tensor,
+        scale: Tensor,
         wire_dtype: torch.dtype,
         out: list[Tensor],
         status: Tensor,
@@ -234,7 +236,8 @@ class Kernels:
             _address(payloads, "payloads", torch.uint8, 0, workspace, aligned=True),
             ranks,
             rank,
-            _address(status, "status", torch.int32, ranks, workspace),
+            _address(scale, "scale", torch.float32, 1, workspace),
+            _address(status, "status", torch.int32, ranks + 1, workspace),
             _sources(out, "out", segments, workspace),
         )
         status.zero_()

@@ -20,7 +20,7 @@ _LIBRARY.define(
     "ScalarType wire_dtype) -> ()"
 )
 _LIBRARY.define(
-    "unpack(Tensor payloads, int rank, Tensor segments, Tensor(a!) workspace, ScalarType wire_dtype, "
+    "unpack(Tensor payloads, int rank, Tensor segments, Tensor(a!) workspace, Tensor scale, ScalarType wire_dtype, "
     "Tensor(b!)[] out, Tensor(c!) status) -> ()"
 )
 _LIBRARY.define(
@@ -131,26 +131,30 @@ def unpack(
     rank: int,
     segments: Tensor,
     workspace: Tensor,
+    scale: Tensor,
     wire_dtype: torch.dtype,
     out: list[Tensor],
     status: Tensor,
 ) -> None:
-    """Writes the average of all ranks' sent entries into dense gradients: (1/N) * sum over ranks 0..N-1 in that order.
+    """Writes the average of all ranks' sent entries into dense gradients: scale/N * sum over ranks 0..N-1, in order.
 
     A parameter whose gradient was zero on every rank gets zeros: what was sent for it has to be given back (restore_),
-    since DDP throws away the result of a parameter that no rank used.
+    since DDP throws away the result of a parameter that no rank used. Where any rank left non-finite entries out, the
+    first element of every parameter that was used becomes NaN: as after an all-reduce, whoever looks at gradients
+    before a step, such as GradScaler, sees it on every rank.
 
     Args:
         payloads: uint8 [world size, bytes], one row a rank.
         rank: of this process; its header is the one that the others' must equal.
         segments: as for compress_.
         workspace: as for compress_.
+        scale: float32 [1], what averages are multiplied with: the loss scale.
         wire_dtype: as for compress_.
         out: the tensors that `source` and `offset` of the segments refer to: written where segments are.
-        status: int32 [world size], receives 0 for each rank, or a code of wire.STATUS; plus wire.NON_FINITE_STATUS
-            where that rank met non-finite entries. Where any code is not 0, `out` is as it was.
+        status: int32 [world size + 1], receives 0 for each rank, or a code of wire.STATUS, where `out` is as it was;
+            or wire.NON_FINITE_STATUS where that rank met non-finite entries. Then 1 if an average overflowed.
     """
-    torch.ops.dgc.unpack(payloads, rank, segments, workspace, wire_dtype, out, status)
+    torch.ops.dgc.unpack(payloads, rank, segments, workspace, scale, wire_dtype, out, status)
 
 
 def restore_(

@@ -27,6 +27,10 @@ class Reducer(Protocol):
     def skip(self) -> Tensor | None:
         """On a GPU, a uint8 scalar there: not 0 where the claimed step must change nothing. None on the CPU."""
 
+    @property
+    def unscales(self) -> bool:
+        """Whether it knows of the loss scale that gradients have."""
+
     def dense_momentum(self, parameter: Tensor) -> Tensor | None:
         """Returns u if the gradient is a plain average; None if it is an update that has momentum in it already."""
 
@@ -83,6 +87,21 @@ class SGD(Optimizer):
     def attach(self, reducer: Reducer) -> None:
         """Names the DGCState that reduces the gradients; DGCState calls this itself."""
         self._reducer = reducer
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Answers GradScaler.step(), which alone asks: no, it has to unscale the gradients itself.
+
+        Raises:
+            RuntimeError: the DGCState does not know of the loss scale, and has accumulated scaled gradients.
+        """
+        if self._reducer is not None and not self._reducer.unscales:
+            raise RuntimeError(
+                "GradScaler.step: expected a DGCState that knows of the loss scale, got one that has accumulated "
+                "scaled gradients, which a change of scale makes wrong: DGCState(..., grad_scaler=scaler), or "
+                "dgc.horovod.DistributedOptimizer(..., grad_scaler=scaler)"
+            )
+        return False
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

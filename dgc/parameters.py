@@ -1,4 +1,4 @@
-"""What DGC asks of a model's parameters and its optimizer, checked once, and which parameters stay dense."""
+"""A model's parameters and the optimizer that holds them: what DGC asks of both, and which parameters stay dense."""
 
 from __future__ import annotations
 
@@ -15,6 +15,71 @@ from .optim import SGD
 SUPPORTED = (torch.float32, torch.bfloat16, torch.float16)
 WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes that DDP and torch.compile put in front of names."""
+
+
+class Parameters:
+    """The trainable parameters of a model, and what their optimizer says of them.
+
+    Raises:
+        ValueError: parameters that are missing, double, of an unsupported type or on several devices; an optimizer
+            with momentum of its own.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], optimizer: Optimizer, config: DGCConfig) -> None:
+        """Checks everything; see the class."""
+        self.by_name = by_name(named_parameters)
+        self.optimizer = optimizer
+        self._names = {id(p): name for name, p in self.by_name.items()}
+        self._group_of = group_indices(self.by_name, optimizer)
+        self.never_compressed = dense_reasons(self.by_name, config)
+        """Those dense in every phase, with the reason."""
+        check_optimizer(optimizer, config)
+        self.device = next(iter(self.by_name.values())).device
+
+    def name(self, parameter: Tensor) -> str:
+        """Returns a parameter's name.
+
+        Raises:
+            ValueError: named_parameters did not have it.
+        """
+        name = self._names.get(id(parameter))
+        if name is None:
+            raise ValueError(
+                f"DGCState: expected the parameters of named_parameters, got a gradient for another one, of shape "
+                f"{tuple(parameter.shape)}. Pass named_parameters() of the model that the hook is registered on"
+            )
+        return name
+
+    def momentum(self, name: str) -> float:
+        """Returns a parameter's momentum factor now; 0 where the optimizer knows none."""
+        if not isinstance(self.optimizer, SGD):
+            return 0.0
+        # By index: load_state_dict() replaces the groups.
+        return float(self.optimizer.param_groups[self._group_of[name]]["momentum"])
+
+    @property
+    def any_momentum(self) -> bool:
+        """Whether any parameter has momentum now."""
+        return any(map(self.momentum, self.by_name))
+
+    @property
+    def nesterov(self) -> bool:
+        """Whether momentum is Nesterov's."""
+        return isinstance(self.optimizer, SGD) and bool(self.optimizer.param_groups[0]["nesterov"])
+
+    def check_gradients(self) -> None:
+        """Looks whether the optimizer would apply a gradient that nobody reduces.
+
+        Raises:
+            ValueError: it would.
+        """
+        held = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if local := [p for p in held if id(p) not in self._names]:
+            raise ValueError(
+                f"optimizer: expected gradients of the parameters that named_parameters had, got those of "
+                f"{len(local)} more, of shape {', '.join(str(tuple(p.shape)) for p in local)}, which no rank has sent. "
+                "They were frozen, or not there, when DGCState was made: make optimizer and DGCState again"
+            )
 
 
 def by_name(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .wire import NON_FINITE, NON_FINITE_STATUS, TILE, div_up, header, wire_layout
+from .wire import LEFT_OUT, NON_FINITE, NON_FINITE_STATUS, TILE, USED, div_up, header, wire_layout
 
 
 def compress_(
@@ -33,8 +33,9 @@ def compress_(
         h = gradients[source].view(-1)[offset : offset + numel].float() * scale
         v = residual[state : state + numel]
         u = None if momentum is None else momentum[state : state + numel]
-        payload[at.used + row] = (h != 0).any()
-        flags |= accumulate_(u, v, h, float(mu[row]), nesterov)
+        left_out = accumulate_(u, v, h, float(mu[row]), nesterov)
+        payload[at.used + row] = USED * (h != 0).any() + LEFT_OUT * left_out
+        flags |= left_out
 
         chosen = select(v, k)
         largest = torch.finfo(wire_dtype).max
@@ -83,6 +84,7 @@ def unpack(
     rank: int,
     segments: Tensor,
     workspace: Tensor,
+    scale: Tensor,
     wire_dtype: torch.dtype,
     out: list[Tensor],
     status: Tensor,
@@ -94,10 +96,10 @@ def unpack(
     headers = header(payloads).tolist()
     found = [_check(payload, headers[r], headers[rank], segments, wire_dtype) for r, payload in enumerate(payloads)]
     codes = [s + NON_FINITE_STATUS * (s == 0 and h[3] & NON_FINITE) for s, h in zip(found, headers, strict=True)]
-    status.copy_(torch.tensor(codes, dtype=torch.int32))
+    status.copy_(torch.tensor([*codes, 0], dtype=torch.int32))
     if any(found):
         return
-    used = payloads[:, at.used : at.used + len(segments)].any(0).tolist()
+    used = (payloads[:, at.used : at.used + len(segments)] & USED).any(0).tolist()
     positions = [_positions(payload, segments, wire_dtype) for payload in payloads]
     values = [_sections(payload, segments, wire_dtype)[2].float() for payload in payloads]
     entry = 0
@@ -106,7 +108,11 @@ def unpack(
         if used[row]:
             for position, value in zip(positions, values, strict=True):
                 total.index_put_((position[entry : entry + k],), value[entry : entry + k], accumulate=True)
-        out[source].view(-1)[offset : offset + numel] = total * (1 / torch.tensor(len(payloads), dtype=torch.float32))
+        average = out[source].view(-1)[offset : offset + numel]
+        average.copy_(total * (1 / torch.tensor(len(payloads), dtype=torch.float32)) * scale)
+        status[-1] |= ~average.isfinite().all()
+        if used[row] and any(codes):
+            average[0] = torch.nan
         entry += k
 
 

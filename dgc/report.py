@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from . import ops
-from .bucket import Bucket, Gradients
+from .bucket import Bucket
 from .config import DGCConfig
 from .memory import Memory
 from .phase import Phase
@@ -101,15 +101,4 @@ def log_phase(phase: Phase, parameters: Mapping[str, Tensor], schedule: DensityS
         step,
         phase.describe(parameters),
         f"; {100 * schedule.final:.4g} % after {warmup} more steps of warm-up" if warmup else "",
-    )
-
-
-def log_nonfinite(bucket: Bucket, gradients: Gradients, rank: int, step: int) -> None:
-    """Says which parameters' gradients are not finite on this rank."""
-    names = [m.name for m in bucket.compressed if not gradients.of(m.index).isfinite().all()]
-    logger.warning(
-        "dgc: rank %d, step %d: non-finite entries left out, gradient of %s",
-        rank,
-        step,
-        ", ".join(names) or "no parameter, but the residual overflowed",
     )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.futures import Future
 from torch.optim.optimizer import Optimizer
 from torch.profiler import record_function
@@ -24,7 +25,7 @@ from .config import DGCConfig
 from .exchange import DistributedExchange, Exchange, Transfer
 from .memory import Memory, return_free_memory
 from .optim import SGD, all_zero
-from .parameters import by_name, check_optimizer, dense_reasons, group_indices
+from .parameters import Parameters
 from .phase import Phase, phase_at
 from .schedule import DensitySchedule, entries
 from .share import Share
@@ -46,12 +47,15 @@ class DGCState:
             plain accumulation (paper, Algorithm 1).
         config: the same on all ranks.
         process_group: DDP's; None for the default group.
+        grad_scaler: the torch.amp.GradScaler that scales the loss. Gradients are unscaled before they are accumulated,
+            and results handed back at its scale, so that scaler.step(optimizer) and scaler.update() work as always.
         exchange: how ranks talk where it is not torch.distributed; for adapters of other frameworks.
         average: False where the update is the sum of the ranks' gradients, not their mean (Horovod's op=Sum).
 
     Raises:
         ValueError: parameters that are missing, double, of an unsupported type or on several devices; an optimizer
             with momentum of its own; ranks that differ.
+        TypeError: grad_scaler is none.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class DGCState:
         config: DGCConfig | None = None,
         *,
         process_group: dist.ProcessGroup | None = None,
+        grad_scaler: GradScaler | None = None,
         exchange: Exchange | None = None,
         average: bool = True,
     ) -> None:
@@ -68,20 +73,18 @@ class DGCState:
         self.config = config or DGCConfig()
         self.schedule = DensitySchedule(self.config)
         self.optimizer = optimizer
-        self._parameters = by_name(named_parameters)
-        self._names = {id(p): name for name, p in self._parameters.items()}
-        self._group_of = group_indices(self._parameters, optimizer)
-        self._never_compressed = dense_reasons(self._parameters, self.config)
-        check_optimizer(optimizer, self.config)
-        device = next(iter(self._parameters.values())).device
+        self.parameters = Parameters(named_parameters, optimizer, self.config)
+        if grad_scaler is not None and not isinstance(grad_scaler, GradScaler):
+            raise TypeError(f"grad_scaler: expected a torch.amp.GradScaler or None, got {type(grad_scaler).__name__}")
+        self.grad_scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
+        self._device = device = self.parameters.device
         self.exchange = exchange or DistributedExchange(device, process_group)
         self._average = average
 
-        compressed = [name for name in self._parameters if name not in self._never_compressed]
-        self.memory = Memory(self._parameters, compressed, device)
-        if any(map(self._momentum_factor, self._parameters)):
+        named = self.parameters.by_name
+        self.memory = Memory(named, [name for name in named if name not in self.parameters.never_compressed], device)
+        if self.parameters.any_momentum:
             self.memory.allocate_momentum()
-        self._device = device
         if device.type != "cpu" and self.exchange.rank == 0:
             report.log_backend(device.type)
 
@@ -98,6 +101,7 @@ class DGCState:
         self._sent: list[Future[Tensor]] = []  # of this backward pass
         self._open = False  # between the first and the last bucket of a backward pass
         self._pending = False  # gradients were reduced that no step() has taken
+        self._loss_scale: Tensor | None = None  # of this backward pass, float32 [1]
         self._shadow = False  # the last backward pass has no step() on this rank
         self._late = device.type == "cuda"  # reading the device's verdict at once would wait for it
         self._verdict: Verdict | None = None  # of the last step, not read yet
@@ -122,6 +126,7 @@ class DGCState:
             RuntimeError: a reduced gradient is not applied yet; or survivors come from different groups or steps.
             FloatingPointError, PayloadError: on a GPU, what the next step() would have raised.
         """
+        self._forget_skipped()
         if self._pending:
             raise RuntimeError(
                 "DGCState.regroup: expected to be called between optimizer.step() and the next backward(), got a call "
@@ -132,7 +137,7 @@ class DGCState:
         before = self.exchange.rank, self.exchange.world_size
         self.exchange.refresh()
         try:
-            self.exchange.agree(report.description(self.config, self.optimizer, self._parameters))
+            self.exchange.agree(report.description(self.config, self.optimizer, self.parameters.by_name))
             share = shares.regroup(self.exchange, self.memory, mine)
         except Exception:
             self.exchange.roll_back(*before)  # it is still that group's share
@@ -186,6 +191,7 @@ class DGCState:
                 "DGCState: expected the last backward pass to be complete, but it broke off, and what it sent is in "
                 "neither the residual nor the model. Call state.discard(), which takes it back, and zero_grad()"
             )
+        self._forget_skipped()
         if self._pending:
             raise RuntimeError(
                 "DGCState: expected optimizer.step() after the last backward pass, got another backward pass: its "
@@ -200,9 +206,12 @@ class DGCState:
         if self.exchange.changed:
             self.regroup()
         self._open = True
+        if self.grad_scaler is not None:
+            # Its public way to the scale that does not wait for the device.
+            self._loss_scale = self.grad_scaler.scale(torch.ones(1, device=self._device))
         self._reduced = {}
         self._sent = []
-        if self.memory.momentum is None and any(map(self._momentum_factor, self._parameters)):
+        if self.memory.momentum is None and self.parameters.any_momentum:
             self.memory.allocate_momentum()
             self._buckets.clear()  # they keep no room for masked momentum
         key = (self.density, self.schedule.warming_up(self.step), self._dense)
@@ -211,39 +220,41 @@ class DGCState:
             self._phase = phase_at(
                 self.step,
                 self.config,
-                self._parameters,
-                self._never_compressed,
+                self.parameters.by_name,
+                self.parameters.never_compressed,
                 self.exchange.world_size,
                 self._dense,
             )
             self._buckets.clear()
             return_free_memory()
             if self.exchange.rank == 0:
-                report.log_phase(self._phase, self._parameters, self.schedule, self.step, self._dense)
+                report.log_phase(self._phase, self.parameters.by_name, self.schedule, self.step, self._dense)
 
     def _scale(self) -> Tensor | None:
         """Returns what this rank's gradients are multiplied with, float32 [1]; None for 1."""
         most = 1.0 if self._average else float(self.exchange.world_size)
+        # As GradScaler does it, so that both unscale to the same bits.
+        unscale = None if self._loss_scale is None else self._loss_scale.double().reciprocal().float()
         if self.config.clip_norm is None:
-            return None if most == 1 else torch.full((1,), most, device=self._device)
+            if most != 1:
+                return torch.full((1,), most, device=self._device) * (1 if unscale is None else unscale)
+            return unscale
         with record_function("dgc.clip"):
             norms = {
-                self._name(p): squared_norm(gradients.of(i))
+                self.parameters.name(p): squared_norm(gradients.of(i))
                 for gradients, _ in self._waiting
                 for i, p in enumerate(gradients.parameters)
             }
-            ordered = [norms[name] for name in self._parameters if name in norms]
-            return clip_scale(ordered, self.config.clip_norm, self.exchange.world_size, most)
+            ordered = [norms[name] for name in self.parameters.by_name if name in norms]
+            return clip_scale(ordered, self.config.clip_norm, self.exchange.world_size, most, unscale)
 
     def _send(self, gradients: Gradients, scale: Tensor | None, future: Future[Tensor]) -> None:
         bucket = self._bucket(gradients)
         with record_function("dgc.accumulate_select_pack"):
-            factors = [self._momentum_factor(m.name) for m in bucket.compressed]
-            bucket.compress(gradients, self.memory, factors, scale, self._nesterov, self.step)
+            factors = [self.parameters.momentum(m.name) for m in bucket.compressed]
+            bucket.compress(gradients, self.memory, factors, scale, self.parameters.nesterov, self.step)
             if self.memory.momentum is not None:
                 self.memory.diverged.update(m.name for m in bucket.compressed)
-            if not self._late and bucket.nonfinite:
-                report.log_nonfinite(bucket, gradients, self.exchange.rank, self.step)
         with record_function("dgc.exchange"):
             dense = bucket.load_dense(gradients, self.memory, scale)
             transfer = self.exchange.start(bucket.name, bucket.payload, bucket.gathered, dense)
@@ -254,11 +265,11 @@ class DGCState:
     def _receive(self, bucket: Bucket, gradients: Gradients, transfer: Transfer, future: Future[Tensor]) -> None:
         try:
             with transfer.arrived(), record_function("dgc.unpack"):
-                bucket.unpack(gradients, self.exchange.rank)
+                bucket.unpack(gradients, self.exchange.rank, self._loss_scale)
                 if not self._late:
                     bucket.findings(bucket.report.tolist())  # raises where a payload is wrong
                 bucket.restore_unused(self.memory)
-                bucket.store_dense(gradients, self.memory)
+                bucket.store_dense(gradients, self.memory, self._loss_scale)
                 self.memory.diverged.difference_update(m.name for m in bucket.averaged)
                 future.set_result(gradients.buffers[0])
         except Exception as error:
@@ -299,11 +310,8 @@ class DGCState:
             error, self._error = self._error, None
             self.discard()
             raise error
-        self._check_all_reduced()
-        self.exchange.finish()
-        for future in self._sent:
-            future.wait()
-        self._sent = []  # they hold gradients
+        self.parameters.check_gradients()
+        self._finish()
         self._pending = False
         self._verdict = Verdict(list(self._reduced.values()), self.step - 1)
         if not self._late:
@@ -312,19 +320,22 @@ class DGCState:
             bucket.restore(self.memory, self._verdict.bad)
         return True
 
-    def _check_all_reduced(self) -> None:
-        held = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if local := [p for p in held if id(p) not in self._names]:
-            raise ValueError(
-                f"optimizer: expected gradients of the parameters that named_parameters had, got those of "
-                f"{len(local)} more, of shape {', '.join(str(tuple(p.shape)) for p in local)}, which no rank has sent. "
-                "They were frozen, or not there, when DGCState was made: make optimizer and DGCState again"
-            )
+    def _finish(self) -> None:
+        """Waits for what is under way."""
+        self.exchange.finish()
+        for future in self._sent:
+            future.wait()
+        self._sent = []  # they hold gradients
 
     @property
     def pending(self) -> bool:
         """Whether gradients were reduced that no step() has taken."""
         return self._pending
+
+    @property
+    def unscales(self) -> bool:
+        """Whether gradients have a loss scale, of which this knows."""
+        return self.grad_scaler is not None
 
     @property
     def skip(self) -> Tensor | None:
@@ -346,20 +357,40 @@ class DGCState:
             self._take_back()
         self.step -= 1
         self._stats = self._count(self._stats.skipped + 1)
-        where = f"{', '.join(found)}, step {verdict.step}"
         if shadow:
             return False
-        if self.config.on_nonfinite == "skip":
-            logger.warning("dgc: step left out on all ranks: gradients not finite (%s)", where)
+        if self.config.on_nonfinite == "skip" or self.grad_scaler is not None:
+            self._log_skipped(found)
             return False
         raise FloatingPointError(
-            f"DGCState: expected finite gradients, got Inf or NaN ({where}). Nothing was applied, and what was sent is "
-            'back in the residual. Look at the loss; or leave such steps out with DGCConfig(on_nonfinite="skip")'
+            f"DGCState: expected finite gradients, got Inf or NaN: {'; '.join(found)}, step {verdict.step}. Nothing "
+            "was applied, and what was sent is back in the residual. Look at the loss; or leave such steps out: "
+            'DGCConfig(on_nonfinite="skip"), with loss scaling DGCState(grad_scaler=scaler)'
         )
+
+    def _forget_skipped(self) -> None:
+        """Takes back the update of a step that GradScaler has left out, or is going to: its gradients hold NaN."""
+        if self.grad_scaler is None or not self._pending:
+            return
+        try:
+            self._finish()
+        except Exception:
+            return  # backward() has raised it, and what is wrong now is that nobody has called discard()
+        if found := Verdict(list(self._reduced.values()), self.step - 1).findings():
+            self.discard()
+            self._log_skipped(found)
+
+    def _log_skipped(self, found: list[str]) -> None:
+        if self.exchange.rank == 0:  # it knows what every rank sent
+            logger.log(
+                logging.INFO if self.grad_scaler is not None else logging.WARNING,
+                "dgc: step %d left out on all ranks, gradients not finite: %s",
+                *(self.step, "; ".join(found)),
+            )
 
     def dense_momentum(self, parameter: Tensor) -> Tensor | None:
         """Returns u of a parameter whose last gradient is a plain average; None if it is an update already."""
-        name = self._name(parameter)
+        name = self.parameters.name(parameter)
         if name not in self._phase.dense:
             return None
         self.memory.allocate_momentum()
@@ -371,10 +402,11 @@ class DGCState:
                 f"{type(self.optimizer).__name__}.step: expected no closure, since its backward pass would run after "
                 "DGC's check of the gradients. Call backward() before step(), or use dgc.SGD"
             )
-        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-        if self._pending or not all_zero(gradients):
-            self.take()
-            self._settle()  # this optimizer knows nothing of `skip`
+        gradients = [p.grad for p in self.parameters.by_name.values() if p.grad is not None]
+        if not self._pending and all_zero(gradients):
+            return
+        if not (self.take() and self._settle()):  # it knows nothing of `skip`, and cannot leave the step out
+            raise FloatingPointError("DGCState: expected finite gradients, got a residual that overflows")
 
     def discard(self) -> None:
         """Gives up the update of the last backward pass: what was sent returns to the residual, nothing is lost.
@@ -423,26 +455,9 @@ class DGCState:
     @property
     def stats(self) -> Stats:
         """Figures of the last backward pass."""
+        if not self._late:  # on a GPU the step that is left out is counted one pass later
+            self._forget_skipped()
         return self._stats
-
-    @property
-    def _nesterov(self) -> bool:
-        return isinstance(self.optimizer, SGD) and bool(self.optimizer.param_groups[0]["nesterov"])
-
-    def _momentum_factor(self, name: str) -> float:
-        if not isinstance(self.optimizer, SGD):
-            return 0.0
-        # By index: load_state_dict() replaces the groups.
-        return float(self.optimizer.param_groups[self._group_of[name]]["momentum"])
-
-    def _name(self, parameter: Tensor) -> str:
-        name = self._names.get(id(parameter))
-        if name is None:
-            raise ValueError(
-                f"DGCState: expected the parameters of named_parameters, got a gradient for another one, of shape "
-                f"{tuple(parameter.shape)}. Pass named_parameters() of the model that the hook is registered on"
-            )
-        return name
 
     def _bucket(self, gradients: Gradients) -> Bucket:
         key = tuple(map(id, gradients.parameters))
@@ -450,7 +465,7 @@ class DGCState:
         if bucket is None:
             members = []
             for index, parameter in enumerate(gradients.parameters):
-                name = self._name(parameter)
+                name = self.parameters.name(parameter)
                 k = None if name in self._phase.dense else entries(self._phase.density, parameter.numel())
                 members.append(Member(name, index, k))
             bucket = Bucket(
@@ -465,7 +480,7 @@ class DGCState:
         return report.count(
             self._reduced.values(),
             self._phase,
-            self._parameters,
+            self.parameters.by_name,
             self.memory,
             self.exchange.world_size,
             steps=self.step,
@@ -491,6 +506,7 @@ class DGCState:
                 "entries that all ranks have by the same name, and so one rank's residual of all. Write "
                 "dgc.checkpoint.save(state, dir), and dgc.checkpoint.load(state, dir)"
             )
+        self._forget_skipped()
         if self._open or self._pending:
             raise RuntimeError(
                 "DGCState.state_dict: expected to be called between optimizer.step() and the next backward(), got a "

@@ -23,6 +23,8 @@ ALIGN = 16
 MAGIC = int.from_bytes(b"DGCWIRE1", "little")
 NON_FINITE = 1
 """Flag of the header: this rank left entries out because they were not finite."""
+USED, LEFT_OUT = 1, 2
+"""Bits of a parameter's byte: its gradient was not zero; entries of it were left out because they were not finite."""
 
 SEGMENT_COLUMNS = ("source", "offset", "state", "numel", "entries")
 """A row of the int64 segment table, one per compressed parameter of a bucket: which gradient tensor holds it, its first

@@ -134,14 +134,14 @@ def test_compress_and_unpack_in_a_cuda_graph_follow_what_changes_in_memory():
     results = []
     for a in (args, eager):
         out = torch.zeros(370_033, device="cuda")
-        status = torch.full((2,), 9, dtype=torch.int32, device="cuda")
+        status = torch.full((3,), 9, dtype=torch.int32, device="cuda")
         payloads = torch.zeros(2, len(a[6]), dtype=torch.uint8, device="cuda")
         results.append((a, out, status, payloads))
 
     def step(a, out, status, payloads):
         ops.compress_(*a)
         payloads.copy_(a[6].expand_as(payloads))
-        ops.unpack(payloads, 0, a[3], a[7], a[10], [out], status)
+        ops.unpack(payloads, 0, a[3], a[7], a[5], a[10], [out], status)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -1,6 +1,7 @@
 """The ops against plain PyTorch, bit for bit, and against the equations."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -37,12 +38,18 @@ def compress_both(args: Args) -> Args:
     return args
 
 
-def unpack_both(args: Args, payloads: torch.Tensor, rank: int = 0, dtype: torch.dtype = torch.float32):
+def unpack_both(
+    args: Args, payloads: torch.Tensor, rank: int = 0, dtype: torch.dtype = torch.float32, scale: float = 1.0
+):
+    """Runs the op and the reference, compares all bits, and returns the averages and the status."""
     numel = int((args.segments[:, 1] + args.segments[:, 3]).max())
     out, expected = torch.full((numel,), 7.0, dtype=dtype), torch.full((numel,), 7.0, dtype=dtype)
-    status, reference_status = torch.full((2, len(payloads)), 9, dtype=torch.int32)
-    ops.unpack(payloads, rank, args.segments, args.workspace, args.wire_dtype, [out], status)
-    reference.unpack(payloads, rank, args.segments, args.workspace, args.wire_dtype, [expected], reference_status)
+    status, reference_status = torch.full((2, len(payloads) + 1), 9, dtype=torch.int32)
+    scale = torch.tensor([scale])
+    ops.unpack(payloads, rank, args.segments, args.workspace, scale, args.wire_dtype, [out], status)
+    reference.unpack(
+        payloads, rank, args.segments, args.workspace, scale, args.wire_dtype, [expected], reference_status
+    )
     assert torch.equal(status, reference_status)
     assert torch.equal(out.view(torch.uint8), expected.view(torch.uint8))
     return out, status.tolist()
@@ -202,6 +209,7 @@ def test_finite_gradients_that_overflow_are_left_out_too():
     args.gradients[0].fill_(3e38)
     compress_both(args)
     assert args.flags == wire.NON_FINITE
+    assert args.used == [wire.USED | wire.LEFT_OUT]
     assert args.momentum.abs().max() == 0
 
 
@@ -238,8 +246,8 @@ def test_the_workspace_is_left_as_the_next_call_expects_it(road):
     segments, _, bucket, states, _, _, histograms, *_ = args.workspace.cpu().split(sizes)
     assert bucket.count_nonzero() == 0
     assert histograms.count_nonzero() == 0
-    arrived_and_used = states[: 3 * 40].view(3, 40)[:, :8]
-    assert arrived_and_used.count_nonzero() == 0
+    states = states[: 3 * 40].view(torch.int32).view(3, 10)
+    assert states[:, [0, 1, 5]].count_nonzero() == 0  # arrived, used, nonfinite
     assert torch.equal(segments[: 3 * 64].view(torch.int64).view(3, 8)[:, :5], args.segments)
 
 
@@ -279,12 +287,67 @@ def test_the_average_is_taken_in_rank_order_and_scaled_once():
     assert forward.count_nonzero() == 1
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("scale", [1024.0, 0.3])
+def test_averages_are_handed_back_at_the_loss_scale(dtype, scale):
+    args = make([100, 70_000], 0.01)
+    args.residual *= 1e-3
+    ops.compress_(*args.list())
+    payloads = torch.stack([args.payload] * 3)
+    plain, _ = unpack_both(args, payloads)
+    scaled, status = unpack_both(args, payloads, dtype=dtype, scale=scale)
+    assert status == [0, 0, 0, 0]
+    assert torch.equal(scaled, (plain * scale).to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "scale"),
+    [(torch.float16, 60000.0, 2.0), (torch.float32, 3e38, 2.0), (torch.bfloat16, 3e38, 2.0), (torch.float16, 7e4, 1.0)],
+)
+def test_an_average_that_overflows_is_reported(dtype, value, scale):
+    args = make([100, 70_000], 0.01)
+    args.gradients[0].fill_(1.0)
+    args.momentum.zero_()
+    args.residual.zero_()
+    args.residual[128 + 66_000] = -value
+    ops.compress_(*args.list())
+    out, status = unpack_both(args, args.payload.view(1, -1), dtype=dtype, scale=scale)
+    assert status == [0, 1]
+    assert out[100 + 66_000] == -math.inf
+    out, status = unpack_both(args, args.payload.view(1, -1), dtype=dtype, scale=1e-3)
+    assert status == [0, 0]
+
+
+def test_a_sum_of_ranks_that_overflows_is_reported():
+    args = make([100], 0.01)
+    args.residual.zero_()
+    args.residual[7] = 3e38
+    ops.compress_(*args.list())
+    out, status = unpack_both(args, torch.stack([args.payload] * 2))
+    assert status == [0, 0, 1]
+    assert out[7] == math.inf
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_entries_left_out_on_any_rank_make_every_used_gradient_nan(dtype):
+    args = make([100, 70_000, 300, 33], 0.01, offset=1)
+    args.gradients[0][1 + 100 + 70_000 :][:300] = 0  # not used
+    ops.compress_(*args.list())
+    flagged = args.clone()
+    flagged.gradients[0][1 + 100 + 65_999] = math.inf
+    ops.compress_(*flagged.list())
+    assert flagged.used == [1, 3, 0, 1]
+    out, status = unpack_both(args, torch.stack([args.payload, flagged.payload]), dtype=dtype)
+    assert status == [0, wire.NON_FINITE_STATUS, 0]
+    assert out.isnan().nonzero().view(-1).tolist() == [1, 1 + 100, 1 + 100 + 70_000 + 300]
+
+
 def test_unpack_writes_nothing_outside_its_segments():
     args = make([40], offset=10)
     ops.compress_(*args.list())
     out = torch.full((60,), 5.0)
-    status = torch.zeros(1, dtype=torch.int32)
-    ops.unpack(args.payload.view(1, -1), 0, args.segments, args.workspace, torch.float32, [out], status)
+    status = torch.zeros(2, dtype=torch.int32)
+    ops.unpack(args.payload.view(1, -1), 0, args.segments, args.workspace, torch.ones(1), torch.float32, [out], status)
     assert out[:10].tolist() == [5.0] * 10
     assert out[50:].tolist() == [5.0] * 10
     assert (out[10:50] == 0).sum() == 39
@@ -303,8 +366,8 @@ def test_gradients_in_tensors_of_their_own():
     compress_both(apart)
     assert torch.equal(whole.payload, apart.payload)
     out = [torch.empty_like(g) for g in apart.gradients]
-    status = torch.zeros(1, dtype=torch.int32)
-    ops.unpack(apart.payload.view(1, -1), 0, apart.segments, apart.workspace, torch.float32, out, status)
+    status = torch.zeros(2, dtype=torch.int32)
+    ops.unpack(apart.payload.view(1, -1), 0, apart.segments, apart.workspace, torch.ones(1), torch.float32, out, status)
     joined, _ = unpack_both(whole, whole.payload.view(1, -1))
     assert torch.equal(torch.cat(out), joined)
 
@@ -430,10 +493,10 @@ def test_a_corrupt_payload_is_reported_and_nothing_is_written(what, code):
     ops.compress_(*args.list())
     payloads = corrupt(args, what)
     out, status = unpack_both(args, payloads)
-    assert status == [0, code, 0]
+    assert status == [0, code, 0, 0]
     assert (out == 7).all()
     with pytest.raises(wire.PayloadError, match="payload of rank 1: "):
-        wire.check_status(status, payloads)
+        wire.check_status(status[:-1], payloads)
 
 
 def test_every_rank_has_a_status_of_its_own():
@@ -446,7 +509,7 @@ def test_every_rank_has_a_status_of_its_own():
     at = wire.wire_layout(args.segments, args.wire_dtype).indices
     payloads[1, at : at + 4].view(torch.int16).copy_(torch.tensor([5, 5], dtype=torch.int16))
     _, status = unpack_both(args, payloads)
-    assert status == [0, 5, 2, 5, 4, 3]
+    assert status == [0, 5, 2, 5, 4, 3, 0]
 
 
 def test_many_ranks_are_added_in_order():
@@ -480,9 +543,10 @@ def test_the_non_finite_flag_of_a_rank_is_reported_beside_the_result():
     flagged = args.payload.clone()
     wire.header(flagged)[3] = wire.NON_FINITE
     out, status = unpack_both(args, torch.stack([args.payload, flagged]))
-    assert status == [0, wire.NON_FINITE_STATUS]
-    assert wire.check_status(status, torch.stack([args.payload, flagged])) == [1]
-    assert out.count_nonzero() == 1
+    assert status == [0, wire.NON_FINITE_STATUS, 0]
+    assert wire.check_status(status[:-1], torch.stack([args.payload, flagged])) == [1]
+    assert out[0].isnan()
+    assert out.count_nonzero() == 2
 
 
 @pytest.mark.parametrize(
@@ -525,19 +589,21 @@ def test_compress_refuses_what_would_read_or_write_out_of_bounds(field, value):
         (0, torch.zeros(10, dtype=torch.uint8), "payloads"),
         (1, 2, "payloads"),
         (1, -1, "payloads"),
-        (4, torch.int32, "wire_dtype"),
-        (5, [torch.zeros(99)], "out"),
-        (5, [], "out"),
-        (5, [torch.zeros(100, dtype=torch.float64)], "out"),
-        (6, torch.zeros(1, dtype=torch.int32), "status"),
-        (6, torch.zeros(2, dtype=torch.int64), "status"),
+        (4, torch.ones(0), "scale"),
+        (4, torch.ones(1, dtype=torch.float64), "scale"),
+        (5, torch.int32, "wire_dtype"),
+        (6, [torch.zeros(99)], "out"),
+        (6, [], "out"),
+        (6, [torch.zeros(100, dtype=torch.float64)], "out"),
+        (7, torch.zeros(2, dtype=torch.int32), "status"),
+        (7, torch.zeros(3, dtype=torch.int64), "status"),
     ],
 )
 def test_unpack_refuses_what_would_read_or_write_out_of_bounds(position, value, name):
     args = make([100])
     ops.compress_(*args.list())
-    payloads, status = torch.stack([args.payload] * 2), torch.zeros(2, dtype=torch.int32)
-    call = [payloads, 0, args.segments, args.workspace, torch.float32, [torch.zeros(100)], status]
+    payloads, status = torch.stack([args.payload] * 2), torch.zeros(3, dtype=torch.int32)
+    call = [payloads, 0, args.segments, args.workspace, torch.ones(1), torch.float32, [torch.zeros(100)], status]
     call[position] = value
     with pytest.raises(RuntimeError, match=name):
         ops.unpack(*call)

@@ -257,7 +257,7 @@ def test_non_finite_steps_are_left_out_on_request(caplog):
     with caplog.at_level(logging.WARNING, "dgc"):
         one.train(gradients)
     assert torch.equal(one.parameter("big"), before)
-    assert "rank 0, step 0: non-finite entries left out, gradient of big" in caplog.text
+    assert "dgc: step 0 left out on all ranks, gradients not finite: big on rank 0" in caplog.text
     assert (one.state.step, one.state.stats.skipped) == (0, 1)
     one.train(normals(SHAPES, 1))
     assert not torch.equal(one.parameter("big"), before)
@@ -481,7 +481,7 @@ def test_a_float16_average_that_overflows_is_not_applied():
         if not one.model.get_parameter("big").grad.isfinite().all():
             break
         one.optimizer.step()
-    with pytest.raises(FloatingPointError, match="in float16"):
+    with pytest.raises(FloatingPointError, match="which overflows"):
         one.optimizer.step()
     assert torch.equal(one.parameter("big"), before)
     assert before.isfinite().all()

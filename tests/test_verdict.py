@@ -100,7 +100,7 @@ def test_a_skipped_step_is_logged_one_step_late(caplog):
         one.train(gradients)
         assert caplog.text == ""
         one.train(normals(SHAPES, 2))
-    assert "step left out on all ranks: gradients not finite (rank 0, step 0)" in caplog.text
+    assert "dgc: step 0 left out on all ranks, gradients not finite: big on rank 0" in caplog.text
 
 
 def test_state_dict_waits_for_the_verdict():

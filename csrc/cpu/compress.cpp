@@ -195,12 +195,11 @@ class Compressor {
   void write_reports(uint8_t* payload, const WireLayout& at) {
     int64_t flags = 0;
     for (size_t i = 0; i < bucket_.segments.size(); ++i) {
-      bool used = false;
-      for_tiles_of(i, [&](TileWork& work) {
-        used |= work.report.used;
-        flags |= work.report.nonfinite ? kNonFinite : 0;
-      });
-      payload[at.used + i] = used ? 1 : 0;
+      uint8_t used = 0;
+      for_tiles_of(
+          i, [&](TileWork& work) { used |= (work.report.used ? kUsed : 0) | (work.report.nonfinite ? kLeftOut : 0); });
+      if ((used & kLeftOut) != 0) flags = kNonFinite;
+      payload[at.used + i] = used;
     }
     reinterpret_cast<Header*>(payload)->flags = flags;
   }

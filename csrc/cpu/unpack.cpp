@@ -1,5 +1,5 @@
-// dgc::unpack: the payloads of all ranks to one dense gradient, (1/N) * sum over ranks 0..N-1 in that order. Nothing in
-// a payload is believed before it is checked, and nothing is written unless every payload passes.
+// dgc::unpack: the payloads of all ranks to one dense gradient, scale/N * sum over ranks 0..N-1 in that order. Nothing
+// in a payload is believed before it is checked, and nothing is written unless every payload passes.
 #include <atomic>
 
 #include "common.h"
@@ -55,21 +55,27 @@ int32_t check_tile(const Payload<Wire>& p, int64_t tile, int64_t numel) {
   return !rising || last >= numel ? kBadIndex : finite ? kOk : kBadValue;
 }
 
+// Returns whether every average is finite.
 template <class Store, class Wire>
-void add_tile(const std::vector<Payload<Wire>>& payloads, int64_t tile, typename Store::Raw* out, float* sum) {
+bool add_tile(const std::vector<Payload<Wire>>& payloads, int64_t tile, float scale, typename Store::Raw* out,
+              float* sum) {
   for (const auto& p : payloads)
     for (int64_t e = p.begin(tile); e < p.ends[tile]; ++e) sum[p.indices[e]] += Wire::load(p.values[e]);
   // Moves each sum out and leaves zero behind, so that `sum` is ready for the next tile. A sum met a second time, from
   // another rank, is zero by then, as is one that cancelled: out already holds zero there.
   const float inverse = 1.0f / static_cast<float>(payloads.size());
+  bool finite = true;
   for (const auto& p : payloads) {
     for (int64_t e = p.begin(tile); e < p.ends[tile]; ++e) {
       float& x = sum[p.indices[e]];
       if (x == 0.0f) continue;
-      out[p.indices[e]] = Store::round(x * inverse);
+      const auto average = Store::round(x * inverse * scale);
+      finite &= Store::is_finite(average);
+      out[p.indices[e]] = average;
       x = 0.0f;
     }
   }
+  return finite;
 }
 
 template <class F>
@@ -81,7 +87,7 @@ void with_store_type(ScalarType dtype, const F& f) {
 }
 
 template <class Wire>
-void unpack_to(const std::vector<Payload<Wire>>& payloads, int64_t rank, const Bucket& bucket,
+void unpack_to(const std::vector<Payload<Wire>>& payloads, int64_t rank, const Bucket& bucket, float scale,
                const std::vector<Tensor>& out, int32_t* status) {
   const std::vector<Tile> tiles = tiles_of(bucket);
   const int64_t ranks = payloads.size(), n_tiles = tiles.size();
@@ -98,18 +104,23 @@ void unpack_to(const std::vector<Payload<Wire>>& payloads, int64_t rank, const B
       }
     }
   });
-  bool good = true;
+  bool good = true, complete = true;
   for (int64_t r = 0; r < ranks; ++r) {
     status[r] = found[r];
     good &= status[r] == kOk;
   }
-  for (int64_t r = 0; r < ranks; ++r)
-    if (status[r] == kOk && (payloads[r].header->flags & kNonFinite) != 0) status[r] |= kNonFiniteStatus;
+  for (int64_t r = 0; r < ranks; ++r) {
+    if (status[r] != kOk || (payloads[r].header->flags & kNonFinite) == 0) continue;
+    status[r] |= kNonFiniteStatus;
+    complete = false;
+  }
+  status[ranks] = 0;
   if (!good) return;
 
   std::vector<uint8_t> used(bucket.segments.size());
   for (const auto& p : payloads)
-    for (size_t s = 0; s < used.size(); ++s) used[s] |= p.used[s];
+    for (size_t s = 0; s < used.size(); ++s) used[s] |= p.used[s] & kUsed;
+  std::atomic<bool> finite{true};
   torch::stable::parallel_for(0, n_tiles, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> sum(kTile);
     for (int64_t t = begin; t < end; ++t) {
@@ -120,14 +131,17 @@ void unpack_to(const std::vector<Payload<Wire>>& payloads, int64_t rank, const B
         using Store = decltype(store);
         auto* to = static_cast<typename Store::Raw*>(target.mutable_data_ptr()) + s.offset + tile.begin;
         std::memset(to, 0, tile.numel * sizeof(*to));
-        if (used[tile.segment]) add_tile<Store>(payloads, t, to, sum.data());
+        if (!used[tile.segment]) return;
+        if (!add_tile<Store>(payloads, t, scale, to, sum.data())) finite = false;
+        if (!complete && tile.begin == 0) *to = Store::nan();
       });
     }
   });
+  status[ranks] = !finite;
 }
 
-void unpack_cpu(Tensor payloads, int64_t rank, Tensor segments, Tensor, ScalarType wire_dtype, std::vector<Tensor> out,
-                Tensor status) {
+void unpack_cpu(Tensor payloads, int64_t rank, Tensor segments, Tensor, Tensor scale, ScalarType wire_dtype,
+                std::vector<Tensor> out, Tensor status) {
   const Bucket bucket(segments);
   const WireLayout at = bucket.wire(wire_dtype);
   check_sources(out, "out", DeviceType::CPU, bucket);
@@ -135,13 +149,15 @@ void unpack_cpu(Tensor payloads, int64_t rank, Tensor segments, Tensor, ScalarTy
   STD_TORCH_CHECK(payloads.dim() == 2 && payloads.size(1) == at.bytes && rank >= 0 && rank < payloads.size(0),
                   "payloads: expected a row of ", at.bytes, " bytes for each rank, this rank's (", rank,
                   ") among them");
-  check_cpu(status, "status", ScalarType::Int, payloads.size(0));
+  check_cpu(scale, "scale", ScalarType::Float, 1);
+  check_cpu(status, "status", ScalarType::Int, payloads.size(0) + 1);
   with_wire_type(wire_dtype, [&](auto wire) {
     using Wire = decltype(wire);
     const auto* bytes = static_cast<const uint8_t*>(payloads.const_data_ptr());
     std::vector<Payload<Wire>> views;
     for (int64_t r = 0; r < payloads.size(0); ++r) views.emplace_back(bytes + r * at.bytes, at);
-    unpack_to(views, rank, bucket, out, static_cast<int32_t*>(status.mutable_data_ptr()));
+    unpack_to(views, rank, bucket, *static_cast<const float*>(scale.const_data_ptr()), out,
+              static_cast<int32_t*>(status.mutable_data_ptr()));
   });
 }
 

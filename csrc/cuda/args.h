@@ -46,6 +46,7 @@ struct SegmentState {
   uint32_t prefix;     // upper digits found so far
   uint32_t bound;      // no element below it is among the k largest
   uint32_t threshold;  // the k-th largest magnitude
+  uint32_t nonfinite;  // whether compress_ left entries out; 0 between calls
   int64_t rank;        // of the wanted magnitude among those that share the prefix; 0: there is none
   int64_t ties;        // entries at the threshold that are sent
 };
@@ -137,6 +138,7 @@ struct UnpackArgs {
   const uint8_t* payloads;
   int64_t ranks;
   int64_t rank;
+  const float* scale;
   int32_t* status;
   Sources out;
 };

@@ -128,11 +128,13 @@ __device__ inline bool last_block(uint32_t* counter, int64_t blocks) {
 }
 
 // Sets a flag that others may set at the same time.
-__device__ inline void raise(uint32_t* flag) {
+template <class Flag>
+__device__ inline void raise(Flag* flag) {
+  static_assert(sizeof(Flag) == 4, "flags are 32 bits");
 #if defined(__CUDA_ARCH__)
   asm volatile("st.relaxed.gpu.u32 [%0], %1;" ::"l"(flag), "r"(1u) : "memory");
 #else
-  __atomic_store_n(flag, 1u, __ATOMIC_RELAXED);
+  __atomic_store_n(flag, Flag{1}, __ATOMIC_RELAXED);
 #endif
 }
 

@@ -146,7 +146,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4) dgc_update(const __gri
     if (exists) w.group_max[group] = report.group_max;
     count(w.histograms + tile.segment * kBins, exists, report.group_max >> 20);
     if (__any_sync(kAll, report.used) && lane() == 0) raise(&state.used);
-    if (__any_sync(kAll, report.nonfinite) && lane() == 0) raise(&w.bucket->nonfinite);
+    if (__any_sync(kAll, report.nonfinite) && lane() == 0) {
+      raise(&state.nonfinite);
+      raise(&w.bucket->nonfinite);
+    }
   }
   if (!last_block(&state.arrived, s.tiles * kChunksPerTile)) return;
   // No digit, and rank 0, where k exceeds the number of groups.
@@ -448,8 +451,9 @@ extern "C" __global__ void __launch_bounds__(kThreads) dgc_emit(const __grid_con
   // No other block looks at these any more.
   if (threadIdx.x == 0 && tile.begin == 0) {
     SegmentState& state = w.segment_states[tile.segment];
-    a.payload[a.bucket.wire().used + tile.segment] = state.used != 0;
-    state.used = 0;
+    a.payload[a.bucket.wire().used + tile.segment] =
+        (state.used != 0 ? kUsed : 0) | (state.nonfinite != 0 ? kLeftOut : 0);
+    state.used = state.nonfinite = 0;
   }
   if (threadIdx.x == 0 && tile.index == 0) {
     reinterpret_cast<Header*>(a.payload)->flags = w.bucket->nonfinite != 0 ? kNonFinite : 0;

@@ -57,7 +57,8 @@ int dgc_cuda_unpack(const UnpackArgs* args, int device, void* stream) {
   const OnDevice on(device);
   if (on.code() != cudaSuccess) return on.code();
   const int64_t tiles = args->bucket.tiles;
-  cudaError_t code = cudaMemsetAsync(args->status, 0, args->ranks * sizeof(int32_t), static_cast<cudaStream_t>(stream));
+  cudaError_t code =
+      cudaMemsetAsync(args->status, 0, (args->ranks + 1) * sizeof(int32_t), static_cast<cudaStream_t>(stream));
   if (code == cudaSuccess) code = launch(dgc_check, div_up(tiles, kWarps), args->ranks, *args, stream);
   if (code == cudaSuccess) code = launch(dgc_average, tiles * kChunksPerTile, 1, *args, stream);
   return code;

@@ -116,7 +116,7 @@ void compress_cuda(std::vector<Tensor> gradients, std::optional<Tensor> momentum
   if (bucket.tiles != 0) check_launch(dgc_cuda_compress(&args, device, current_stream(device)), device);
 }
 
-void unpack_cuda(Tensor payloads, int64_t rank, Tensor segments, Tensor workspace, ScalarType wire_dtype,
+void unpack_cuda(Tensor payloads, int64_t rank, Tensor segments, Tensor workspace, Tensor scale, ScalarType wire_dtype,
                  std::vector<Tensor> out, Tensor status) {
   const Bucket bucket(segments);
   const int64_t bytes = bucket.wire(wire_dtype).bytes;
@@ -128,10 +128,12 @@ void unpack_cuda(Tensor payloads, int64_t rank, Tensor segments, Tensor workspac
                   "payloads: expected a row of ", bytes, " bytes for each rank, this rank's (", rank, ") among them");
   STD_TORCH_CHECK(payloads.size(0) < 65536, "payloads: expected fewer than 65536 ranks, got ", payloads.size(0));
   check_aligned(payloads, "payloads");
-  check(status, "status", ScalarType::Int, payloads.size(0), workspace);
+  check(scale, "scale", ScalarType::Float, 1, workspace);
+  check(status, "status", ScalarType::Int, payloads.size(0) + 1, workspace);
   args.payloads = static_cast<const uint8_t*>(payloads.const_data_ptr());
   args.ranks = payloads.size(0);
   args.rank = rank;
+  args.scale = static_cast<const float*>(scale.const_data_ptr());
   args.status = data<int32_t>(status);
   const int device = workspace.get_device_index();
   if (bucket.tiles != 0) check_launch(dgc_cuda_unpack(&args, device, current_stream(device)), device);

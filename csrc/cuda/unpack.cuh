@@ -153,11 +153,16 @@ __device__ inline void sum_chunk(const UnpackArgs& a, const WireLayout& wire, in
   }
 }
 
-// Writes n averages; `out` may start anywhere.
+// Writes n averages; `out` may start anywhere. Returns whether this thread's are finite. Thread 0 writes the first.
 template <class Store>
-__device__ inline void store_chunk(typename Store::Raw* out, int n, const float* sum, float inverse) {
+__device__ inline bool store_chunk(typename Store::Raw* out, int n, const float* sum, float inverse, float scale) {
   using Raw = typename Store::Raw;
-  const auto round = [&](float x) { return Store::round(multiply(x, inverse)); };
+  bool finite = true;
+  const auto round = [&](float x) {
+    const Raw average = Store::round(multiply(multiply(x, inverse), scale));
+    finite &= Store::is_finite(average);
+    return average;
+  };
   const int past = static_cast<int>(reinterpret_cast<uint64_t>(out) / sizeof(Raw) % 4);
   const int head = past == 0 ? 0 : (4 - past < n ? 4 - past : n);
   const int quads = (n - head) / 4, tail = head + 4 * quads;
@@ -171,6 +176,20 @@ __device__ inline void store_chunk(typename Store::Raw* out, int n, const float*
     *reinterpret_cast<Quad<Raw>*>(out + head + 4 * q) = {{round(x.x[0]), round(x.x[1]), round(x.x[2]), round(x.x[3])}};
   }
   if (tail + thread < n) out[tail + thread] = round(sum[tail + thread]);
+  return finite;
+}
+
+// Writes one chunk of averages; the first of a parameter becomes NaN where entries were left out anywhere.
+template <class Store>
+__device__ inline void finish_chunk(const UnpackArgs& a, void* out, int64_t at, int numel, const float* sum,
+                                    bool mark) {
+  auto* to = static_cast<typename Store::Raw*>(out) + at;
+  const float inverse = 1.0f / static_cast<float>(a.ranks);
+  if (!store_chunk<Store>(to, numel, sum, inverse, *a.scale)) raise(a.status + a.ranks);
+  if (threadIdx.x != 0 || !mark) return;
+  bool left_out = false;
+  for (int64_t r = 0; r < a.ranks; ++r) left_out |= a.status[r] == kNonFiniteStatus;
+  if (left_out) *to = Store::nan();
 }
 
 // A block for each chunk.
@@ -186,24 +205,25 @@ extern "C" __global__ void __launch_bounds__(kThreads) dgc_average(const __grid_
   bool bad = false, used = false;
   for (int64_t r = thread; r < a.ranks; r += kThreads) {
     bad |= (a.status[r] & (kNonFiniteStatus - 1)) != kOk;
-    used |= a.payloads[r * wire.bytes + wire.used + tile.segment] != 0;
+    used |= (a.payloads[r * wire.bytes + wire.used + tile.segment] & kUsed) != 0;
   }
   if (__syncthreads_or(bad)) return;
   for (int q = thread; q < kChunk / 4; q += kThreads) reinterpret_cast<Quad<float>*>(shared.sum)[q] = Quad<float>{};
-  if (__syncthreads_or(used)) {
+  used = __syncthreads_or(used);
+  if (used) {
     with_wire_type(a.bucket.wire_type,
                    [&](auto type) { sum_chunk<decltype(type)>(a, wire, tile.index, chunk, shared); });
   }
-  const float inverse = 1.0f / static_cast<float>(a.ranks);
+  const bool mark = used && tile.begin == 0 && chunk == 0;
   const int64_t at = s.row.offset + tile.begin + chunk * kChunk;
   void* out = a.out.data[s.row.source];
   const uint8_t type = a.out.type[s.row.source];
   if (type == kFloat) {
-    store_chunk<StoreFloat>(static_cast<float*>(out) + at, numel, shared.sum, inverse);
+    finish_chunk<StoreFloat>(a, out, at, numel, shared.sum, mark);
   } else if (type == kBFloat16) {
-    store_chunk<StoreBFloat16>(static_cast<uint16_t*>(out) + at, numel, shared.sum, inverse);
+    finish_chunk<StoreBFloat16>(a, out, at, numel, shared.sum, mark);
   } else {
-    store_chunk<StoreHalf>(static_cast<uint16_t*>(out) + at, numel, shared.sum, inverse);
+    finish_chunk<StoreHalf>(a, out, at, numel, shared.sum, mark);
   }
 }
 

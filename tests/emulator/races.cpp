@@ -73,11 +73,12 @@ struct Bucket {
   void unpack(int ranks) {
     std::vector<uint8_t> payloads;
     for (int i = 0; i < ranks; ++i) payloads.insert(payloads.end(), payload.begin(), payload.end());
-    std::vector<int32_t> status(ranks);
+    std::vector<int32_t> status(ranks + 1);
     dgc::UnpackArgs a{};
     a.bucket = args;
     a.payloads = payloads.data();
     a.ranks = ranks;
+    a.scale = &scale;
     a.status = status.data();
     a.out.data[0] = gradient.data();
     dgc_cuda_unpack(&a, 0, nullptr);
