@@ -109,6 +109,14 @@ class Exchange(ABC):
             )
 
 
+def _failed(what: str, error: RuntimeError) -> RuntimeError:
+    """Returns the error of a collective with what it means."""
+    return RuntimeError(
+        f"dgc: {what} failed, since a rank has gone, hangs, or has run fewer backward passes than this one: look at "
+        f"the other ranks' logs for its reason, and restart all ranks from a checkpoint. The backend says: {error}"
+    )
+
+
 class DistributedTransfer:
     """The collectives of one bucket over torch.distributed.
 
@@ -136,8 +144,11 @@ class DistributedTransfer:
     @contextmanager
     def arrived(self) -> Iterator[None]:
         """Puts what it surrounds on the stream that waits for the collectives; see Transfer."""
-        for future in self._futures:
-            future.value()
+        try:
+            for future in self._futures:
+                future.value()
+        except RuntimeError as error:
+            raise _failed("the exchange of gradients", error) from error
         if self._stream is None or self._queued is None:
             yield
             return
@@ -188,7 +199,10 @@ class DistributedExchange(Exchange):
         if self.world_size == 1:
             return [text]
         texts = [""] * self.world_size
-        dist.all_gather_object(texts, text, group=self.group)
+        try:
+            dist.all_gather_object(texts, text, group=self.group)
+        except RuntimeError as error:
+            raise _failed("the comparison of the ranks", error) from error
         return texts
 
     def broadcast(self, tensors: Sequence[Tensor], root: int) -> None:

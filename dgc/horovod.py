@@ -24,6 +24,7 @@ from horovod.common.util import split_list
 from horovod.torch.compression import Compressor
 from horovod.torch.optimizer import _DistributedOptimizer as _Horovod
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.futures import Future
 from torch.optim.optimizer import Optimizer
 
@@ -32,6 +33,7 @@ from .bucket import Gradients
 from .config import DGCConfig
 from .horovod_exchange import HorovodExchange
 from .memory import dense_strides
+from .optim import SGD
 from .state import DGCState
 
 MAX_GROUP = 256
@@ -86,6 +88,8 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     groups: int | list[list[Tensor]] | None = None,
     sparse_as_dense: bool = False,
     process_set: Any = hvd.global_process_set,
+    *,
+    grad_scaler: GradScaler | None = None,
 ) -> Any:
     """Wraps an optimizer so that step() applies gradients that DGC has reduced: hvd.DistributedOptimizer, compressed.
 
@@ -107,6 +111,7 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
             DGCCompressor.bucket_cap_mb.
         sparse_as_dense: has to be False.
         process_set: exchange among these processes only. In any other process DGC runs by itself.
+        grad_scaler: the torch.amp.GradScaler that scales the loss; see DGCState.
 
     Returns:
         An optimizer of the given one's class, with Horovod's methods and the attribute `dgc_state`.
@@ -148,6 +153,8 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     # As Horovod does: one class with the methods of both, since these call super(self.__class__, self).
     parent = type(optimizer)
     methods = {k: v for k, v in vars(_Methods).items() if not k.startswith("__")}
+    if isinstance(optimizer, SGD):
+        methods["_step_supports_amp_scaling"] = property(_answer_grad_scaler)
     distributed: Any = type(parent.__name__, (parent, horovod_elastic.Compressed), {**vars(_Horovod), **methods})(
         *(optimizer.param_groups, named, compression, backward_passes_per_step, op, gradient_predivide_factor),
         *(groups, False, process_set),
@@ -173,6 +180,7 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
         [(name, p) for name, p in named if id(p) in ids] if named is not None else [(names[p], p) for p in held],
         distributed,
         compression.config,
+        grad_scaler=grad_scaler,
         exchange=exchange,
         average=op == hvd.Average,
     )
@@ -267,6 +275,22 @@ def _flat_gradient(p: Tensor) -> Tensor:
     if any(n > 1 and a != b for n, a, b in zip(p.shape, p.grad.stride(), strides, strict=True)):
         p.grad = torch.empty_strided(p.shape, strides, dtype=p.dtype, device=p.device).copy_(p.grad)
     return p.grad.as_strided((p.numel(),), (1,))
+
+
+def _answer_grad_scaler(optimizer: Any) -> bool:
+    """Answers GradScaler.step(), before it unscales; see dgc.SGD.
+
+    Raises:
+        RuntimeError: gradients are being reduced.
+    """
+    if optimizer._handles:
+        raise RuntimeError(
+            "GradScaler.step: expected reduced gradients, got some that are under way. Write\n"
+            "    optimizer.synchronize()\n"
+            "    with optimizer.skip_synchronize():\n"
+            "        scaler.step(optimizer)"
+        )
+    return SGD._step_supports_amp_scaling.fget(optimizer)  # type: ignore[attr-defined, no-any-return]
 
 
 class _Alone:

@@ -20,7 +20,9 @@ from .stats import Stats, traffic
 logger = logging.getLogger("dgc")
 
 
-def description(config: DGCConfig, optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, object]:
+def description(
+    config: DGCConfig, optimizer: Optimizer, parameters: Mapping[str, Tensor], loss_scaling: bool
+) -> dict[str, object]:
     """Returns everything that has to be the same on all ranks."""
     from . import __version__
 
@@ -28,6 +30,7 @@ def description(config: DGCConfig, optimizer: Optimizer, parameters: Mapping[str
     return {
         "dgc": __version__,
         **asdict(config),
+        "loss scaling": loss_scaling,
         "optimizer": type(optimizer).__name__,
         "(momentum, nesterov) by group": groups,
         "number of parameters": len(parameters),

@@ -137,7 +137,8 @@ class DGCState:
         before = self.exchange.rank, self.exchange.world_size
         self.exchange.refresh()
         try:
-            self.exchange.agree(report.description(self.config, self.optimizer, self.parameters.by_name))
+            scaled = self.grad_scaler is not None
+            self.exchange.agree(report.description(self.config, self.optimizer, self.parameters.by_name, scaled))
             share = shares.regroup(self.exchange, self.memory, mine)
         except Exception:
             self.exchange.roll_back(*before)  # it is still that group's share

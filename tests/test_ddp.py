@@ -11,6 +11,7 @@ import torch.distributed as dist
 from models import Given, integers, normals
 from ranks import run_ranks
 from torch import nn
+from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from training import (
     LARGE,
@@ -416,13 +417,18 @@ def differ(rank, world_size, what):
         net.b.requires_grad_(False)
     optimizer = dgc.SGD(net.parameters(), lr=0.1, momentum=0.8 if rank == 1 and what == "(momentum" else 0.9)
     try:
-        dgc.DGCState(named, optimizer, config)
+        scaler = GradScaler("cpu") if rank == 1 and what == "loss scaling" else None
+        if rank == 1 and what == "dgc: ":
+            dgc.__version__ = "0.0.9"
+        dgc.DGCState(named, optimizer, config, grad_scaler=scaler)
     except ValueError as error:
         return str(error)
     return "no error"
 
 
-@pytest.mark.parametrize("what", ["density", "parameter c", "number of parameters", "(momentum"])
+@pytest.mark.parametrize(
+    "what", ["density", "parameter c", "number of parameters", "(momentum", "loss scaling", "dgc: "]
+)
 def test_ranks_that_differ_are_found_at_the_start(what):
     for message in run_ranks(3, differ, what, timeout=20):
         assert "rank 1 has" in message
@@ -451,6 +457,30 @@ def test_a_rank_at_another_step_is_named_and_nothing_is_applied():
         assert "Steps by rank: [3, 4]" in message
         assert unchanged
         assert int(waiting) == 20_000  # what was sent is back
+
+
+def fall_behind(rank, world_size, where, folder):
+    """Rank 1 leaves out a backward pass, or its DGCState, and does something else for longer than the timeout."""
+    run = Run() if where == "backward" else None
+    begin, outcome = time.monotonic(), "no error"
+    try:
+        if rank == 1:
+            time.sleep(12)
+        (run.train(normals(SHAPES, rank)) if run else Run())
+    except RuntimeError as error:
+        outcome = str(error)
+    torch.save((outcome, time.monotonic() - begin), f"{folder}/outcome{rank}.pt")
+    os._exit(0)
+
+
+@pytest.mark.parametrize("where", ["backward", "DGCState"])
+def test_a_rank_that_leaves_out_a_pass_is_an_error_within_the_timeout(where, tmp_path):
+    with pytest.raises(Exception, match=r"No such file"):
+        run_ranks(2, fall_behind, where, str(tmp_path), timeout=5)
+    outcome, seconds = torch.load(tmp_path / "outcome0.pt")
+    what = "the exchange of gradients" if where == "backward" else "the comparison of the ranks"
+    assert f"dgc: {what} failed, since a rank has gone, hangs, or has run fewer backward passes" in outcome
+    assert 4 < seconds < 11
 
 
 def die(rank, world_size, folder):
@@ -484,7 +514,7 @@ def test_a_peer_that_dies_in_the_middle_of_a_step_is_an_error_not_a_hang(tmp_pat
     while not (tmp_path / "outcome0.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     outcome, seconds = torch.load(tmp_path / "outcome0.pt")
-    assert outcome != "no error"
+    assert "the exchange of gradients failed, since a rank has gone" in outcome
     assert seconds < 25  # within the group's timeout
 
 

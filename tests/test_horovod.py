@@ -1,6 +1,7 @@
 """The door for Horovod, on real processes: the same numbers as behind DDP, Horovod's behaviour, and failures."""
 
 import inspect
+import math
 import os
 import signal
 import time
@@ -14,6 +15,7 @@ import torch
 from models import Given, integers, normals
 from ranks import run_ranks
 from torch import nn
+from torch.amp import GradScaler
 from training import LARGE, SHAPES, assert_close_to, assert_replicas_equal, oracle_for, outcome, seed_of
 
 import dgc
@@ -279,6 +281,39 @@ def poison(on_nonfinite):
         except FloatingPointError:
             raised += 1
     return {**run.result(), "total": total, "raised": raised}
+
+
+def scale_losses(dtype, with_scaler):
+    scaler = GradScaler("cpu", init_scale=2.0**16, growth_interval=2, enabled=with_scaler)
+    run = Run(momentum=0.0, lr=0.25, dtype=dtype, horovod={"grad_scaler": scaler})
+    for step in range(8):
+        g = {name: x.to(dtype) for name, x in integers(SHAPES, seed_of(step, hvd.rank())).items()}
+        if with_scaler and step == 3:  # a step more, which is to leave no trace but in what was finite: nothing
+            run.optimizer.zero_grad()
+            poisoned = {name: torch.full_like(x, math.nan if hvd.rank() else 0.0) for name, x in g.items()}
+            scaler.scale(run.net(poisoned)).backward()
+            with pytest.raises(RuntimeError, match=r"optimizer\.skip_synchronize\(\)"):
+                scaler.step(run.optimizer)
+            run.optimizer.synchronize()
+            with run.optimizer.skip_synchronize():
+                scaler.step(run.optimizer)
+            scaler.update()
+        run.optimizer.zero_grad()
+        scaler.scale(run.net(g)).backward()
+        run.optimizer.synchronize()
+        with run.optimizer.skip_synchronize():
+            scaler.step(run.optimizer)
+        scaler.update()
+    return {**run.result(), "scale": scaler.get_scale()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_scaling_changes_no_bit_and_skips_everywhere(horovod, dtype):
+    scaled, plain = (horovod(2, scale_losses, dtype, with_scaler) for with_scaler in (True, False))
+    assert_equal(scaled, plain)
+    assert [r["scale"] for r in scaled] == [2.0**18] * 2
+    assert [(r["step"], r["stats"].skipped) for r in scaled] == [(8, 1)] * 2
+    assert [(r["step"], r["stats"].skipped) for r in plain] == [(8, 0)] * 2
 
 
 @pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
@@ -918,5 +953,5 @@ def test_a_process_that_dies_is_an_error_not_a_hang(tmp_path):
 def test_the_signature_is_horovods_but_for_the_default_compression():
     ours = inspect.signature(dgc_hvd.DistributedOptimizer).parameters
     theirs = inspect.signature(hvd.DistributedOptimizer).parameters
-    assert list(ours) == list(theirs)
+    assert list(ours) == [*theirs, "grad_scaler"]
     assert {n for n in theirs if ours[n].default != theirs[n].default} == {"compression"}
