@@ -19,18 +19,18 @@ from torch.profiler import record_function
 
 from . import report, wire
 from . import share as shares
-from .bucket import Bucket, Gradients, Member
+from .backward import Backward, Stage
+from .bucket import Bucket, Gradients
+from .buckets import Buckets
 from .clip import clip_scale, squared_norm
 from .config import DGCConfig
 from .exchange import DistributedExchange, Exchange, Transfer
-from .memory import Memory, return_free_memory
+from .memory import Memory
 from .optim import SGD, all_zero
 from .parameters import Parameters
-from .phase import Phase, phase_at
-from .schedule import DensitySchedule, entries
+from .schedule import DensitySchedule
 from .share import Share
 from .stats import Stats
-from .verdict import Verdict
 
 logger = logging.getLogger("dgc")
 
@@ -93,19 +93,10 @@ class DGCState:
         self.joined = False
         """Whether u and v are a share of what the ranks of a group have accumulated; not before the first regroup()."""
         self._dense = False
-        self._phase_key: tuple[object, ...] = ()
-        self._phase: Phase
-        self._buckets: dict[tuple[int, ...], Bucket] = {}
-        self._reduced: dict[tuple[int, ...], Bucket] = {}  # those of this backward pass
-        self._waiting: list[tuple[Gradients, Future[Tensor]]] = []
-        self._sent: list[Future[Tensor]] = []  # of this backward pass
-        self._open = False  # between the first and the last bucket of a backward pass
-        self._pending = False  # gradients were reduced that no step() has taken
-        self._loss_scale: Tensor | None = None  # of this backward pass, float32 [1]
-        self._shadow = False  # the last backward pass has no step() on this rank
+        self._buckets = Buckets(self.config, self.parameters, self.memory, self.exchange)
+        self._pass = Backward(0, stage=Stage.OVER)  # the last one
         self._late = device.type == "cuda"  # reading the device's verdict at once would wait for it
-        self._verdict: Verdict | None = None  # of the last step, not read yet
-        self._error: Exception | None = None  # what that verdict was, until step() raises it
+        self._error: Exception | None = None  # what was found late, until step() raises it
         self._stats = Stats()
         self._total_bytes = 0
         if not self.exchange.elastic:
@@ -126,13 +117,7 @@ class DGCState:
             RuntimeError: a reduced gradient is not applied yet; or survivors come from different groups or steps.
             FloatingPointError, PayloadError: on a GPU, what the next step() would have raised.
         """
-        self._forget_skipped()
-        if self._pending:
-            raise RuntimeError(
-                "DGCState.regroup: expected to be called between optimizer.step() and the next backward(), got a call "
-                "with an update outstanding: call step() first, or state.discard()"
-            )
-        self._settle()
+        self._settle_between_steps("regroup")
         mine = self._share() if self.joined else None
         before = self.exchange.rank, self.exchange.world_size
         self.exchange.refresh()
@@ -146,7 +131,7 @@ class DGCState:
         if share is not None:
             self.step, self._dense = share.step, share.dense
         self.joined = True
-        self._phase_key = ()
+        self._buckets.leave()
 
     # One backward pass, in the order in which a gradient meets it.
 
@@ -169,17 +154,17 @@ class DGCState:
         """
         if first:
             self._begin()
-        elif not self._open:
+        elif self._pass.stage is not Stage.OPEN:
             raise RuntimeError(
                 "DGCState: expected the first bucket of a backward pass, got a later one: this pass has been "
                 "discarded. Call zero_grad() and run another"
             )
         future = self.exchange.future()
-        self._waiting.append((gradients, future))
+        self._pass.waiting.append((gradients, future))
         if self.config.clip_norm is None or last:
             # Clipping needs the norm of all gradients, so all buckets wait for the last.
             scale = self._scale()
-            waiting, self._waiting = self._waiting, []
+            waiting, self._pass.waiting = self._pass.waiting, []
             for waiting_gradients, waiting_future in waiting:
                 self._send(waiting_gradients, scale, waiting_future)
         if last:
@@ -187,13 +172,13 @@ class DGCState:
         return future
 
     def _begin(self) -> None:
-        if self._open:
+        if self._pass.stage is Stage.OPEN:
             raise RuntimeError(
                 "DGCState: expected the last backward pass to be complete, but it broke off, and what it sent is in "
                 "neither the residual nor the model. Call state.discard(), which takes it back, and zero_grad()"
             )
         self._forget_skipped()
-        if self._pending:
+        if self._pass.stage is Stage.REDUCED:
             raise RuntimeError(
                 "DGCState: expected optimizer.step() after the last backward pass, got another backward pass: its "
                 "gradients would carry the averaged ones into the residual. To accumulate, run all but the last "
@@ -206,36 +191,18 @@ class DGCState:
             self._error = error  # for step(): DDP does not survive an error in the middle of a backward pass
         if self.exchange.changed:
             self.regroup()
-        self._open = True
-        if self.grad_scaler is not None:
-            # Its public way to the scale that does not wait for the device.
-            self._loss_scale = self.grad_scaler.scale(torch.ones(1, device=self._device))
-        self._reduced = {}
-        self._sent = []
-        if self.memory.momentum is None and self.parameters.any_momentum:
+        # The scaler's public way to its scale that does not wait for the device.
+        scale = None if self.grad_scaler is None else self.grad_scaler.scale(torch.ones(1, device=self._device))
+        self._pass = Backward(self.step, scale)
+        if self.parameters.any_momentum:
             self.memory.allocate_momentum()
-            self._buckets.clear()  # they keep no room for masked momentum
-        key = (self.density, self.schedule.warming_up(self.step), self._dense)
-        if key != self._phase_key:
-            self._phase_key = key
-            self._phase = phase_at(
-                self.step,
-                self.config,
-                self.parameters.by_name,
-                self.parameters.never_compressed,
-                self.exchange.world_size,
-                self._dense,
-            )
-            self._buckets.clear()
-            return_free_memory()
-            if self.exchange.rank == 0:
-                report.log_phase(self._phase, self.parameters.by_name, self.schedule, self.step, self._dense)
+        if self._buckets.enter(self.step, self._dense) and self.exchange.rank == 0:
+            report.log_phase(self._buckets.phase, self.parameters.by_name, self.schedule, self.step, self._dense)
 
     def _scale(self) -> Tensor | None:
         """Returns what this rank's gradients are multiplied with, float32 [1]; None for 1."""
         most = 1.0 if self._average else float(self.exchange.world_size)
-        # As GradScaler does it, so that both unscale to the same bits.
-        unscale = None if self._loss_scale is None else self._loss_scale.double().reciprocal().float()
+        unscale = self._pass.unscale
         if self.config.clip_norm is None:
             if most != 1:
                 return torch.full((1,), most, device=self._device) * (1 if unscale is None else unscale)
@@ -243,14 +210,15 @@ class DGCState:
         with record_function("dgc.clip"):
             norms = {
                 self.parameters.name(p): squared_norm(gradients.of(i))
-                for gradients, _ in self._waiting
+                for gradients, _ in self._pass.waiting
                 for i, p in enumerate(gradients.parameters)
             }
             ordered = [norms[name] for name in self.parameters.by_name if name in norms]
             return clip_scale(ordered, self.config.clip_norm, self.exchange.world_size, most, unscale)
 
     def _send(self, gradients: Gradients, scale: Tensor | None, future: Future[Tensor]) -> None:
-        bucket = self._bucket(gradients)
+        bucket = self._buckets.of(gradients)
+        self._pass.buckets.append(bucket)
         with record_function("dgc.accumulate_select_pack"):
             factors = [self.parameters.momentum(m.name) for m in bucket.compressed]
             bucket.compress(gradients, self.memory, factors, scale, self.parameters.nesterov, self.step)
@@ -259,18 +227,18 @@ class DGCState:
         with record_function("dgc.exchange"):
             dense = bucket.load_dense(gradients, self.memory, scale)
             transfer = self.exchange.start(bucket.name, bucket.payload, bucket.gathered, dense)
-        self._sent.append(future)
+        self._pass.sent.append(future)
         # Runs in the backend's thread, or in exchange.finish(): local work only, it must never wait.
         transfer.done.add_done_callback(lambda _: self._receive(bucket, gradients, transfer, future))
 
     def _receive(self, bucket: Bucket, gradients: Gradients, transfer: Transfer, future: Future[Tensor]) -> None:
         try:
             with transfer.arrived(), record_function("dgc.unpack"):
-                bucket.unpack(gradients, self.exchange.rank, self._loss_scale)
+                bucket.unpack(gradients, self.exchange.rank, self._pass.loss_scale)
                 if not self._late:
                     bucket.findings(bucket.report.tolist())  # raises where a payload is wrong
                 bucket.restore_unused(self.memory)
-                bucket.store_dense(gradients, self.memory, self._loss_scale)
+                bucket.store_dense(gradients, self.memory, self._pass.loss_scale)
                 self.memory.diverged.difference_update(m.name for m in bucket.averaged)
                 future.set_result(gradients.buffers[0])
         except Exception as error:
@@ -278,13 +246,10 @@ class DGCState:
             future.set_exception(error)  # type: ignore[arg-type]  # torch's annotation is wrong
 
     def _end(self, shadow: bool) -> None:
-        self._open = False
-        self._pending = not shadow
-        self._shadow = shadow
+        self._pass.stage = Stage.SHADOW if shadow else Stage.REDUCED
         self.step += 1
-        # DDP changes its buckets after the first pass: the old ones' buffers go. Momentum is averaged only once.
-        self._buckets = {key: bucket for key, bucket in self._reduced.items() if not bucket.averaged}
-        self._total_bytes += report.bytes_sent(self._reduced.values(), self.exchange.world_size)
+        self._buckets.keep(self._pass.buckets)  # DDP changes its buckets after the first pass
+        self._total_bytes += report.bytes_sent(self._pass.buckets, self.exchange.world_size)
         self._stats = self._count(self._stats.skipped)
 
     # What the optimizer asks.
@@ -301,7 +266,7 @@ class DGCState:
             FloatingPointError: a rank's gradient was not finite, and config.on_nonfinite is "raise". Nothing was
                 applied; finite entries stay accumulated.
         """
-        if not self._pending:
+        if not self.pending:
             raise RuntimeError(
                 "DGCState: expected a backward pass since the last step(), got none. Did it run under no_sync(), or "
                 "is the hook missing? model.register_comm_hook(state, dgc.dgc_hook); with Horovod, "
@@ -312,26 +277,19 @@ class DGCState:
             self.discard()
             raise error
         self.parameters.check_gradients()
-        self._finish()
-        self._pending = False
-        self._verdict = Verdict(list(self._reduced.values()), self.step - 1)
+        self._pass.finish(self.exchange)
+        verdict = self._pass.judge()
+        self._pass.stage = Stage.TAKEN
         if not self._late:
             return self._settle()
-        for bucket in self._reduced.values():
-            bucket.restore(self.memory, self._verdict.bad)
+        for bucket in self._pass.buckets:
+            bucket.restore(self.memory, verdict.bad)
         return True
-
-    def _finish(self) -> None:
-        """Waits for what is under way."""
-        self.exchange.finish()
-        for future in self._sent:
-            future.wait()
-        self._sent = []  # they hold gradients
 
     @property
     def pending(self) -> bool:
         """Whether gradients were reduced that no step() has taken."""
-        return self._pending
+        return self._pass.stage is Stage.REDUCED
 
     @property
     def unscales(self) -> bool:
@@ -341,21 +299,22 @@ class DGCState:
     @property
     def skip(self) -> Tensor | None:
         """On a GPU, a uint8 scalar there: not 0 where the claimed step must change nothing. None on the CPU."""
-        return self._verdict.bad if self._verdict is not None else None
+        verdict = self._pass.verdict
+        return verdict.bad if verdict is not None and self._pass.stage is Stage.TAKEN else None
 
     def _settle(self) -> bool:
         """Reads the verdict on the last step; returns whether it was applied, or raises what take() raises."""
-        shadow, self._shadow = self._shadow, False
-        if shadow:  # a rank that has left DDP's join: no step() claims it
-            self._verdict = Verdict(list(self._reduced.values()), self.step - 1)
-        verdict, self._verdict = self._verdict, None
-        if verdict is None:
+        last = self._pass
+        if last.stage not in (Stage.TAKEN, Stage.SHADOW):
             return True
+        shadow = last.stage is Stage.SHADOW
+        verdict = last.judge() if shadow or last.verdict is None else last.verdict
+        last.stage = Stage.OVER
         found = verdict.findings()
         if not found:
             return True
         if shadow or not self._late:
-            self._take_back()
+            last.take_back(self.memory)
         self.step -= 1
         self._stats = self._count(self._stats.skipped + 1)
         if shadow:
@@ -371,15 +330,25 @@ class DGCState:
 
     def _forget_skipped(self) -> None:
         """Takes back the update of a step that GradScaler has left out, or is going to: its gradients hold NaN."""
-        if self.grad_scaler is None or not self._pending:
+        if self.grad_scaler is None or not self.pending:
             return
         try:
-            self._finish()
+            self._pass.finish(self.exchange)
         except Exception:
             return  # backward() has raised it, and what is wrong now is that nobody has called discard()
-        if found := Verdict(list(self._reduced.values()), self.step - 1).findings():
+        if found := self._pass.judge().findings():
             self.discard()
             self._log_skipped(found)
+
+    def _settle_between_steps(self, method: str) -> None:
+        """Reads the verdict on the last step, for a method that wants no update to be outstanding."""
+        self._forget_skipped()
+        if self._pass.outstanding:
+            raise RuntimeError(
+                f"DGCState.{method}: expected to be called between optimizer.step() and the next backward(), got a "
+                "call with an update outstanding: call step() first, or state.discard()"
+            )
+        self._settle()
 
     def _log_skipped(self, found: list[str]) -> None:
         if self.exchange.rank == 0:  # it knows what every rank sent
@@ -392,7 +361,7 @@ class DGCState:
     def dense_momentum(self, parameter: Tensor) -> Tensor | None:
         """Returns u of a parameter whose last gradient is a plain average; None if it is an update already."""
         name = self.parameters.name(parameter)
-        if name not in self._phase.dense:
+        if name not in self._buckets.phase.dense:
             return None
         self.memory.allocate_momentum()
         return self.memory.momentum_of(name)
@@ -404,7 +373,7 @@ class DGCState:
                 "DGC's check of the gradients. Call backward() before step(), or use dgc.SGD"
             )
         gradients = [p.grad for p in self.parameters.by_name.values() if p.grad is not None]
-        if not self._pending and all_zero(gradients):
+        if not self.pending and all_zero(gradients):
             return
         if not (self.take() and self._settle()):  # it knows nothing of `skip`, and cannot leave the step out
             raise FloatingPointError("DGCState: expected finite gradients, got a residual that overflows")
@@ -415,22 +384,19 @@ class DGCState:
         For a loop that leaves step() out on purpose, on all ranks alike; call zero_grad() too. The gradient itself
         stays accumulated in u and v, except that of dense parameters, which is dropped.
         """
-        if not (self._open or self._pending):
-            return  # nothing is outstanding: a step() has taken it
+        last = self._pass
+        if not last.outstanding:
+            return  # a step() has taken it
         self.exchange.finish()
-        for future in self._sent:  # after a backward pass that broke off, nobody else has waited
+        for future in last.sent:  # after a backward pass that broke off, nobody else has waited
             with suppress(Exception):  # a bucket that failed sent nothing that counts; its error is backward()'s
                 future.wait()
-        self._take_back()
-        if self._pending:
+        last.take_back(self.memory)
+        if last.stage is Stage.REDUCED:
             self.step -= 1
             self._stats = self._count(self._stats.skipped + 1)
-        self._waiting = []
-        self._open = self._pending = False
-
-    def _take_back(self) -> None:
-        for bucket in self._reduced.values():
-            bucket.restore(self.memory)
+        last.stage = Stage.OVER
+        last.waiting, last.sent = [], []
 
     # What is sent how.
 
@@ -460,27 +426,10 @@ class DGCState:
             self._forget_skipped()
         return self._stats
 
-    def _bucket(self, gradients: Gradients) -> Bucket:
-        key = tuple(map(id, gradients.parameters))
-        bucket = self._buckets.get(key)
-        if bucket is None:
-            members = []
-            for index, parameter in enumerate(gradients.parameters):
-                name = self.parameters.name(parameter)
-                k = None if name in self._phase.dense else entries(self._phase.density, parameter.numel())
-                members.append(Member(name, index, k))
-            bucket = Bucket(
-                *(gradients, members, self.memory, self.exchange.world_size, self.exchange.reducible),
-                *(self.config, self._phase.masking),
-            )
-            self._buckets[key] = bucket
-        self._reduced[key] = bucket
-        return bucket
-
     def _count(self, skipped: int) -> Stats:
         return report.count(
-            self._reduced.values(),
-            self._phase,
+            self._pass.buckets,
+            self._buckets.phase,
             self.parameters.by_name,
             self.memory,
             self.exchange.world_size,
@@ -507,13 +456,7 @@ class DGCState:
                 "entries that all ranks have by the same name, and so one rank's residual of all. Write "
                 "dgc.checkpoint.save(state, dir), and dgc.checkpoint.load(state, dir)"
             )
-        self._forget_skipped()
-        if self._open or self._pending:
-            raise RuntimeError(
-                "DGCState.state_dict: expected to be called between optimizer.step() and the next backward(), got a "
-                "call with an update outstanding: call step() first, or state.discard()"
-            )
-        self._settle()
+        self._settle_between_steps("state_dict")
         return {"version": shares.VERSION, **asdict(self._share()), **self.memory.state_dict()}
 
     def _share(self) -> Share:
@@ -552,9 +495,6 @@ class DGCState:
             shares.log_lost(choice.missing, share.world_size)
         self.joined = True
         self.step, self._dense = share.step, share.dense
-        self._phase_key = ()
-        self._buckets.clear()
-        self._reduced = {}
-        self._waiting = []
-        self._verdict = self._error = None
-        self._open = self._pending = self._shadow = False
+        self._buckets.leave()
+        self._pass = Backward(self.step, stage=Stage.OVER)
+        self._error = None

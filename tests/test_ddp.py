@@ -169,7 +169,7 @@ def count_bytes(rank, world_size):
         assert run.state.stats.total_bytes_sent == total
     align = lambda n: -(-n // 16) * 16  # noqa: E731
     formula = 0
-    for bucket in run.state._reduced.values():
+    for bucket in run.state._pass.buckets:
         rows = bucket.segments.tolist()
         if rows:
             k = sum(r[4] for r in rows)
@@ -492,7 +492,7 @@ def die(rank, world_size, folder):
         hook = run.state.reduce
 
         def die_at_the_second_bucket(gradients, **kwargs):
-            if run.state._open:
+            if run.state._pass.outstanding:
                 os.kill(os.getpid(), signal.SIGKILL)
             return hook(gradients, **kwargs)
 

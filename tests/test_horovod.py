@@ -553,7 +553,7 @@ def breaks_off(way_out):
         with pytest.raises(KeyError):
             run.net(g).backward()
         hook.remove()
-        assert run.state._sent
+        assert run.state._pass.sent
         if way_out == "synchronize":  # gradients that are there are exchanged, for the others it is zero
             run.optimizer.synchronize()
             run.state.discard()
@@ -563,9 +563,7 @@ def breaks_off(way_out):
                 run.net(integers(SHAPES, 0)).backward()
             run.state.discard()
             # What has been sent by now is in the residual; the rest never got there.
-            there = {
-                run.state._names[id(p)] for key in run.state._reduced for p in run.net.parameters() if id(p) in key
-            }
+            there = {m.name for b in run.state._pass.buckets for m in (*b.compressed, *b.dense)}
             for name in SHAPES.keys() - there:
                 total[name] -= g[name]
         run.optimizer.zero_grad()
@@ -738,7 +736,7 @@ def count_bytes():
         run.train(normals(SHAPES, hvd.rank()))
     align = lambda n: -(-n // 16) * 16  # noqa: E731
     formula = 0
-    for bucket in run.state._reduced.values():
+    for bucket in run.state._pass.buckets:
         rows = bucket.segments.tolist()
         k, tiles = sum(r[4] for r in rows), sum(-(-r[3] // 65536) for r in rows)
         formula += align(32 + len(rows)) + align(4 * tiles) + align(2 * k) + align(4 * k)

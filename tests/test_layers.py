@@ -11,6 +11,7 @@ LAYERS = [
     {"ops", "phase", "share", "horovod_exchange"},
     {"optim", "bucket"},
     {"parameters", "report", "verdict"},
+    {"buckets", "backward"},
     {"state"},
     {"ddp", "horovod_elastic", "checkpoint"},
     {"horovod"},

@@ -418,7 +418,7 @@ def test_what_is_allocated_is_little_more_than_u_and_v(density):
     held = []
     for step in range(4):
         one.train(normals(shapes, step))
-        buckets = one.state._buckets.values()
+        buckets = one.state._pass.buckets
         tensors = [one.state.memory.momentum, one.state.memory.residual]
         tensors += [t for b in buckets for t in vars(b).values() if isinstance(t, torch.Tensor)]
         held.append(sum(t.nbytes for t in tensors) / (20 * 200_000))
