@@ -60,16 +60,19 @@ class Pool:
 
     def __call__(self, body: Callable[..., Any], *args: Any) -> list[Any]:
         """Calls body(*args) in every process and returns the results by rank; an error is raised with its traceback."""
-        paths = self.send(body, *args)
+        return self.results(self.send(body, *args))
+
+    def results(self, paths: Sequence[Path]) -> list[Any]:
+        """Waits for files of send() and returns what the calls returned; an error is raised with its traceback."""
         deadline = time.monotonic() + self.timeout
         while not all(path.exists() for path in paths):
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.log.seek(0)
-                raise RuntimeError(f"{body.__name__}: the processes ended or hang:\n{self.log.read()[-4000:]}")
+                raise RuntimeError(f"the processes ended or hang:\n{self.log.read()[-4000:]}")
             time.sleep(0.02)
         results = [torch.load(path, weights_only=False) for path in paths]
-        for rank, (error, _) in enumerate(results):
-            assert error is None, f"rank {rank}: {error}"
+        for path, (error, _) in zip(paths, results, strict=True):
+            assert error is None, f"rank {path.suffix[1:]}: {error}"
         return [value for _, value in results]
 
     def close(self) -> None:
