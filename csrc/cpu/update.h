@@ -59,7 +59,7 @@ uint32_t update_group(const typename Read::Raw* g, float* u, float* v, int64_t n
   for (int64_t i = 0; i < n; ++i) {
     const float h = Read::one(g + i) * a.scale;
     *gradient_bits |= float_bits(h);
-    if (!accumulate(h, a.mu, u != nullptr, a.nesterov, u + i, v + i)) *nonfinite = true;
+    if (!accumulate(h, a.mu, u != nullptr, a.nesterov, u != nullptr ? u + i : nullptr, v + i)) *nonfinite = true;
     const uint32_t size = magnitude(v[i]);
     largest = size > largest ? size : largest;
   }
