@@ -25,7 +25,7 @@ Bucket::Bucket(const Tensor& table) {
                   "segments: expected a contiguous int64 CPU tensor of shape [segments, ", kSegmentColumns, "]");
   const auto* rows = static_cast<const Segment*>(table.const_data_ptr());
   segments.assign(rows, rows + table.size(0));
-  constexpr int64_t limit = int64_t{1} << 47;  // sums of these cannot overflow
+  constexpr int64_t limit = int64_t{1} << 47;  // the sum of two cannot overflow
   for (const Segment& s : segments) {
     STD_TORCH_CHECK(s.source >= 0 && s.offset >= 0 && s.offset < limit && s.state >= 0 && s.state < limit &&
                         s.numel > 0 && s.numel < limit && s.entries > 0 && s.entries <= s.numel,
@@ -35,6 +35,8 @@ Bucket::Bucket(const Tensor& table) {
     first_entry.push_back(entries);
     tiles += div_up(s.numel, kTile);
     entries += s.entries;
+    STD_TORCH_CHECK(entries < (int64_t{1} << 32), "segments: expected fewer than 2^32 entries a bucket, got ", entries,
+                    ": use smaller buckets (bucket_cap_mb)");
     state = std::max(state, s.state + s.numel);
   }
   first_tile.push_back(tiles);
@@ -42,8 +44,6 @@ Bucket::Bucket(const Tensor& table) {
   // Two segments on the same elements would race, and change them after their largest were found.
   check_apart([](const Segment& s) { return std::make_pair(int64_t{0}, s.state); });
   check_apart([](const Segment& s) { return std::make_pair(s.source, s.offset); });
-  STD_TORCH_CHECK(entries < (int64_t{1} << 32), "segments: expected fewer than 2^32 entries a bucket, got ", entries,
-                  ": use smaller buckets (bucket_cap_mb)");
 }
 
 WireLayout Bucket::wire(ScalarType dtype) const {
@@ -65,6 +65,12 @@ void check_tensor(const Tensor& tensor, const char* name, DeviceType device, Sca
                   " with at least ", min_numel, " elements, got device type ", static_cast<int>(tensor.device().type()),
                   ", scalar type ", static_cast<int>(tensor.scalar_type()), ", ", tensor.numel(), " elements",
                   tensor.is_contiguous() ? "" : ", not contiguous");
+}
+
+void check_aligned(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kAlign == 0, name,
+                  ": expected memory aligned to ", kAlign,
+                  " bytes; a view that starts in the middle of a tensor is not");
 }
 
 void check_sources(const std::vector<Tensor>& sources, const char* name, DeviceType device, const Bucket& bucket) {

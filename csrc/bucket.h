@@ -37,6 +37,8 @@ struct Bucket {
 
 // Throws unless the tensor is contiguous, on this device, of this type, and has that many elements.
 void check_tensor(const Tensor& tensor, const char* name, DeviceType device, ScalarType dtype, int64_t min_numel);
+// Throws unless the tensor's memory starts at a multiple of kAlign, as the sections of a payload do.
+void check_aligned(const Tensor& tensor, const char* name);
 // Throws unless the segments lie inside the tensors that their `source` names: contiguous, float32, bfloat16 or
 // float16.
 void check_sources(const std::vector<Tensor>& sources, const char* name, DeviceType device, const Bucket& bucket);

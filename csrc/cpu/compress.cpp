@@ -227,7 +227,9 @@ void compress_cpu(std::vector<Tensor> gradients, std::optional<Tensor> momentum,
   int64_t groups = 0;
   for (const Segment& s : bucket.segments) groups += s.numel / kTile * kGroupsPerTile + div_up(s.numel % kTile, kGroup);
   check_cpu(workspace, "workspace", ScalarType::Byte, 4 * groups);
+  check_aligned(workspace, "workspace");
   check_cpu(payload, "payload", ScalarType::Byte, bucket.wire(wire_dtype).bytes);
+  check_aligned(payload, "payload");
   if (sent_momentum) {
     STD_TORCH_CHECK(momentum.has_value(), "sent_momentum: expected None where momentum is None");
     check_cpu(*sent_momentum, "sent_momentum", ScalarType::Float, bucket.entries);

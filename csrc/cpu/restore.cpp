@@ -9,9 +9,9 @@ namespace {
 void restore_cpu(Tensor payload, Tensor which, Tensor segments, Tensor, std::optional<Tensor> sent_momentum,
                  std::optional<Tensor> momentum, Tensor residual, ScalarType wire_dtype) {
   const Bucket bucket(segments);
-  const std::vector<Tile> tiles = tiles_of(bucket);
   const WireLayout at = bucket.wire(wire_dtype);
   check_cpu(payload, "payload", ScalarType::Byte, at.bytes);
+  check_aligned(payload, "payload");
   check_cpu(which, "which", ScalarType::Byte, bucket.segments.size());
   check_cpu(residual, "residual", ScalarType::Float, bucket.state);
   float* u = nullptr;
@@ -23,6 +23,7 @@ void restore_cpu(Tensor payload, Tensor which, Tensor segments, Tensor, std::opt
     u = static_cast<float*>(momentum->mutable_data_ptr());
     sent_u = static_cast<const float*>(sent_momentum->const_data_ptr());
   }
+  const std::vector<Tile> tiles = tiles_of(bucket);  // only now: of a wrong table it could be any number
   auto* v = static_cast<float*>(residual.mutable_data_ptr());
   const auto* chosen = static_cast<const uint8_t*>(which.const_data_ptr());
   with_wire_type(wire_dtype, [&](auto wire) {

@@ -149,6 +149,7 @@ void unpack_cpu(Tensor payloads, int64_t rank, Tensor segments, Tensor, Tensor s
   STD_TORCH_CHECK(payloads.dim() == 2 && payloads.size(1) == at.bytes && rank >= 0 && rank < payloads.size(0),
                   "payloads: expected a row of ", at.bytes, " bytes for each rank, this rank's (", rank,
                   ") among them");
+  check_aligned(payloads, "payloads");
   check_cpu(scale, "scale", ScalarType::Float, 1);
   check_cpu(status, "status", ScalarType::Int, payloads.size(0) + 1);
   with_wire_type(wire_dtype, [&](auto wire) {

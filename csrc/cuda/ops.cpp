@@ -33,12 +33,6 @@ FloatType float_type(ScalarType dtype) {
   return dtype == ScalarType::Float ? kFloat : dtype == ScalarType::BFloat16 ? kBFloat16 : kHalf;
 }
 
-// u, v and the payload are read up to 16 bytes at a time.
-void check_aligned(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0, name,
-                  ": expected memory aligned to 16 bytes; a view that starts in the middle of a tensor is not");
-}
-
 BucketArgs bucket_args(const Bucket& bucket, const Tensor& workspace, ScalarType wire_dtype) {
   for (const Segment& s : bucket.segments) {
     STD_TORCH_CHECK(s.state % kGroup == 0, "segments: expected state to be a multiple of ", kGroup, " on CUDA, got ",
@@ -90,7 +84,7 @@ void compress_cuda(std::vector<Tensor> gradients, std::optional<Tensor> momentum
   const Bucket bucket(segments);
   CompressArgs args{};
   check(payload, "payload", ScalarType::Byte, bucket.wire(wire_dtype).bytes, workspace);
-  check_aligned(payload, "payload");
+  check_aligned(payload, "payload");  // it, u and v are read up to 16 bytes at a time
   args.bucket = bucket_args(bucket, workspace, wire_dtype);
   set_sources(&args.gradients, gradients, "gradients", bucket, workspace);
   check(residual, "residual", ScalarType::Float, bucket.state, workspace);
