@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .wire import LEFT_OUT, NON_FINITE, NON_FINITE_STATUS, TILE, USED, div_up, header, wire_layout
+from .wire import LEFT_OUT, MAGIC, NON_FINITE, NON_FINITE_STATUS, TILE, USED, div_up, header, wire_layout
 
 
 def compress_(
@@ -93,6 +93,8 @@ def unpack(
     at = wire_layout(segments, wire_dtype)
     if payloads.size(1) != at.nbytes:
         raise ValueError(f"payloads: expected rows of {at.nbytes} bytes, got {payloads.size(1)}")
+    if not 0 <= rank < len(payloads):
+        raise ValueError(f"payloads: expected a row for this rank, {rank}, got {len(payloads)}")
     headers = header(payloads).tolist()
     found = [_check(payload, headers[r], headers[rank], segments, wire_dtype) for r, payload in enumerate(payloads)]
     codes = [s + NON_FINITE_STATUS * (s == 0 and h[3] & NON_FINITE) for s, h in zip(found, headers, strict=True)]
@@ -171,7 +173,7 @@ def _positions(payload: Tensor, segments: Tensor, wire_dtype: torch.dtype) -> Te
 
 def _check(payload: Tensor, words: list[int], own: list[int], segments: Tensor, wire_dtype: torch.dtype) -> int:
     """Returns the status code of one payload, from dgc.wire.STATUS; 0 where it is sound."""
-    for code, (word, expected) in enumerate(zip(words[:3], own[:3], strict=True), start=1):
+    for code, (word, expected) in enumerate(zip(words[:3], (MAGIC, *own[1:3]), strict=True), start=1):
         if word != expected:
             return code
     ends, indices, values = _sections(payload, segments, wire_dtype)
