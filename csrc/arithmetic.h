@@ -78,7 +78,7 @@ DGC_BOTH inline float multiply_add(float a, float b, float c) {
 }
 
 // How values travel. store() rounds to nearest even and saturates, so that what stays behind, v - w, is finite
-// and exact; load() is exact.
+// and exact (WireHalf: up to |v| = 2^29, where v - 65504 no longer fits into 24 bits); load() is exact.
 struct WireFloat {
   using Raw = uint32_t;
   DGC_BOTH static Raw store(float x) { return float_bits(x); }
