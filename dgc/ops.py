@@ -167,7 +167,9 @@ def restore_(
     residual: Tensor,
     wire_dtype: torch.dtype,
 ) -> None:
-    """Undoes select and pack: the entries sent for the chosen parameters return to residual and momentum, to the bit.
+    """Undoes select and pack: the entries sent for the chosen parameters return to residual and momentum.
+
+    To the bit, but for magnitudes from 2^29 on sent as float16, whose rest does not fit into a float32.
 
     Args:
         payload: this rank's own, as compress_ wrote it.

@@ -59,13 +59,19 @@ def one_thread_and_native_afterwards():
 
 
 def unpack(
-    road: Any, args: Args, payloads: Tensor, rank: int, out: list[Tensor], segments: Tensor | None = None
+    road: Any,
+    args: Args,
+    payloads: Tensor,
+    rank: int,
+    out: list[Tensor],
+    segments: Tensor | None = None,
+    scale: float = 1.0,
 ) -> list[int]:
-    """Calls unpack, for all of this file, and returns each rank's code."""
-    status = torch.full((len(payloads),), 9, dtype=torch.int32)
+    """Calls unpack, for all of this file, and returns each rank's code, and whether an average overflowed."""
+    status = torch.full((len(payloads) + 1,), 9, dtype=torch.int32)
     segments = args.segments if segments is None else segments
-    road.unpack(payloads, rank, segments, args.workspace, args.wire_dtype, out, status)
-    return status.tolist()[: len(payloads)]
+    road.unpack(payloads, rank, segments, args.workspace, torch.tensor([scale]), args.wire_dtype, out, status)
+    return status.tolist()
 
 
 @functools.cache
@@ -213,22 +219,30 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "out_dtype": draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16])),
         "ranks": ranks,
         "rank": draw(st.integers(0, ranks - 1)),
+        "scale": draw(st.sampled_from([1.0, 0.5, 1024.0])),
         "damage": draw(some_damage),
     }
 
 
-def average(parts: list[Any], segments: Tensor, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the averages that docs/wire.md asks for, and that of the magnitudes, which bounds rounding errors."""
+def average(
+    parts: list[Any], segments: Tensor, before: np.ndarray, scale: float
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Returns the averages that docs/wire.md asks for; those of the magnitudes, which bound rounding errors.
+
+    And the places where NaN has to stand if a rank has left entries out.
+    """
     result, size = before.copy(), np.zeros_like(before)
+    first = []
     for i, (_, offset, _, n, _) in enumerate(segments.tolist()):
         total, magnitudes = np.zeros(n), np.zeros(n)
-        if any(rank[i][0] for rank in parts):
+        if any(rank[i][0] & 1 for rank in parts):
+            first.append(offset)
             for _, positions, values in (rank[i] for rank in parts):
                 total[positions] += values
                 magnitudes[positions] += abs(values)
-        result[offset : offset + n] = total / len(parts)
-        size[offset : offset + n] = magnitudes / len(parts)
-    return result, size
+        result[offset : offset + n] = scale * total / len(parts)
+        size[offset : offset + n] = scale * magnitudes / len(parts)
+    return result, size, first
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -248,32 +262,44 @@ def check_unpack(road: str, case: dict[str, Any], seen: Counter[str]) -> None:
 
     before = torch.arange(1, len(args.gradients[0]) + 6).to(case["out_dtype"])
     out, expected = before.clone(), before.clone()
-    assert unpack(ops, args, payloads, rank, [out]) == codes
-    assert unpack(reference, args, payloads, rank, [expected]) == codes
+    *statuses, overflowed = unpack(ops, args, payloads, rank, [out], scale=case["scale"])
+    assert statuses == codes
+    assert unpack(reference, args, payloads, rank, [expected], scale=case["scale"]) == [*codes, overflowed]
     assert torch.equal(payloads, sent)
 
     wrong = [r for r, code in enumerate(codes) if code % 256]
     if wrong:
+        assert overflowed == 0
         assert same_bits(out, before)
         assert same_bits(expected, before)
         with pytest.raises(wire.PayloadError, match=f"^payload of rank {wrong[0]}: "):
             wire.check_status(codes, payloads)
         return
     assert wire.check_status(codes, payloads) == [r for r, code in enumerate(codes) if code]
-    exact, size = average([parts for _, parts in decoded], args.segments, before.double().numpy())
+    parts = [parts for _, parts in decoded]
+    exact, size, first = average(parts, args.segments, before.double().numpy(), case["scale"])
+    marked = np.zeros(len(before), dtype=bool)
+    marked[first] = any(codes)
+    assert out[marked].isnan().all()
+    assert same_bits(out[~marked], expected[~marked])
     limits = torch.finfo(case["out_dtype"])
-    if (size * len(payloads)).max() > 3.4e38 or abs(exact).max() > 0.999 * limits.max:
+    sent_to = size > 0
+    if abs(exact[sent_to]).max(initial=0) > 1.001 * limits.max:
+        assert overflowed == 1
+    if overflowed:
+        assert not out[torch.from_numpy(sent_to)].isfinite().all()
+    if overflowed or (size * len(payloads)).max() * max(1, 1 / case["scale"]) > 3.4e38:
         seen["overflow"] += 1
         return
     seen["average"] += 1
-    assert same_bits(out, expected)
     # A sum of N in float32, a product, and the rounding to the type of the gradient; 0 where nothing was sent.
     tolerance = (len(payloads) + 1) * 2.0**-24 * size + limits.eps * abs(exact) + limits.smallest_normal * limits.eps
-    assert (abs(out.double().numpy() - exact) <= np.where(size > 0, tolerance, 0)).all()
-    outside = np.ones(len(before), dtype=bool)
+    inside = np.zeros(len(before), dtype=bool)
     for _, offset, _, n, _ in args.segments.tolist():
-        outside[offset : offset + n] = False
-    assert same_bits(out[outside], before[outside])
+        inside[offset : offset + n] = True
+    error = abs(out.double().numpy()[inside & ~marked] - exact[inside & ~marked])
+    assert (error <= np.where(sent_to, tolerance, 0)[inside & ~marked]).all()
+    assert same_bits(out[~inside], before[~inside])
 
 
 @every_road
