@@ -98,6 +98,7 @@ class Memory:
                 "where values are not finite, the file is damaged"
             )
 
+    @torch.no_grad()
     def load(self, parts: Sequence[tuple[float, Mapping[str, Any]]], diverged: Sequence[str]) -> None:
         """Sets u and v to weighted sums of state_dicts' tensors.
 
@@ -165,10 +166,10 @@ def _differences(what: str, tensors: object, expected: Mapping[str, Tensor]) -> 
         tensor, shape = tensors[name], expected[name].shape
         if not isinstance(tensor, Tensor):
             wrong.append(f"{what} of {name} is no tensor, but {type(tensor).__name__}")
+        elif tensor.dtype != torch.float32 or tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
+            wrong.append(f"{what} of {name} is {tensor.dtype}, {tensor.layout}, on {tensor.device}; expected float32")
         elif tensor.shape != shape:
             wrong.append(f"{what} of {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
-        elif tensor.dtype != torch.float32 or tensor.layout != torch.strided or tensor.is_meta:
-            wrong.append(f"{what} of {name} is {tensor.dtype}, {tensor.layout}, on {tensor.device}; expected float32")
         elif not tensor.isfinite().all():
             wrong.append(f"{what} of {name} has values that are not finite")
     return wrong
