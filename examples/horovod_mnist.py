@@ -6,14 +6,10 @@
 launch/install_horovod.sh installs Horovod, launch/horovodrun.sh starts it.
 """
 
-import logging
-import os
-
 import horovod.torch as hvd
 import torch
-from digits import Run, convnet, digits, options
-from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from digits import RECIPE, Run, convnet, dgc_config, options, set_up, split, train_step
+from torch.utils.data import DataLoader, DistributedSampler
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import dgc
@@ -29,28 +25,22 @@ def main() -> None:
     device = torch.device("cuda", hvd.local_rank()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)  # NCCL takes the current device
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // hvd.local_size()))
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
+    set_up(rank, hvd.local_size())
 
-    images, labels = digits()
-    train = TensorDataset(images[:4000], labels[:4000])
-    test_images, test_labels = images[4000:].to(device), labels[4000:].to(device)
+    train, test_images, test_labels = split(device)
     sampler = DistributedSampler(train, world_size, rank, seed=args.seed, drop_last=True)
     loader = DataLoader(train, args.batch_size, sampler=sampler, drop_last=True)
     steps = args.epochs * len(loader)
 
     torch.manual_seed(args.seed)
     model = convnet().to(device)
-    recipe = {"lr": args.lr, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}
     if args.dense:
-        optimizer = torch.optim.SGD(model.parameters(), **recipe)
+        optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, **RECIPE)
         optimizer = hvd.DistributedOptimizer(optimizer, model.named_parameters())
     else:
-        warmup_steps = steps // 5 if args.warmup_steps is None else args.warmup_steps
-        config = dgc.DGCConfig(density=args.density, warmup_steps=warmup_steps)
-        optimizer = dgc.SGD(model.parameters(), **recipe)
+        optimizer = dgc.SGD(model.parameters(), lr=args.lr, **RECIPE)
         optimizer = dgc_hvd.DistributedOptimizer(
-            optimizer, model.named_parameters(), compression=dgc_hvd.DGCCompressor(config)
+            optimizer, model.named_parameters(), compression=dgc_hvd.DGCCompressor(dgc_config(args, steps))
         )
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     hvd.broadcast_optimizer_state(optimizer, root_rank=0)
@@ -61,12 +51,7 @@ def main() -> None:
         for epoch in range(args.epochs):
             sampler.set_epoch(epoch)
             for x, y in run.clocked(loader):
-                optimizer.zero_grad()
-                loss = cross_entropy(model(x.to(device)), y.to(device))
-                loss.backward()
-                optimizer.step()
-                scheduler.step()
-                loss = loss.item()  # waits for the device, so that the clock reads the whole step
+                loss = train_step(model, optimizer, scheduler, x.to(device), y.to(device))
             run.test(model, test_images, test_labels, loss)
 
     if rank == 0 and args.log_file:
