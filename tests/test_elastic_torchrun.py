@@ -56,6 +56,7 @@ class Training:
             except subprocess.TimeoutExpired:
                 torchrun.terminate()  # it ends its workers then; killed, it would leave them
                 self.output, _ = torchrun.communicate()
+        (folder / "output.txt").write_text(self.output)
         assert torchrun.returncode == 0, self.output[-6000:]
         self.record = json.loads((folder / "log.json").read_text())
         self.accuracy = self.record["accuracy"][-1][1]
@@ -84,9 +85,8 @@ def random_kills(seed):
     first = 2 * SAVE_EVERY  # a checkpoint is there, even if the next one breaks off
     bounds = [first + i * (STEPS - first) // KILLS for i in range(KILLS + 1)]
     kills = []
-    for begin, end in itertools.pairwise(bounds):
-        place = rng.choice(["backward", "save"]) if kills else "save"
-        step = rng.choice([s for s in range(begin, end) if place != "save" or s % SAVE_EVERY == 0])
+    for (begin, end), place in zip(itertools.pairwise(bounds), itertools.cycle(["save", "saved", "backward"])):
+        step = rng.choice([s for s in range(begin, end) if place == "backward" or s % SAVE_EVERY == 0])
         kills.append([rng.randrange(3), step, place])
     return kills
 
@@ -100,18 +100,21 @@ def killed(tmp_path_factory, digits):
 @pytest.mark.timeout(600)
 def test_a_run_survives_its_workers(killed, digits, tmp_path):
     kills, run = killed
-    whole = Training(tmp_path, digits, 3, [], "--epochs", str(EPOCHS))
-    assert whole.resumed == []
+    print(kills)
     saved = dict(re.findall(r"saved \S*step(\d+): residual (\S+)", run.output))
     assert len(run.resumed) == len(kills)
     for (step, epoch, image, residual), (_, died, place) in zip(run.resumed, kills, strict=True):
         complete = died - 1 if place == "save" else died  # of that step there is only rest.pt
         assert int(step) == complete - complete % SAVE_EVERY
         assert (int(epoch), int(image)) == (int(step) // 41, int(step) % 41 * 3 * 32)
-        assert residual == saved[step]
+        assert residual == saved.get(step, residual)  # rank 0 may have died before it said so
         assert float(residual) > 1
-    assert run.steps() == whole.steps() == [STEPS - STEPS % SAVE_EVERY, STEPS]
+    assert run.steps() == [STEPS - STEPS % SAVE_EVERY, STEPS]
     assert [step for step, _ in run.record["accuracy"]] == [41, 82]
+
+    whole = Training(tmp_path, digits, 3, [], "--epochs", str(EPOCHS))
+    assert whole.resumed == []
+    assert whole.steps() == run.steps()
     # Not the same: DDP's first step after a start has other buckets. One test image is 0.1 points.
     assert run.record["bytes_total"] == pytest.approx(whole.record["bytes_total"], rel=1e-4)
     print(f"{len(kills)} kills: {run.accuracy} %, without: {whole.accuracy} %")
