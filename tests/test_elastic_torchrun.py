@@ -40,7 +40,7 @@ class Training:
         folder.mkdir(exist_ok=True)
         self.checkpoints = folder / "checkpoints"
         (folder / "kills.json").write_text(json.dumps(kills))
-        shutil.copy(digits, folder / "digits.npz")
+        (folder / "digits.npz").symlink_to(digits)
         command = [
             *("launch/torchrun.sh", "--nnodes", "1:1", "--nproc-per-node", str(workers)),
             *("--max-restarts", str(len(kills)), "tests/mortal_worker.py", str(folder), *options),
