@@ -64,8 +64,9 @@ def save(state: DGCState, directory: str | Path) -> None:
     about = {key: value for key, value in own.items() if key not in _KINDS}
     about["crc32"] = {name: _crc32(tensor) for name, tensor in tensors.items()}
     tensors["about"] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
-    if exchange.rank == 0:  # the others write when it has told them to
+    if exchange.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
+    exchange.everyone("")  # DCP makes the directory on every rank, before any rank writes
     failure: BaseException | None = None
     try:
         with _one_process_is_no_surprise():

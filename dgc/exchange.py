@@ -146,7 +146,8 @@ class DistributedTransfer:
         """Puts what it surrounds on the stream that waits for the collectives; see Transfer."""
         try:
             for future in self._futures:
-                future.value()
+                if future.done():  # where one has failed, the other may be under way
+                    future.value()
         except RuntimeError as error:
             raise _failed("the exchange of gradients", error) from error
         if self._stream is None or self._queued is None:

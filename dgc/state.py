@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -97,7 +97,7 @@ class DGCState:
         self._pass = Backward(0, stage=Stage.OVER)  # the last one
         self._late = device.type == "cuda"  # reading the device's verdict at once would wait for it
         self._error: Exception | None = None  # what was found late, until step() raises it
-        self._stats = Stats()
+        self._stats = Stats(_residual=self.memory.residual)
         self._total_bytes = 0
         if not self.exchange.elastic:
             self.regroup()
@@ -498,3 +498,4 @@ class DGCState:
         self._buckets.leave()
         self._pass = Backward(self.step, stage=Stage.OVER)
         self._error = None
+        self._stats = replace(self._stats, steps=self.step)

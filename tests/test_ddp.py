@@ -515,6 +515,7 @@ def test_a_peer_that_dies_in_the_middle_of_a_step_is_an_error_not_a_hang(tmp_pat
         time.sleep(0.1)
     outcome, seconds = torch.load(tmp_path / "outcome0.pt")
     assert "the exchange of gradients failed, since a rank has gone" in outcome
+    assert "INTERNAL ASSERT" not in outcome
     assert seconds < 25  # within the group's timeout
 
 
