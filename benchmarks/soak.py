@@ -13,7 +13,8 @@ What is checked, besides replicas and restarts to the bit:
 - Integer gradients: initial parameters - lr * average = parameters - lr * averaged residual, in every bit. The
   integers are multiples of the number of ranks, so that averages are integers and every sum is exact. Momentum is 0.
 - Normally distributed gradients, momentum 0: the same, to 1e-5 of the sum.
-- A parameter with momentum 0.9, whose sums depend on what was sent: only replicas and restarts.
+- A parameter with momentum 0.9, whose sums depend on what was sent: a simulation in float64, to 1 % of the way gone.
+  Where two entries are nearly equal, rounding decides which is sent and loses its momentum.
 - Memory of the processes of the last start, which no kill ends. All kills come in the first 60 % of the run.
 
 Exits with 1 where a check fails.
@@ -53,6 +54,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import dgc
+from dgc.schedule import DensitySchedule, entries
 
 SHAPES = {
     "integers": (130, 130),
@@ -91,8 +93,9 @@ class Run:
 
     @property
     def config(self) -> dgc.DGCConfig:
-        """With a warm-up over a tenth of the run, in which the first kills fall."""
-        return dgc.DGCConfig(density=0.01, warmup_steps=self.steps // 10)
+        """With a warm-up over a tenth of the run, in which a kill may fall."""
+        # Not denser: all-reduce would be cheaper on eight ranks, and the phase dense.
+        return dgc.DGCConfig(density=0.01, warmup_steps=self.steps // 10, warmup_densities=(0.1, 0.03))
 
 
 @dataclass(frozen=True)
@@ -393,12 +396,48 @@ def errors(folder: Path, attempt: int) -> str:
 # What should have come of it.
 
 
+class Simulation:
+    """The parameter with momentum, on all ranks: momentum correction and masking as the paper has them, in float64."""
+
+    def __init__(self, run: Run) -> None:
+        (sgd,) = [sgd for names, sgd in GROUPS.items() if "momentum" in names]
+        self.lr, self.mu = sgd["lr"], sgd["momentum"]
+        self.parameter = Given().get_parameter("momentum").detach().double()
+        self.u = [torch.zeros_like(self.parameter) for _ in range(run.ranks)]
+        self.v = [torch.zeros_like(self.parameter) for _ in range(run.ranks)]
+        self.schedule = DensitySchedule(run.config)
+
+    def step(self, gradients: Sequence[Tensor], applied: int, left_out: bool, dense: bool) -> None:
+        """Takes each rank's gradient; applied is how many steps were, until now."""
+        ranks = len(gradients)
+        if dense:
+            u = sum(self.u, torch.zeros_like(self.parameter)) / ranks
+            if not left_out:
+                u = self.mu * u + sum(gradients, torch.zeros_like(u)) / ranks
+                self.parameter -= self.lr * u
+            self.u = [u.clone() for _ in gradients]
+            return
+        k = entries(self.schedule.density(applied), self.parameter.numel())
+        for g, u, v in zip(gradients, self.u, self.v, strict=True):
+            finite = g.isfinite()
+            u.copy_(torch.where(finite, self.mu * u + g, u))
+            v.copy_(torch.where(finite, v + u, v))
+            if not left_out:
+                sent = v.view(-1).abs().topk(k).indices
+                self.parameter.view(-1)[sent] -= self.lr / ranks * v.view(-1)[sent]
+                v.view(-1)[sent] = 0
+                if not self.schedule.warming_up(applied):
+                    u.view(-1)[sent] = 0
+
+
 @dataclass
 class Ledger:
     """What the events of a run add up to."""
 
     total: dict[str, Tensor] = field(default_factory=lambda: {n: torch.zeros(s).double() for n, s in SHAPES.items()})
     """Sum over the ranks of all gradients that have to be applied or to wait."""
+    momentum: Tensor = field(default_factory=lambda: torch.zeros(SHAPES["momentum"]).double())
+    """What the parameter with momentum should be at the end."""
     applied: int = 0
     scale: float = INIT_SCALE
     lowest: float = INIT_SCALE
@@ -408,11 +447,12 @@ class Ledger:
 
 def ledger_of(run: Run) -> Ledger:
     """Adds up all steps, without DGC."""
-    ledger = Ledger()
+    ledger, simulation = Ledger(), Simulation(run)
     good = 0  # steps since the scale has changed
     for step in tqdm(range(run.steps), desc="ledger", file=sys.stderr):
         event = event_of(run, step)
         left_out = event.discarded or event.bad is not None
+        with_momentum = []
         for rank in range(run.ranks):
             first, *others = gradients(run, step, rank)
             for name, total in ledger.total.items():
@@ -423,6 +463,9 @@ def ledger_of(run: Run) -> Ledger:
                     total += g.nan_to_num(0.0, 0.0, 0.0)  # an entry that is not finite is left out by itself
                 elif not left_out:
                     total += g
+                if name == "momentum":
+                    with_momentum.append(g.double())
+        simulation.step(with_momentum, ledger.applied, left_out, event.dense)
         ledger.counts["accumulated over two passes"] += event.backwards == 2
         ledger.counts["with state.dense"] += event.dense
         ledger.counts["discarded"] += event.discarded
@@ -436,6 +479,7 @@ def ledger_of(run: Run) -> Ledger:
         elif good == GROWTH_INTERVAL:
             ledger.scale, good = 2 * ledger.scale, 0
         ledger.lowest, ledger.highest = min(ledger.lowest, ledger.scale), max(ledger.highest, ledger.scale)
+    ledger.momentum = simulation.parameter
     return ledger
 
 
@@ -470,6 +514,7 @@ def check(run: Run, folder: Path, kills: Sequence[Kill], ledger: Ledger) -> list
     return [
         check_replicas(results),
         *check_conservation(run, results, ledger),
+        check_momentum(results, ledger),
         check_counts(results, ledger),
         *check_restarts(run, records, kills),
         *check_memory(records),
@@ -499,6 +544,13 @@ def check_conservation(run: Run, results: Sequence[Mapping[str, Any]], ledger: L
     error = float(lost(run, results, ledger, "normals").norm() / ledger.total["normals"].norm())
     about = f"conservation of normal gradients, {run.ranks} ranks"
     return [*checks, (about, "< 1e-5 of the sum", f"{error:.1e}", error < 1e-5)]
+
+
+def check_momentum(results: Sequence[Mapping[str, Any]], ledger: Ledger) -> Check:
+    """Compares the parameter with momentum with its simulation."""
+    start, end = Given().get_parameter("momentum").detach(), results[0]["parameters"]["momentum"]
+    error = float((end - ledger.momentum).norm() / (start - ledger.momentum).norm())
+    return "momentum 0.9 against a simulation in float64", "< 1 % of the way", f"{100 * error:.2g} %", error < 0.01
 
 
 def check_counts(results: Sequence[Mapping[str, Any]], ledger: Ledger) -> Check:
@@ -548,6 +600,7 @@ def check_memory(records: Sequence[Sequence[Record]]) -> list[Check]:
         last = [record for record in log if record.attempt == log[-1].attempt]
         warmup = min(500, len(last) // 4)
         window = min(1000, (len(last) - warmup) // 3)
+        allowed = 0.01 if window >= 500 else 0.05  # a young process still grows
         for what, sizes in zip(changes, ([r.resident for r in last], [r.heap for r in last]), strict=True):
             early, late = sum(sizes[warmup:][:window]) / window, sum(sizes[-window:]) / window
             changes[what].append((late / early - 1, early, late))
@@ -556,7 +609,7 @@ def check_memory(records: Sequence[Sequence[Record]]) -> list[Check]:
         change, early, late = max(found)
         about = f"{what}, first to last {window:,} of {len(last):,} steps"
         figures = f"{100 * change:+.2f} % ({early / 1e6:.1f} to {late / 1e6:.1f} MB)"
-        checks.append((about, "at most 1 % more", figures, change <= 0.01))
+        checks.append((about, f"at most {100 * allowed:g} % more", figures, change <= allowed))
     return checks
 
 
@@ -578,8 +631,7 @@ def draw(folder: Path, run: Run, kills: Sequence[Kill], picture: Path) -> None:
             )
     above.set_ylabel("norm of the residual")
     above.legend(fontsize="small")
-    below.set_ylabel("resident memory, MB")
-    below.set_ylim(bottom=0)
+    below.set_ylabel("resident memory, MB (not from 0)")
     below.set_xlabel("step")
     picture.parent.mkdir(exist_ok=True)
     figure.savefig(picture, dpi=110)
@@ -619,6 +671,10 @@ def main() -> None:
         checks = check(run, folder, kills, ledger)
         if not args.smoke:
             draw(folder, run, kills, RESULTS / "soak.png")
+        memory = [
+            [[r.finished, r.resident, r.heap] for r in records_of(folder, rank) if r.attempt == len(kills)][::100]
+            for rank in range(run.ranks)
+        ]
     passed = all(good for *_, good in checks)
     rows = [[*texts, "pass" if good else "FAIL"] for *texts, good in checks]
     headers = ["check", "expected", "found", "verdict"]
@@ -646,7 +702,13 @@ def main() -> None:
     if args.smoke:
         print(f"\n{title}\n\n{tabulate(rows, headers=headers, tablefmt='github')}")
     else:
-        raw = {**asdict(run), "seconds": seconds, "kills": [asdict(kill) for kill in kills], "checks": rows}
+        raw = {
+            **asdict(run),
+            "seconds": seconds,
+            "kills": [asdict(kill) for kill in kills],
+            "checks": rows,
+            "step, resident bytes, those of no file; by rank, after the last restart": memory,
+        }
         report("soak", title, headers, rows, raw, more)
     sys.exit(not passed)
 
