@@ -39,7 +39,6 @@ def perfect(soak, run, ledger):
     start = dict(soak.Given().named_parameters())
     lr = {name: sgd["lr"] for names, sgd in soak.GROUPS.items() for name in names}
     parameters = {n: (p.detach() - lr[n] / run.ranks * ledger.total[n]).float() for n, p in start.items()}
-    parameters["momentum"] = ledger.momentum.float()
     residual = {name: torch.zeros(soak.SHAPES[name]) for name in soak.COMPRESSED}
     about = {"applied": ledger.applied, "scale": ledger.scale}
     return [{"parameters": dict(parameters), "residual": dict(residual), **about} for _ in range(run.ranks)]
@@ -70,10 +69,6 @@ def test_the_soak_sees_replicas_and_counts_that_differ(soak, run_and_ledger):
     results = perfect(soak, run, ledger)
     assert soak.check_replicas(results)[-1]
     assert soak.check_counts(results, ledger)[-1]
-    assert soak.check_momentum(results, ledger)[-1]
-    results[0]["parameters"]["momentum"] = results[0]["parameters"]["momentum"] + 0.01
-    assert not soak.check_momentum(results, ledger)[-1]
-    results[0]["parameters"]["momentum"] = results[1]["parameters"]["momentum"]
     results[2]["parameters"]["small"] = torch.nextafter(results[2]["parameters"]["small"], torch.tensor(9.0))
     results[1]["scale"] *= 2
     assert soak.check_replicas(results)[2:] == ("small", False)
