@@ -82,7 +82,7 @@ def save(state: DGCState, directory: str | Path) -> None:
             _replace(whole, partial)
     except (Exception, dcp.CheckpointException) as error:
         failure = error
-    if errors := _errors(exchange.everyone(json.dumps(_describe(failure)))):
+    if errors := _errors(exchange.everyone(json.dumps(_describe(failure, exchange.rank)))):
         raise RuntimeError(f"dgc.checkpoint.save: {directory}: {errors}. {partial} is not complete") from failure
 
 
@@ -109,7 +109,7 @@ def load(state: DGCState, directory: str | Path, *, allow_missing_ranks: bool = 
         choice = _choose(state, exchange, Path(directory), allow_missing_ranks)
     except (Exception, dcp.CheckpointException) as error:  # of whatever kind, the other ranks have to know
         failure = error
-    everyone = exchange.everyone(json.dumps(asdict(choice.share) if choice else _describe(failure)))
+    everyone = exchange.everyone(json.dumps(asdict(choice.share) if choice else _describe(failure, exchange.rank)))
     if errors := _errors(everyone):
         raise ValueError(f"dgc.checkpoint.load: {directory}: {errors}. No rank's state has changed") from failure
     if differ := shares.differences(
@@ -124,8 +124,10 @@ def _choose(
     state: DGCState, exchange: DistributedExchange, directory: Path, allow_missing_ranks: bool
 ) -> shares.Choice:
     if not directory.is_dir():
-        partial = Path(f"{directory}.partial")
+        partial, replaced = Path(f"{directory}.partial"), Path(f"{directory}.replaced")
         why = f"{partial} is one that was not completed" if partial.exists() else "there is none"
+        if replaced.exists():
+            why = f"the run died when it replaced one: rename {replaced}, which is complete, and remove {partial}"
         raise FileNotFoundError(f"expected a checkpoint, but {why}")
     reader = _Reader(directory)
     complete = reader.complete()
@@ -231,19 +233,18 @@ def _exchange_of(state: DGCState) -> DistributedExchange:
     return state.exchange
 
 
-def _describe(failure: BaseException | None) -> dict[str, str]:
+def _describe(failure: BaseException | None, rank: int) -> dict[str, str]:
     """Returns what the other ranks are told of an error; nothing where there is none."""
     if isinstance(failure, dcp.CheckpointException) and failure.failures:
-        failure = next(iter(failure.failures.values()))[0]  # DCP puts a rank's whole traceback around it
-    return {} if failure is None else {"error": f"{type(failure).__name__}: {failure}"}
+        # DCP raises it on all ranks, with the whole traceback of the one that it comes from.
+        rank, (failure, _) = next(iter(failure.failures.items()))
+    return {} if failure is None else {"error": f"rank {rank}: {type(failure).__name__}: {failure}"}
 
 
 def _errors(everyone: list[str]) -> str:
     """Returns the first error of any rank, with its rank; nothing where there is none."""
-    found = [json.loads(text).get("error") for text in everyone]
-    errors = [f"rank {rank}: {error}" for rank, error in enumerate(found) if error]
-    more = f" (and {len(errors) - 1} more ranks)" if len(errors) > 1 else ""
-    return errors[0] + more if errors else ""
+    errors = list(dict.fromkeys(filter(None, (json.loads(text).get("error") for text in everyone))))
+    return errors[0] + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else "") if errors else ""
 
 
 def _replace(whole: Path, partial: Path) -> None:

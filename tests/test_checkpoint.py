@@ -200,6 +200,8 @@ def test_what_was_not_completed_does_not_count(saved):
     saved.rename(f"{saved}.partial")
     refused(saved, r"expected a checkpoint, but .*dgc\.partial is one that was not completed")
     refused(saved.with_name("other"), "expected a checkpoint, but there is none")
+    shutil.copytree(f"{saved}.partial", f"{saved}.replaced")  # killed between the two renames
+    refused(saved, r"the run died when it replaced one: rename .*dgc\.replaced, which is complete")
 
 
 @pytest.mark.parametrize("file", [".metadata", "__0_0.distcp"])
@@ -318,6 +320,22 @@ def test_damage_that_one_rank_finds_stops_all(tmp_path):
     for message, step, waiting in run_ranks(2, one_rank_finds_damage, str(tmp_path)):
         assert "rank 1: ValueError: rank 1: " in message
         assert (step, waiting) == (0, 0)
+
+
+def one_disk_is_full(rank, world_size, folder):
+    run = Run(CONFIG, **SGD)
+    run.train(normals(SHAPES, seed_of(0, rank)))
+    if rank == 2:
+        dcp.FileSystemWriter.write_data = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    with pytest.raises(RuntimeError, match="No space left") as caught:
+        dgc.checkpoint.save(run.state, f"{folder}/dgc")
+    return str(caught.value)
+
+
+def test_an_error_of_a_rank_that_saves_is_raised_on_all_with_its_rank(tmp_path):
+    for message in run_ranks(3, one_disk_is_full, str(tmp_path)):
+        assert "dgc: rank 2: OSError: [Errno 28] No space left on device. " in message
+    assert not (tmp_path / "dgc").exists()
 
 
 def write_elsewhere(rank, world_size, folder):
