@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from enum import Enum, auto
 
 from torch import Tensor
@@ -68,6 +69,15 @@ class Backward:
         for future in self.sent:
             future.wait()
         self.sent = []  # they hold gradients
+
+    def abandon(self, exchange: Exchange) -> None:
+        """Waits for all that is under way, whatever comes of it, so that nothing of it comes later."""
+        exchange.finish()
+        for future in self.sent:  # after a pass that broke off, nobody else has waited
+            with suppress(Exception):  # a bucket that failed sent nothing that counts; its error is backward()'s
+                future.wait()
+        self.waiting, self.sent = [], []
+        self.stage = Stage.OVER
 
     def judge(self) -> Verdict:
         """Collects what the buckets report, once all of them have been received."""

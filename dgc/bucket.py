@@ -97,8 +97,8 @@ class Bucket:
             self.workspace = ops.workspace(self.segments, device)
             layout = [(m.name, numel[m.index], m.entries) for m in self.compressed]
             text = repr((layout, world_size, asdict(config)))
-            fingerprint = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
-            self.step_in_header = wire.stamp(self.payload, fingerprint)
+            self.fingerprint = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+            self.step_in_header = wire.stamp(self.payload, self.fingerprint)
             masked = masking and memory.momentum is not None
             self.sent_momentum = torch.zeros(self.entries, device=device) if masked else None
             self.momentum_factors: list[float] = []
@@ -131,6 +131,20 @@ class Bucket:
         """Bytes of the tensor that is all-reduced."""
         return self.flat_numel * self.flat_dtype.itemsize
 
+    def stamp(self, step: int, loss_scale: Tensor | None) -> None:
+        """Writes into the header what changes from step to step, and has to be the same on all ranks.
+
+        Args:
+            step: of this pass.
+            loss_scale: float32 [1], or None. Ranks that scale differently would judge differently what overflows.
+        """
+        if self.payload is None:
+            return
+        self.step_in_header.fill_(step)
+        if loss_scale is not None:
+            fingerprint_in_header = wire.header(self.payload)[2:3]
+            fingerprint_in_header.copy_(loss_scale.view(torch.int32).long() ^ self.fingerprint)
+
     def compress(
         self,
         gradients: Gradients,
@@ -138,7 +152,6 @@ class Bucket:
         factors: list[float],
         scale: Tensor | None,
         nesterov: bool,
-        step: int,
     ) -> None:
         """Accumulates the compressed parameters and fills the payload.
 
@@ -148,7 +161,6 @@ class Bucket:
             factors: mu of each compressed parameter.
             scale: float32 [1], what gradients are multiplied with first; None for 1.
             nesterov: which form v accumulates.
-            step: for the header.
         """
         if self.payload is None:
             return
@@ -160,7 +172,6 @@ class Bucket:
                 for row, factor in enumerate(factors):
                     self.mu[row].fill_(factor)
             self.momentum_factors = factors
-        self.step_in_header.fill_(step)
         ops.compress_(
             gradients.buffers,
             memory.momentum,

@@ -16,6 +16,8 @@ import re
 import shutil
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,30 +48,34 @@ _IN_METADATA = {
 def save(state: DGCState, directory: str | Path) -> None:
     """Writes all ranks' state_dict() to a directory; a collective.
 
-    The directory is there only when every rank's part is: until then it is called <directory>.partial. One that exists
-    is replaced.
+    The directory is there only when every rank's part is: until then it is called <directory>.partial. A checkpoint of
+    that name is replaced.
 
     Args:
         state: between step() and the next backward().
-        directory: on a file system that all ranks share.
+        directory: for this alone, on a file system that all ranks share.
 
     Raises:
-        RuntimeError: an update is outstanding; or a rank could not write, or wrote somewhere else.
+        RuntimeError: on every rank: an update is outstanding, something else has that name, or a rank could not write,
+            or wrote somewhere else.
         TypeError: the ranks talk over Horovod.
     """
     exchange = _exchange_of(state)
-    whole, partial = Path(directory), Path(f"{directory}.partial")
-    own = state.state_dict()
-    tensors = {f"{kind}.{name}": tensor for kind in _KINDS for name, tensor in own[kind].items()}
-    about = {key: value for key, value in own.items() if key not in _KINDS}
-    about["crc32"] = {name: _crc32(tensor) for name, tensor in tensors.items()}
-    tensors["about"] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
-    if exchange.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-    exchange.everyone("")  # DCP makes the directory on every rank, before any rank writes
+    whole = Path(directory).absolute()
+    partial = Path(f"{whole}.partial")
     failure: BaseException | None = None
+    tensors: dict[str, Tensor] = {}
     try:
-        with _one_process_is_no_surprise():
+        tensors = _entries(state.state_dict())
+        if exchange.rank == 0:
+            _check_replaceable(whole)
+            _remove(partial)
+    except Exception as error:
+        failure = error
+    # Also a barrier: DCP makes the directory on every rank, before any rank writes.
+    _raise_on_all(exchange, failure, "save", whole)
+    try:
+        with _without_process_group():
             dcp.save(
                 {f"rank{exchange.rank}.{name}": tensor for name, tensor in tensors.items()},
                 storage_writer=dcp.FileSystemWriter(str(partial)),
@@ -82,8 +88,7 @@ def save(state: DGCState, directory: str | Path) -> None:
             _replace(whole, partial)
     except (Exception, dcp.CheckpointException) as error:
         failure = error
-    if errors := _errors(exchange.everyone(json.dumps(_describe(failure, exchange.rank)))):
-        raise RuntimeError(f"dgc.checkpoint.save: {directory}: {errors}. {partial} is not complete") from failure
+    _raise_on_all(exchange, failure, "save", whole)
 
 
 def load(state: DGCState, directory: str | Path, *, allow_missing_ranks: bool = False) -> None:
@@ -109,14 +114,13 @@ def load(state: DGCState, directory: str | Path, *, allow_missing_ranks: bool = 
         choice = _choose(state, exchange, Path(directory), allow_missing_ranks)
     except (Exception, dcp.CheckpointException) as error:  # of whatever kind, the other ranks have to know
         failure = error
-    everyone = exchange.everyone(json.dumps(asdict(choice.share) if choice else _describe(failure, exchange.rank)))
-    if errors := _errors(everyone):
-        raise ValueError(f"dgc.checkpoint.load: {directory}: {errors}. No rank's state has changed") from failure
+    _raise_on_all(exchange, failure, "load", Path(directory))
+    assert choice is not None
+    everyone = exchange.everyone(json.dumps(asdict(choice.share)))
     if differ := shares.differences(
         {f"that of rank {rank}": shares.Share(**json.loads(text)) for rank, text in enumerate(everyone)}
     ):
         raise ValueError(f"dgc.checkpoint.load: {directory}: expected the same checkpoint on all ranks, but {differ}")
-    assert choice is not None
     state.take_up(choice)
 
 
@@ -124,7 +128,8 @@ def _choose(
     state: DGCState, exchange: DistributedExchange, directory: Path, allow_missing_ranks: bool
 ) -> shares.Choice:
     if not directory.is_dir():
-        partial, replaced = Path(f"{directory}.partial"), Path(f"{directory}.replaced")
+        whole = directory.absolute()
+        partial, replaced = Path(f"{whole}.partial"), Path(f"{whole}.replaced")
         why = f"{partial} is one that was not completed" if partial.exists() else "there is none"
         if replaced.exists():
             why = f"the run died when it replaced one: rename {replaced}, which is complete, and remove {partial}"
@@ -194,7 +199,7 @@ class _Reader(dcp.FileSystemReader):
             if not isinstance(entry, dcp.metadata.TensorStorageMetadata) or entry.size.numel() > file.stat().st_size:
                 raise ValueError(f"{key}: expected a tensor that fits into {file.name}, got {entry!r:.100}")
             template[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
-        with _one_process_is_no_surprise():
+        with _without_process_group():
             dcp.load(template, storage_reader=self, no_dist=True)
         prefix = f"rank{rank}."
         tensors = {key[len(prefix) :]: tensor for key, tensor in template.items()}
@@ -233,28 +238,66 @@ def _exchange_of(state: DGCState) -> DistributedExchange:
     return state.exchange
 
 
-def _describe(failure: BaseException | None, rank: int) -> dict[str, str]:
-    """Returns what the other ranks are told of an error; nothing where there is none."""
+def _raise_on_all(exchange: DistributedExchange, failure: BaseException | None, what: str, directory: Path) -> None:
+    """Raises on every rank what any rank has met; a collective.
+
+    Raises:
+        RuntimeError: that was saving; ValueError: that was loading.
+    """
+    rank, cause = exchange.rank, failure
     if isinstance(failure, dcp.CheckpointException) and failure.failures:
         # DCP raises it on all ranks, with the whole traceback of the one that it comes from.
-        rank, (failure, _) = next(iter(failure.failures.items()))
-    return {} if failure is None else {"error": f"rank {rank}: {type(failure).__name__}: {failure}"}
+        rank, (cause, _) = next(iter(failure.failures.items()))
+    mine = "" if cause is None else f"rank {rank}: {type(cause).__name__}: {cause}"
+    errors = list(dict.fromkeys(filter(None, exchange.everyone(mine))))
+    if not errors:
+        return
+    message = f"dgc.checkpoint.{what}: {directory}: {errors[0]}"
+    if len(errors) > 1:
+        message += f" (and {len(errors) - 1} more)"
+    if what == "save":
+        raise RuntimeError(message) from failure
+    raise ValueError(f"{message}. No rank's state has changed") from failure
 
 
-def _errors(everyone: list[str]) -> str:
-    """Returns the first error of any rank, with its rank; nothing where there is none."""
-    errors = list(dict.fromkeys(filter(None, (json.loads(text).get("error") for text in everyone))))
-    return errors[0] + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else "") if errors else ""
+def _entries(state_dict: dict[str, Any]) -> dict[str, Tensor]:
+    """Returns a state_dict as tensors alone, by name: DCP would pickle everything else."""
+    tensors = {f"{kind}.{name}": tensor for kind in _KINDS for name, tensor in state_dict[kind].items()}
+    about = {key: value for key, value in state_dict.items() if key not in _KINDS}
+    about["crc32"] = {name: _crc32(tensor) for name, tensor in tensors.items()}
+    tensors["about"] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
+    return tensors
+
+
+def _check_replaceable(whole: Path) -> None:
+    """Looks that what has a checkpoint's name, if anything, is one.
+
+    Raises:
+        FileExistsError: it is something else.
+    """
+    if not whole.exists():
+        return
+    found = list(whole.iterdir()) if whole.is_dir() else [whole]
+    if others := [path for path in found if path.name != ".metadata" and path.suffix != ".distcp"]:
+        raise FileExistsError(
+            f"expected a name for this alone, since it is replaced, got one where {others[0].name} is. "
+            f"Give it another, such as {whole / 'dgc'}"
+        )
 
 
 def _replace(whole: Path, partial: Path) -> None:
-    """Gives a completed checkpoint its name; at every moment there is one that is complete."""
+    """Gives a completed checkpoint its name. Between the two renames the one before is called <directory>.replaced."""
     replaced = Path(f"{whole}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
     if whole.exists():
         whole.rename(replaced)
     partial.rename(whole)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
+
+
+def _remove(directory: Path) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)
 
 
 def _crc32(tensor: Tensor) -> int:
@@ -263,9 +306,9 @@ def _crc32(tensor: Tensor) -> int:
     return zlib.crc32((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())) if tensor.numel() else 0
 
 
-class _one_process_is_no_surprise(warnings.catch_warnings):  # noqa: N801  (used like a function)
-    """DCP warns where it is told to work without a process group, as we mean it to."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
+@contextmanager
+def _without_process_group() -> Iterator[None]:
+    """Keeps DCP from warning where it is told to work without a process group, as we mean it to."""
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield

@@ -108,17 +108,27 @@ class Memory:
         """
         share = [weight for weight, _ in parts]
         for name in self.compressed:
-            summed = _weighted(share, [state_dict["residual"][name] for _, state_dict in parts])
-            self._view(self.residual, name).copy_(summed)
+            tensors = [state_dict["residual"][name] for _, state_dict in parts]
+            self._view(self.residual, name).copy_(self._weighted(share, tensors))
         if parts[0][1]["momentum"]:
             flat = self.allocate_momentum()
             first = [1.0] + [0.0] * (len(parts) - 1)
             for name in self.parameters:
                 tensors = [state_dict["momentum"][name] for _, state_dict in parts]
-                self._view(flat, name).copy_(_weighted(share if name in diverged else first, tensors))
+                self._view(flat, name).copy_(self._weighted(share if name in diverged else first, tensors))
         elif self.momentum is not None:
             self.momentum.zero_()
         self.diverged = set(diverged)
+
+    def _weighted(self, weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+        """Returns the weighted sum, in the order given; where one weight is 1 and the others 0, that very tensor."""
+        terms = [(weight, tensor) for weight, tensor in zip(weights, tensors, strict=True) if weight]
+        if [weight for weight, _ in terms] == [1.0]:
+            return terms[0][1]  # perhaps a view of the memory that is written next
+        total = torch.zeros(tensors[0].shape, device=self.device)
+        for weight, tensor in terms:
+            total.add_(tensor.to(self.device), alpha=weight)  # files of all ranks may name all ranks' devices
+        return total
 
 
 def return_free_memory() -> None:
@@ -140,17 +150,6 @@ def dense_strides(parameter: Tensor) -> tuple[int, ...]:
             return torch.empty(parameter.shape, device="meta").stride()
         expected *= size
     return parameter.stride()
-
-
-def _weighted(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
-    """Returns the weighted sum, in the order given; where one weight is 1 and the others 0, that very tensor."""
-    terms = [(weight, tensor) for weight, tensor in zip(weights, tensors, strict=True) if weight]
-    if [weight for weight, _ in terms] == [1.0]:
-        return terms[0][1]  # perhaps a view of the memory that is written next
-    total = torch.zeros_like(tensors[0])
-    for weight, tensor in terms:
-        total.add_(tensor, alpha=weight)
-    return total
 
 
 def _differences(what: str, tensors: object, expected: Mapping[str, Tensor]) -> list[str]:

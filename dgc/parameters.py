@@ -25,7 +25,13 @@ class Parameters:
             with momentum of its own.
     """
 
-    def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], optimizer: Optimizer, config: DGCConfig) -> None:
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        optimizer: Optimizer,
+        config: DGCConfig,
+        loss_scaling: bool = False,
+    ) -> None:
         """Checks everything; see the class."""
         self.by_name = by_name(named_parameters)
         self.optimizer = optimizer
@@ -33,7 +39,7 @@ class Parameters:
         self._group_of = group_indices(self.by_name, optimizer)
         self.never_compressed = dense_reasons(self.by_name, config)
         """Those dense in every phase, with the reason."""
-        check_optimizer(optimizer, config)
+        check_optimizer(optimizer, config, loss_scaling)
         self.device = next(iter(self.by_name.values())).device
 
     def name(self, parameter: Tensor) -> str:
@@ -145,7 +151,7 @@ def group_indices(parameters: Mapping[str, Tensor], optimizer: Optimizer) -> dic
     return {name: index[id(p)] for name, p in parameters.items()}
 
 
-def check_optimizer(optimizer: Optimizer, config: DGCConfig) -> None:
+def check_optimizer(optimizer: Optimizer, config: DGCConfig, loss_scaling: bool) -> None:
     """Refuses optimizers that would apply momentum a second time; warns of those outside the paper.
 
     Raises:
@@ -156,6 +162,11 @@ def check_optimizer(optimizer: Optimizer, config: DGCConfig) -> None:
             raise ValueError("nesterov: expected the same in all parameter groups, got both True and False")
         return
     kind = type(optimizer).__name__
+    if loss_scaling and getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise ValueError(
+            f"optimizer: expected {kind}(fused=False) with a GradScaler, which calls step() of a fused one also where "
+            "the step is to be left out"
+        )
     if config.on_nonfinite == "skip":
         raise ValueError(f'on_nonfinite: expected "raise" with {kind}; only dgc.SGD can leave a step out')
     if any(group.get("momentum", 0) for group in optimizer.param_groups):

@@ -133,7 +133,7 @@ def choose(
         ValueError: they do not fit each other or this model, one is damaged, or one is missing.
     """
     if not state_dicts:
-        raise ValueError("state_dict: expected at least one, got an empty sequence")
+        raise ValueError("state_dict: expected at least one, got none")
     shares = [Share.of(state_dict) for state_dict in state_dicts]
     by_rank = {share.rank: state_dict for share, state_dict in zip(shares, state_dicts, strict=True)}
     if len(by_rank) < len(shares):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -73,10 +72,10 @@ class DGCState:
         self.config = config or DGCConfig()
         self.schedule = DensitySchedule(self.config)
         self.optimizer = optimizer
-        self.parameters = Parameters(named_parameters, optimizer, self.config)
         if grad_scaler is not None and not isinstance(grad_scaler, GradScaler):
             raise TypeError(f"grad_scaler: expected a torch.amp.GradScaler or None, got {type(grad_scaler).__name__}")
         self.grad_scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
+        self.parameters = Parameters(named_parameters, optimizer, self.config, self.grad_scaler is not None)
         self._device = device = self.parameters.device
         self.exchange = exchange or DistributedExchange(device, process_group)
         self._average = average
@@ -221,7 +220,8 @@ class DGCState:
         self._pass.buckets.append(bucket)
         with record_function("dgc.accumulate_select_pack"):
             factors = [self.parameters.momentum(m.name) for m in bucket.compressed]
-            bucket.compress(gradients, self.memory, factors, scale, self.parameters.nesterov, self.step)
+            bucket.stamp(self.step, self._pass.loss_scale)
+            bucket.compress(gradients, self.memory, factors, scale, self.parameters.nesterov)
             if self.memory.momentum is not None:
                 self.memory.diverged.update(m.name for m in bucket.compressed)
         with record_function("dgc.exchange"):
@@ -229,16 +229,24 @@ class DGCState:
             transfer = self.exchange.start(bucket.name, bucket.payload, bucket.gathered, dense)
         self._pass.sent.append(future)
         # Runs in the backend's thread, or in exchange.finish(): local work only, it must never wait.
-        transfer.done.add_done_callback(lambda _: self._receive(bucket, gradients, transfer, future))
+        loss_scale = self._pass.loss_scale
+        transfer.done.add_done_callback(lambda _: self._receive(bucket, gradients, loss_scale, transfer, future))
 
-    def _receive(self, bucket: Bucket, gradients: Gradients, transfer: Transfer, future: Future[Tensor]) -> None:
+    def _receive(
+        self,
+        bucket: Bucket,
+        gradients: Gradients,
+        loss_scale: Tensor | None,
+        transfer: Transfer,
+        future: Future[Tensor],
+    ) -> None:
         try:
             with transfer.arrived(), record_function("dgc.unpack"):
-                bucket.unpack(gradients, self.exchange.rank, self._pass.loss_scale)
+                bucket.unpack(gradients, self.exchange.rank, loss_scale)
                 if not self._late:
                     bucket.findings(bucket.report.tolist())  # raises where a payload is wrong
                 bucket.restore_unused(self.memory)
-                bucket.store_dense(gradients, self.memory, self._pass.loss_scale)
+                bucket.store_dense(gradients, self.memory, loss_scale)
                 self.memory.diverged.difference_update(m.name for m in bucket.averaged)
                 future.set_result(gradients.buffers[0])
         except Exception as error:
@@ -387,16 +395,12 @@ class DGCState:
         last = self._pass
         if not last.outstanding:
             return  # a step() has taken it
-        self.exchange.finish()
-        for future in last.sent:  # after a backward pass that broke off, nobody else has waited
-            with suppress(Exception):  # a bucket that failed sent nothing that counts; its error is backward()'s
-                future.wait()
+        reduced = self.pending
+        last.abandon(self.exchange)
         last.take_back(self.memory)
-        if last.stage is Stage.REDUCED:
+        if reduced:
             self.step -= 1
             self._stats = self._count(self._stats.skipped + 1)
-        last.stage = Stage.OVER
-        last.waiting, last.sent = [], []
 
     # What is sent how.
 
@@ -421,7 +425,7 @@ class DGCState:
 
     @property
     def stats(self) -> Stats:
-        """Figures of the last backward pass."""
+        """Figures of the last backward pass. One that GradScaler will leave out is taken back first, on the CPU."""
         if not self._late:  # on a GPU the step that is left out is counted one pass later
             self._forget_skipped()
         return self._stats
@@ -467,7 +471,7 @@ class DGCState:
         )
 
     def load_state_dict(
-        self, state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, allow_missing_ranks: bool = False
+        self, state_dict: Mapping[str, Any] | Iterable[Mapping[str, Any]], *, allow_missing_ranks: bool = False
     ) -> None:
         """Takes up where state_dict() was saved. Changes nothing unless all of it fits.
 
@@ -482,13 +486,13 @@ class DGCState:
             ValueError: it is of another model, version or rank, ranks are missing, or values are damaged; the message
                 lists what differs.
         """
-        state_dicts = [state_dict] if isinstance(state_dict, Mapping) else state_dict
+        state_dicts = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict or ())
         place = self.exchange.rank, self.exchange.world_size
         self.take_up(shares.choose(self.memory, state_dicts, *place, allow_missing_ranks))
 
     def take_up(self, choice: shares.Choice) -> None:
         """Takes up where a run stood, with what has been chosen for this rank; what was outstanding is forgotten."""
-        self.exchange.finish()
+        self._pass.abandon(self.exchange)
         share = choice.share
         self.memory.load(choice.parts, share.diverged)
         if choice.missing:

@@ -34,7 +34,7 @@ NON_FINITE_STATUS = 256
 STATUS = {
     1: "these are not bytes of this version of dgc",
     2: "it is at another step: a rank skipped a backward pass or ran one more",
-    3: "its parameters, their order or its DGC configuration differ",
+    3: "its parameters, their order, its DGC configuration or its loss scale differ",
     4: "its tile table contradicts itself",
     5: "an index is out of bounds or out of order",
     6: "a value is not finite",

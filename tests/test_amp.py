@@ -174,6 +174,29 @@ def test_a_scaler_of_which_dgc_does_not_know_is_refused():
         scaler.step(one.optimizer)
 
 
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.filterwarnings("ignore:dgc. Adam is outside the paper")
+def test_a_fused_optimizer_would_step_anyway_and_is_refused(make):
+    model = Given(SHAPES)
+    optimizer = make(model.parameters(), lr=0.1, fused=True)
+    with pytest.raises(ValueError, match=r"expected (SGD|Adam)\(fused=False\) with a GradScaler"):
+        dgc.DGCState(model.named_parameters(), optimizer, grad_scaler=GradScaler("cpu"))
+
+
+def test_unscaling_first_and_gradient_accumulation_change_no_bit():
+    scaled, plain = Scaled(), Scaled(scaler=False)
+    for step in range(6):
+        for one in (scaled, plain):
+            one.optimizer.zero_grad()
+            one.scaler.scale(one.model(normals(SHAPES, 2 * step))).backward()  # as under no_sync()
+            one.scaler.scale(one.model(normals(SHAPES, 2 * step + 1))).backward()
+            reduce(one.state, one.model)
+            one.scaler.unscale_(one.optimizer)
+            one.scaler.step(one.optimizer)
+            one.scaler.update()
+    assert scaled.equals(plain) == ALL
+
+
 def test_grad_scaler_has_to_be_one():
     model = Given(SHAPES)
     with pytest.raises(TypeError, match=r"grad_scaler: expected a torch\.amp\.GradScaler or None, got float"):
@@ -222,6 +245,25 @@ def test_an_overflow_on_one_rank_skips_on_all_and_loses_nothing(where, late):
     assert results[0]["scales"] == results[1]["scales"]
     assert results[0]["scales"][-1] != 2.0**16
     assert [(r["step"], r["stats"].skipped) for r in results] == [(10, 4)] * 2
+
+
+def scale_differently(rank, world_size):
+    run = Run()
+    run.state.grad_scaler = scaler = GradScaler("cpu", init_scale=2.0 ** (8 + rank))
+    before = run.net.a.detach().clone()
+    try:
+        scaler.scale(run.ddp(normals(SHAPES, rank))).backward()
+    except RuntimeError as error:
+        run.state.discard()
+        return str(error), torch.equal(before, run.net.a)
+    return "no error", False
+
+
+def test_ranks_that_scale_differently_are_named():
+    for rank, (message, unchanged) in enumerate(run_ranks(2, scale_differently)):
+        assert f"payload of rank {1 - rank}: " in message
+        assert "its DGC configuration or its loss scale differ" in message
+        assert unchanged
 
 
 class Net(nn.Sequential):

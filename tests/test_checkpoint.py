@@ -1,9 +1,11 @@
 """dgc.checkpoint: complete or not there, on as many ranks as it was saved on and on others, and damaged files."""
 
+import copy
 import os
 import pickle
 import re
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -300,6 +302,120 @@ def test_dcp_itself_is_refused_with_the_right_call(tmp_path):
         dcp.load({"dgc": one.state}, checkpoint_id=tmp_path / "dgc", no_dist=True)
 
 
+def test_a_slash_at_the_end_and_a_relative_path_mean_the_same(saved, monkeypatch):
+    monkeypatch.chdir(saved.parent)
+    one = alone()
+    dgc.checkpoint.load(one.state, "dgc/")
+    one.train(normals(SHAPES, 7))
+    dgc.checkpoint.save(one.state, "dgc/")
+    two = alone()
+    dgc.checkpoint.load(two.state, "dgc")
+    assert two.state.step == 4
+    assert [p.name for p in saved.parent.iterdir()] == ["dgc"]
+
+
+@pytest.mark.parametrize("what", ["directory", "file"])
+def test_what_is_no_checkpoint_is_not_replaced(saved, what):
+    one = alone()
+    target = saved if what == "directory" else saved.with_name("file")
+    kept = saved / "rest.pt" if what == "directory" else target
+    kept.write_text("the model")
+    with pytest.raises(RuntimeError, match=f"FileExistsError: expected a name for this alone.*{kept.name}"):
+        dgc.checkpoint.save(one.state, target)
+    assert kept.read_text() == "the model"
+    assert not Path(f"{target}.partial").exists()
+
+
+def test_loading_forgets_an_error_that_has_not_been_raised_and_momentum_that_is_not_in_the_file():
+    plain = Alone(SHAPES, dgc.DGCConfig(density=0.01), lr=0.5)
+    plain.train(normals(SHAPES, 0))
+    one = alone()
+    one.state._late = True
+    gradients = normals(SHAPES, 1)
+    gradients["a"][0, 0] = torch.nan
+    one.train(gradients)
+    one.backward(normals(SHAPES, 2))  # finds it, and keeps it for step()
+    assert one.state._error is not None
+    one.state.load_state_dict(plain.state.state_dict())
+    assert not one.state.memory.momentum.any()
+    one.train(normals(SHAPES, 3))
+    assert one.state.step == 2
+
+
+def test_momentum_that_differs_between_ranks_is_averaged_in_a_dense_phase_after_loading_too():
+    one = alone()
+    one.state.dense = True
+    for step in range(2):
+        one.train(normals(SHAPES, step))
+    other = alone()
+    other.train(normals(SHAPES, 2))
+    loaded = {**other.state.state_dict(), "dense": True}
+    assert set(loaded["diverged"]) == LARGE
+    one.state.load_state_dict(loaded)
+    one.train(normals(SHAPES, 3))
+    assert one.state.memory.diverged == set()
+
+
+def another_directory_on_each_rank(rank, world_size, folder):
+    run = Run(CONFIG, **SGD)
+    for step in range(2):
+        run.train(normals(SHAPES, seed_of(step, rank)))
+        dgc.checkpoint.save(run.state, f"{folder}/{step}")
+    fresh = Run(CONFIG, **SGD)
+    with pytest.raises(ValueError, match="expected the same checkpoint on all ranks") as caught:
+        dgc.checkpoint.load(fresh.state, f"{folder}/{rank}")
+    return str(caught.value), fresh.state.step
+
+
+def test_ranks_that_load_different_checkpoints_are_refused(tmp_path):
+    for message, step in run_ranks(2, another_directory_on_each_rank, str(tmp_path)):
+        assert "that of rank 0 was rank 0 of 2 at step 1; that of rank 1 was rank 1 of 2 at step 2" in message
+        assert step == 0
+
+
+def outstanding_on_one_rank(rank, world_size, folder):
+    run = Run(CONFIG, **SGD)
+    run.train(normals(SHAPES, seed_of(0, rank)))
+    run.ddp(normals(SHAPES, seed_of(1, rank))).sum().backward()
+    if rank == 0:
+        run.optimizer.step()
+    with pytest.raises(RuntimeError, match=r"rank 1: RuntimeError: .*between optimizer\.step") as caught:
+        dgc.checkpoint.save(run.state, f"{folder}/dgc")
+    if rank == 1:
+        run.optimizer.step()
+    dgc.checkpoint.save(run.state, f"{folder}/dgc")
+    return str(caught.value)
+
+
+def test_an_update_outstanding_on_one_rank_is_an_error_on_all(tmp_path):
+    run_ranks(2, outstanding_on_one_rank, str(tmp_path))
+    assert (tmp_path / "dgc" / ".metadata").exists()
+
+
+def load_while_under_way(rank, world_size):
+    """A backward pass breaks off with its first buckets sent, while the other rank is late; then this one loads."""
+    run = Run(dgc.DGCConfig(density=0.01), ddp={"find_unused_parameters": True, "bucket_cap_mb": 0.02})
+    for step in range(3):
+        run.train(normals(SHAPES, seed_of(step, rank)))
+    saved = {k: copy.deepcopy(v) for k, v in run.state.state_dict().items()}
+    torch.distributed.barrier()
+    if rank == 1:
+        time.sleep(1)
+    zeros = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    run.net.a.register_hook(lambda _: (_ for _ in ()).throw(KeyError("broken off")))
+    with pytest.raises(KeyError):
+        run.ddp(zeros).backward()
+    assert run.state._pass.sent
+    run.state.load_state_dict(saved)
+    after = run.state.memory.residual.clone()
+    time.sleep(2 - rank)
+    return bool((after == run.state.memory.residual).all()), len(saved["residual"])
+
+
+def test_what_is_under_way_while_a_state_is_loaded_does_not_come_later():
+    assert run_ranks(2, load_while_under_way) == [(True, 3)] * 2
+
+
 def one_rank_finds_damage(rank, world_size, folder):
     run = Run(CONFIG, **SGD)
     run.train(normals(SHAPES, seed_of(0, rank)))
@@ -334,7 +450,7 @@ def one_disk_is_full(rank, world_size, folder):
 
 def test_an_error_of_a_rank_that_saves_is_raised_on_all_with_its_rank(tmp_path):
     for message in run_ranks(3, one_disk_is_full, str(tmp_path)):
-        assert "dgc: rank 2: OSError: [Errno 28] No space left on device. " in message
+        assert "dgc: rank 2: OSError: [Errno 28] No space left on device" in message
     assert not (tmp_path / "dgc").exists()
 
 

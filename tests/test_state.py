@@ -358,7 +358,7 @@ def test_a_state_dict_that_does_not_fit_changes_nothing(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda states: [], "expected at least one, got an empty sequence"),
+        (lambda states: [], "expected at least one, got none"),
         (lambda states: [states[0]] * 2, "expected one of each rank, got those of rank 0, 0"),
         (lambda states: states[1:], "expected that of rank 0 of 2, whose residual rank 0 of 1 takes over, got that of"),
         (lambda states: [states[0], {**states[1], "step": 5}], "state_dict 1 was rank 1 of 2 at step 5"),
