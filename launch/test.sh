@@ -48,4 +48,6 @@ step "shell syntax"
 for script in launch/*.sh launch/*.sbatch .ci/run; do bash -n "$script"; done
 
 step "pytest"
-"$venv/bin/pytest" "$@"
+# Files side by side: many tests wait for processes to start and for timeouts to pass. One thread each, since ranks and
+# files share the cores.
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$venv/bin/pytest" --numprocesses auto --maxprocesses 4 --dist loadfile "$@"
