@@ -256,8 +256,8 @@ class Bucket:
         """
         found = set()
         if self.gathered is not None:
-            at = wire.wire_layout(self.segments, self.wire_dtype).used
             for rank in wire.check_status(report[:-1], self.gathered):
+                at = wire.wire_layout(self.segments, self.wire_dtype).used
                 marks = self.gathered[rank, at : at + len(self.segments)].tolist()
                 names = [m.name for m, mark in zip(self.compressed, marks, strict=True) if mark & wire.LEFT_OUT]
                 found.add(f"{', '.join(names)} on rank {rank}")
