@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +15,8 @@ logger = logging.getLogger("dgc")
 
 VERSION = 1
 """Of state_dict()."""
+MOST_RANKS = 2**20
+"""Of a group whose shares can be taken over: what a damaged file may make us count to."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Share:
             return int(check(key, type(value) is int and low <= value < below, expected))
 
         number("version", VERSION, VERSION + 1, str(VERSION))
-        world_size = number("world_size", 1, 2**31, "a number of ranks")
+        world_size = number("world_size", 1, MOST_RANKS + 1, f"a number of ranks up to {MOST_RANKS}")
         dense, diverged = state_dict["dense"], state_dict["diverged"]
         strings = isinstance(diverged, (list, tuple)) and all(type(name) is str for name in diverged)
         return cls(
@@ -96,10 +98,9 @@ def weights(rank: int, world_size: int, before: int) -> dict[int, float]:
     Returns:
         Weights by s, without those that are 0.
     """
-    overlaps = {
-        s: min((rank + 1) * before, (s + 1) * world_size) - max(rank * before, s * world_size) for s in range(before)
-    }
-    return {s: overlap / before for s, overlap in overlaps.items() if overlap > 0}
+    begin, end = rank * before, (rank + 1) * before
+    pieces = range(begin // world_size, -(-end // world_size))
+    return {s: (min(end, (s + 1) * world_size) - max(begin, s * world_size)) / before for s in pieces}
 
 
 class Choice(NamedTuple):
@@ -210,8 +211,9 @@ def regroup(exchange: Exchange, memory: Memory, mine: Share | None) -> Share | N
     return one
 
 
-def _ranks(ranks: Iterable[int]) -> str:
-    return ", ".join(map(str, ranks))
+def _ranks(ranks: Sequence[int]) -> str:
+    more = f" and {len(ranks) - 20} more" if len(ranks) > 20 else ""
+    return ", ".join(map(str, ranks[:20])) + more
 
 
 def log_lost(lost: Sequence[int], before: int) -> None:
