@@ -105,8 +105,9 @@ def report(
     rows: Sequence[Sequence[Any]],
     raw: Mapping[str, Any],
     more: Sequence[Table] = (),
+    folder: Path = RESULTS,
 ) -> None:
-    """Prints a table, and `more` of them, and writes them with the raw figures to results/NAME.md and NAME.json."""
+    """Prints a table, and `more` of them, and writes them with the raw figures to NAME.md and NAME.json in a folder."""
     about = machine()
     tables = [
         f"{title}\n\n{tabulate(rows, headers=headers, tablefmt='github')}"
@@ -115,11 +116,11 @@ def report(
     described = ", ".join(f"{key} {value}" for key, value in about.items() if key != "command")
     text = "\n\n".join([*tables, f"{described}\n`{about['command']}`\n"])
     print("\n" + text)
-    write(name, text, {"machine": about, **raw})
+    write(name, text, {"machine": about, **raw}, folder)
 
 
-def write(name: str, text: str, raw: Mapping[str, Any]) -> None:
-    """Writes a text and its raw figures to results/NAME.md and NAME.json."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.md").write_text(text)
-    (RESULTS / f"{name}.json").write_text(json.dumps(raw, indent=1) + "\n")
+def write(name: str, text: str, raw: Mapping[str, Any], folder: Path = RESULTS) -> None:
+    """Writes a text and its raw figures to NAME.md and NAME.json in a folder."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.md").write_text(text)
+    (folder / f"{name}.json").write_text(json.dumps(raw, indent=1) + "\n")

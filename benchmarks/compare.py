@@ -1,0 +1,106 @@
+"""Scores of several methods on the same seeds: means, paired differences with intervals, tables and pictures."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib import pyplot
+from runs import Record
+from scipy import stats
+from tasks import TASKS
+
+
+class Difference(NamedTuple):
+    """What a method costs, seed by seed: in points of accuracy, or in per cent of perplexity."""
+
+    mean: float
+    low: float
+    high: float
+    """Of the 95 % confidence interval of the mean (Student's t)."""
+
+
+def difference(task: str, scores: Sequence[float], reference: Sequence[float]) -> Difference:
+    """Returns the paired difference of scores to a reference's, of the same seeds in the same order."""
+    relative = TASKS[task].metric == "perplexity"
+    pairs = zip(scores, reference, strict=True)
+    values = [100 * (a / b - 1) if relative else a - b for a, b in pairs]
+    mean = statistics.fmean(values)
+    spread = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return Difference(mean, mean - spread, mean + spread)
+
+
+def reaches(task: str, found: Difference) -> bool:
+    """Returns whether accuracy surely falls by less than 0.5 points, or perplexity rises by less than 1 %."""
+    return found.high < 1 if TASKS[task].metric == "perplexity" else found.low > -0.5
+
+
+def scores(records: Iterable[Record], task: str, method: str, seeds: Iterable[int]) -> list[float]:
+    """Returns the final metric by seed."""
+    by_seed = {r.run.seed: r.score for r in records if (r.run.task, r.run.method) == (task, method)}
+    return [by_seed[seed] for seed in seeds]
+
+
+HEADERS = ("method", "mean", "SD", "difference to {}", "95 % interval")
+
+
+def table(
+    records: Sequence[Record], task: str, methods: Iterable[str], reference: str, seeds: Sequence[int]
+) -> tuple[list[list[Any]], dict[str, Difference]]:
+    """Returns rows under HEADERS, and the differences by method."""
+    rows: list[list[Any]] = []
+    found: dict[str, Difference] = {}
+    base = scores(records, task, reference, seeds)
+    unit = " %" if TASKS[task].metric == "perplexity" else ""
+    for method in methods:
+        own = scores(records, task, method, seeds)
+        row = [method, f"{statistics.fmean(own):.2f}", f"{statistics.stdev(own):.2f}", "", ""]
+        if method != reference:
+            it = found[method] = difference(task, own, base)
+            row[3:] = [f"{it.mean:+.2f}{unit}", f"{it.low:+.2f} to {it.high:+.2f}{unit}"]
+        rows.append(row)
+    return rows, found
+
+
+def draw(found: Mapping[str, Mapping[str, Difference]], reference: str, limits: bool, picture: Path) -> None:
+    """Draws the differences to the reference, a panel for each task, better to the right.
+
+    Args:
+        found: by task, then by method.
+        reference: the method at 0.
+        limits: whether to draw where `reaches` ends.
+        picture: the file.
+    """
+    figure, panels = pyplot.subplots(
+        1, len(found), figsize=(3.1 * len(found) + 1.2, 1.2 + 0.3 * max(map(len, found.values()))), layout="constrained"
+    )
+    for axes, (task, methods) in zip([panels] if len(found) == 1 else panels, found.items(), strict=True):
+        perplexity = TASKS[task].metric == "perplexity"
+        for place, it in enumerate(methods.values()):
+            good = not limits or reaches(task, it)
+            axes.errorbar(
+                it.mean,
+                -place,
+                xerr=[[it.mean - it.low], [it.high - it.mean]],
+                fmt="o",
+                capsize=3,
+                markersize=4,
+                color="C0" if good else "C3",
+            )
+        axes.set_yticks(
+            [-i for i in range(len(methods))], list(methods) if axes.get_subplotspec().is_first_col() else []
+        )
+        axes.set_ylim(-len(methods) + 0.5, 0.5)
+        axes.axvline(0, color="black", linewidth=0.8)
+        if limits:
+            axes.axvline(1 if perplexity else -0.5, color="C3", linewidth=0.8, linestyle=":")
+        if perplexity:
+            axes.invert_xaxis()
+        axes.set_xlabel("perplexity, per cent" if perplexity else "accuracy, points")
+        axes.set_title(task)
+        axes.grid(axis="x", alpha=0.3)
+    figure.suptitle(f"Difference to {reference}: mean and 95 % interval; better to the right", fontsize="medium")
+    picture.parent.mkdir(exist_ok=True)
+    figure.savefig(picture, dpi=110)

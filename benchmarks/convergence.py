@@ -1,0 +1,101 @@
+"""Accuracy at equal steps: DGC against dense training, several seeds, small tasks on real data.
+
+    python benchmarks/convergence.py
+
+Four workers, simulated in one process by the package's own core (see replicas.py). Dense and DGC have the same recipe,
+learning rate included, the same weights at the start and the same samples; a difference is that of one seed's pair.
+Learning rates were chosen for dense training, on another seed. Finished runs are kept in results/convergence.jsonl, so
+that the table can be gathered over several calls: --minutes says when to stop starting new ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from compare import HEADERS, Difference, draw, reaches, table
+from harness import RESULTS, Table, report
+from replicas import DGC, WORKERS, Dense, train
+from runs import Record, Run, gather, options
+from tasks import TASKS
+
+import dgc
+
+METHODS: dict[str, dict[str, Any] | None] = {
+    "dense": None,
+    "DGC 1 %": {"density": 0.01},
+    "DGC 0.1 %": {"density": 0.001},
+    "DGC 0.1 %, no masking": {"density": 0.001, "momentum_masking": False},
+}
+"""Arguments of DGCConfig, besides warm-up over a tenth of the run and the task's clipping."""
+
+
+def config(method: str, clip_norm: float | None, steps: int) -> dgc.DGCConfig | None:
+    """Returns a method's configuration; None for dense."""
+    arguments = METHODS[method]
+    if arguments is None:
+        return None
+    return dgc.DGCConfig(**{"warmup_steps": steps // 10, "clip_norm": clip_norm, **arguments})
+
+
+def plan(tasks: Sequence[str], seeds: int, steps: int | None) -> list[Run]:
+    """Returns all runs, seed after seed."""
+    runs = []
+    for seed in range(seeds):
+        for name in tasks:
+            task = TASKS[name]
+            for method in METHODS:
+                if method.endswith("no masking") and not task.momentum:
+                    continue  # there is none to mask
+                length = steps or task.steps
+                settings = f"{task.recipe}, {config(method, task.clip_norm, length)}"
+                runs.append(Run(name, method, seed, length, settings))
+    return runs
+
+
+def perform(run: Run) -> list[tuple[int, float]]:
+    """Trains."""
+    task = TASKS[run.task]
+    chosen = config(run.method, task.clip_norm, run.steps)
+    return train(task, Dense if chosen is None else partial(DGC, config=chosen), run.seed, run.steps)
+
+
+def tell(tasks: Sequence[str], seeds: Sequence[int], records: Sequence[Record], folder: Path) -> None:
+    """Writes tables, picture and raw figures."""
+    tables: list[Table] = []
+    found: dict[str, dict[str, Difference]] = {}
+    for name in tasks:
+        methods = [m for m in METHODS if any((r.run.task, r.run.method) == (name, m) for r in records)]
+        rows, found[name] = table(records, name, methods, "dense", seeds)
+        for row in rows[1:]:
+            row.append("yes" if reaches(name, found[name][row[0]]) else "no")
+        task = TASKS[name]
+        title = f"**{name}**: {task.about}; {task.metric}. {task.recipe}, {records[0].run.steps:,} steps."
+        tables.append((title, [*(h.format("dense") for h in HEADERS), "within 0.5 points or 1 %"], rows))
+    draw(found, "dense", True, folder / "convergence.png")
+    raw = {
+        "differences": {name: {m: it._asdict() for m, it in of.items()} for name, of in found.items()},
+        "commits of the runs": sorted({r.commit for r in records}),
+        "hours on one core": sum(r.seconds for r in records) / 3600,
+    }
+    (title, headers, rows), *more = tables
+    about = (
+        f"Test accuracy (%, higher is better) and perplexity (lower is better) at the end: {WORKERS} workers simulated "
+        f"in one process, seeds {seeds[0]} to {seeds[-1]}, warm-up over the first tenth."
+    )
+    report("convergence", f"{about}\n\n{title}", headers, rows, raw, more, folder)
+
+
+def main() -> None:
+    """Gathers the runs, and reports once they are complete."""
+    args = options(__doc__, list(TASKS), RESULTS / "convergence.jsonl").parse_args()
+    runs = plan(args.tasks, args.seeds, args.steps)
+    found = gather(runs, perform, args.file, args.processes, args.minutes)
+    if len(found) == len(runs):
+        tell(args.tasks, range(args.seeds), [*found.values()], args.file.parent)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""Data-parallel training of several workers in one process and one thread, step for step what DDP does with them.
+
+Every worker has a replica of the network and an optimizer, and sees its own samples. For DGC it has a DGCState too: the
+project's own core, over an exchange that hands payloads over in memory. On two cores this is several times faster than
+processes, which would share the cores anyway; gradients, selection and update are the same.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from tasks import Task, loss_of, measure
+from torch import Tensor, nn
+from torch.futures import Future
+from torch.optim.optimizer import Optimizer
+
+import dgc
+from dgc.bucket import Gradients
+from dgc.exchange import Exchange
+
+WORKERS = 4
+
+
+SomeOptimizer = TypeVar("SomeOptimizer", bound=Optimizer, covariant=True)
+
+
+@dataclass(frozen=True)
+class Replica(Generic[SomeOptimizer]):
+    """One worker's network and its optimizer."""
+
+    network: nn.Module
+    optimizer: SomeOptimizer
+
+
+class Trainer(Protocol):
+    """How the workers' gradients become one."""
+
+    @property
+    def replicas(self) -> Sequence[Replica[Optimizer]]:
+        """All workers', by rank."""
+
+    def reduce(self) -> None:
+        """Replaces the gradients of all replicas by what their optimizers are to apply."""
+
+
+def train(task: Task, make: Callable[[nn.Module, Task], Trainer], seed: int, steps: int) -> list[tuple[int, float]]:
+    """Trains from a seed of weights and samples, and returns the metric on the test samples.
+
+    Returns:
+        (step, metric) at a fifth of the run, two fifths, ... and at its end.
+    """
+    torch.manual_seed(seed)
+    trainer = make(task.network(), task)
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(r.optimizer, steps) for r in trainer.replicas]
+    found = []
+    for step, batches in enumerate(_batches(task, seed, steps), start=1):
+        for replica, (inputs, targets) in zip(trainer.replicas, batches, strict=True):
+            replica.optimizer.zero_grad()
+            loss_of(replica.network(inputs), targets).backward()
+        trainer.reduce()
+        for replica, schedule in zip(trainer.replicas, schedules, strict=True):
+            replica.optimizer.step()
+            schedule.step()
+        if step * 5 // steps > (step - 1) * 5 // steps:
+            found.append((step, measure(task, trainer.replicas[0].network)))
+    first, *others = ([*r.network.parameters()] for r in trainer.replicas)
+    if any(not torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True)):
+        raise RuntimeError("replicas.py: expected replicas equal to the bit after training, got some that differ")
+    return found
+
+
+def _batches(task: Task, seed: int, steps: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Yields each worker's samples, for each step: passes over all samples in an order of their own."""
+    data = task.load()
+    generator = torch.Generator().manual_seed(seed)
+    each, order = WORKERS * task.batch_size, torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        if len(order) < each:
+            order = torch.randperm(len(data.inputs), generator=generator)
+        chosen, order = order[:each], order[each:]
+        yield [(data.inputs[part], data.targets[part]) for part in chosen.split(task.batch_size)]
+
+
+class Dense:
+    """Averaged gradients and torch.optim.SGD: plain DDP. Where the task clips, it clips the average."""
+
+    def __init__(self, network: nn.Module, task: Task) -> None:
+        """Makes the replicas."""
+        self.task = task
+        self.replicas = [
+            Replica(
+                replica,
+                torch.optim.SGD(
+                    replica.parameters(), lr=task.lr, momentum=task.momentum, weight_decay=task.weight_decay
+                ),
+            )
+            for replica in _copies(network)
+        ]
+
+    def reduce(self) -> None:
+        """Averages, and clips."""
+        for together in zip(*(gradients(r.network) for r in self.replicas), strict=True):
+            average = torch.stack(together).mean(0)
+            for gradient in together:
+                gradient.copy_(average)
+        if self.task.clip_norm is not None:
+            for replica in self.replicas:
+                nn.utils.clip_grad_norm_(replica.network.parameters(), self.task.clip_norm)
+
+
+class DGC:
+    """The project's core: one DGCState for each worker."""
+
+    def __init__(self, network: nn.Module, task: Task, config: dgc.DGCConfig) -> None:
+        """Makes the replicas and their states."""
+        self.replicas = sgd_replicas(network, task)
+        meeting = Meeting()
+        self.states = [
+            dgc.DGCState(r.network.named_parameters(), r.optimizer, config, exchange=InProcess(rank, meeting))
+            for rank, r in enumerate(self.replicas)
+        ]
+
+    def reduce(self) -> None:
+        """Has every state reduce its replica's gradients, as one bucket."""
+        futures = []
+        for replica, state in zip(self.replicas, self.states, strict=True):
+            parameters = [*replica.network.parameters()]
+            buffer = torch.cat([g.view(-1) for g in gradients(replica.network)])
+            starts = accumulate((p.numel() for p in parameters), initial=0)
+            bucket = Gradients(parameters, [buffer], [(0, start) for start, _ in zip(starts, parameters, strict=False)])
+            futures.append((bucket, state.reduce(bucket, first=True, last=True)))
+        for bucket, future in futures:
+            future.wait()
+            for i, parameter in enumerate(bucket.parameters):
+                parameter.grad = bucket.of(i).view_as(parameter)
+
+
+def sgd_replicas(network: nn.Module, task: Task) -> list[Replica[dgc.SGD]]:
+    """Returns replicas with dgc.SGD."""
+    return [
+        Replica(
+            replica,
+            dgc.SGD(replica.parameters(), lr=task.lr, momentum=task.momentum, weight_decay=task.weight_decay),
+        )
+        for replica in _copies(network)
+    ]
+
+
+def gradients(network: nn.Module) -> list[Tensor]:
+    """Returns the gradients of all parameters."""
+    return [p.grad for p in network.parameters() if p.grad is not None]
+
+
+def _copies(network: nn.Module) -> list[nn.Module]:
+    return [copy.deepcopy(network) for _ in range(WORKERS)]
+
+
+class Meeting:
+    """Where the workers of one process leave what they send, until the last of them has."""
+
+    def __init__(self) -> None:
+        """Starts empty."""
+        self.transfers: list[_Transfer] = []
+
+    def join(self, transfer: _Transfer) -> None:
+        """Completes all transfers if this is the last one."""
+        self.transfers.append(transfer)
+        if len(self.transfers) < WORKERS:
+            return
+        transfers, self.transfers = self.transfers, []
+        if transfers[0].payload is not None:
+            everything = torch.stack([t.payload for t in transfers if t.payload is not None])
+            for t in transfers:
+                if t.gathered is not None:
+                    t.gathered.copy_(everything)
+        if transfers[0].dense is not None:
+            average = torch.stack([t.dense for t in transfers if t.dense is not None]).mean(0)
+            for t in transfers:
+                if t.dense is not None:
+                    t.dense.copy_(average)
+        for t in transfers:
+            t.done.set_result(None)
+
+
+class _Transfer:
+    """One worker's part of an exchange; see dgc.exchange.Transfer."""
+
+    def __init__(self, payload: Tensor | None, gathered: Tensor | None, dense: Tensor | None) -> None:
+        self.payload, self.gathered, self.dense = payload, gathered, dense
+        self.done: Future[None] = Future()
+
+    def arrived(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class InProcess(Exchange):
+    """One worker's view of a Meeting."""
+
+    world_size = WORKERS
+
+    def __init__(self, rank: int, meeting: Meeting) -> None:
+        """Takes the rank's place."""
+        self.rank, self.meeting = rank, meeting
+
+    def refresh(self) -> None:
+        """Does nothing: the workers stay the same."""
+
+    def start(self, name: str, payload: Tensor | None, gathered: Tensor | None, dense: Tensor | None) -> _Transfer:
+        """Hands over this worker's part."""
+        transfer = _Transfer(payload, gathered, dense)
+        self.meeting.join(transfer)
+        return transfer
+
+    def everyone(self, text: str) -> list[str]:
+        """Returns the text: all workers are made by the same line."""
+        return [text] * WORKERS
+
+    def broadcast(self, tensors: Sequence[Tensor], root: int) -> None:
+        """Refuses.
+
+        Raises:
+            NotImplementedError: always; only workers that come and go need it.
+        """
+        raise NotImplementedError("replicas.py: workers neither come nor go")
