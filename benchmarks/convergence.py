@@ -80,12 +80,12 @@ def tell(tasks: Sequence[str], seeds: Sequence[int], records: Sequence[Record], 
         "commits of the runs": sorted({r.commit for r in records}),
         "hours on one core": sum(r.seconds for r in records) / 3600,
     }
-    (title, headers, rows), *more = tables
+    (title, headers, first), *more = tables
     about = (
         f"Test accuracy (%, higher is better) and perplexity (lower is better) at the end: {WORKERS} workers simulated "
         f"in one process, seeds {seeds[0]} to {seeds[-1]}, warm-up over the first tenth."
     )
-    report("convergence", f"{about}\n\n{title}", headers, rows, raw, more, folder)
+    report("convergence", f"{about}\n\n{title}", headers, first, raw, more, folder)
 
 
 def main() -> None:
