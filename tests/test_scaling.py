@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import astuple, replace
@@ -162,6 +163,13 @@ def test_a_projection_by_hand():
     free = project(resnet, 1.0, (64,), Assumptions(compress_bytes=0))
     cost = 25 * 25_489_408 / 720e9
     assert [a.dgc - b.dgc for a, b in zip(project(resnet, 1.0, (64,)), free, strict=True)] == [pytest.approx(cost)] * 8
+    # The 16-bit hook's casts, 12 bytes a parameter; and 6 bytes for each entry that one of 8 workers receives.
+    uncast = project(resnet, 1.0, (8,), Assumptions(cast_bytes=0))[0]
+    assert at[8, 8, 1].fp16 - uncast.fp16 == pytest.approx(12 * 25_557_032 / 720e9)
+    only_entries = project(replace(resnet, seconds=1.0), 1.0, (8,), Assumptions(0, 0, 0.8, 1.0, 0))[0]
+    last = dgc_traffic(ddp_buckets(NETWORKS["ResNet-50"]()), 8, dgc.DGCConfig())[-1]
+    exposed = 7 * last.payload / 120e9 + 2 * 7 / 8 * last.dense / 120e9
+    assert only_entries.dgc - 1 - exposed == pytest.approx(6 * 8 * 25_513 / 720e9, rel=1e-3)
     # With more than 1,333 workers DGC sends float32 dense: as plain DDP, half as fast as 16 bits at best.
     assert at[2048, 8, 1].all_dense
     assert at[2048, 8, 1].dgc == at[2048, 8, 1].fp32
@@ -204,3 +212,22 @@ def test_the_script_reads_what_it_documents_and_says_what_is_missing(tmp_path):
     runs = made_up()
     path.write_text(json.dumps({"shapes": SHAPES, "measured": [vars(m) for m in runs]}))
     assert scaling.read(path) == (runs, SHAPES)
+
+
+def test_the_script_reports_and_draws(tmp_path, monkeypatch):
+    path = tmp_path / "network.json"
+    path.write_text(json.dumps({"shapes": SHAPES, "measured": [vars(m) for m in made_up()]}))
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--network", str(path)])
+    for module in (scaling, sys.modules["harness"]):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    scaling.main()
+    raw = json.loads((tmp_path / "scaling.json").read_text())
+    assert len(raw["projected"]) == 4 * 4 * 4 * 2
+    assert max(raw["errors"]) < 0.01
+    assert raw["constants"]["share"] == pytest.approx(TRUE.share, rel=0.01)
+    lost = sum(p["speedup"] < 1 for p in raw["projected"])
+    assert raw["losses"][0].startswith(f"DGC is slower than the better dense exchange in {lost} of 128 settings")
+    text = (tmp_path / "scaling.md").read_text()
+    assert len(re.findall(r"\d loses", text)) == lost
+    assert all(sentence in text for sentence in raw["losses"])
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
