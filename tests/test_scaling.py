@@ -1,0 +1,233 @@
+"""The cost model of benchmarks/scaling.py against numbers worked out by hand, and its calibration against itself."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import astuple, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import dgc
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import scaling
+from calibration import Constants, Measured, calibrate, points
+from cost import (
+    Cluster,
+    Link,
+    Traffic,
+    all_gather,
+    all_reduce,
+    communication,
+    ddp_buckets,
+    dense_traffic,
+    dgc_traffic,
+    step_time,
+)
+from projection import WORKLOADS, Assumptions, Projected, losses, project
+from shapes import NETWORKS
+
+FLAT = Cluster(workers=4, per_node=1, network=Link(100.0, 0.5), inside=Link(math.inf, 0.0))
+NODES = Cluster(workers=32, per_node=8, network=Link(100.0, 0.5), inside=Link(1000.0, 0.01))
+ONE_NODE = replace(NODES, workers=8)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "expected"),
+    [
+        (FLAT, 3 * 200 / 100 + 3 * 0.5),
+        (NODES, 31 * 200 / 100 + 3 * 0.5 + 28 * 0.01),  # 31 payloads pass each node's link; 3 of 31 hops are slow
+        (ONE_NODE, 7 * 200 / 1000 + 7 * 0.01),
+    ],
+)
+def test_all_gather(cluster, expected):
+    assert all_gather(200, cluster) == pytest.approx(expected)
+    assert all_gather(0, cluster) == 0
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "cluster", "trees", "expected"),
+    [
+        (200, FLAT, False, 2 * 3 / 4 * 2 + 6 * 0.5),
+        (200, FLAT, True, 2 * 3 / 4 * 2 + 6 * 0.5),  # 6.0 s, and the tree 2 * 2 + 4 * 0.5, the same
+        (20, FLAT, True, 2 * 0.2 + 4 * 0.5),  # the tree waits less often
+        (400, FLAT, True, 2 * 3 / 4 * 4 + 6 * 0.5),  # the ring carries less
+        (400, NODES, True, 2 * 7 / 8 * 0.4 + 14 * 0.01 + 2 * 3 / 4 * 4 + 6 * 0.5),
+        (400, ONE_NODE, True, 2 * 7 / 8 * 0.4 + 14 * 0.01),
+        (0, NODES, True, 0),
+    ],
+)
+def test_all_reduce(nbytes, cluster, trees, expected):
+    assert all_reduce(nbytes, cluster, trees) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "hidden", "expected"),
+    [
+        ([3, 2, 1], 4.0, 10 + 0.5 + 2),  # 6 s, of which 4 are hidden
+        ([3, 2, 1], 8.0, 10 + 0.5 + 1),  # the last bucket is never hidden
+        ([3, 2, 1], 0.0, 10 + 0.5 + 6),
+    ],
+)
+def test_backward_hides_all_but_the_last_bucket(seconds, hidden, expected):
+    assert step_time(10, 0.5, seconds, hidden) == expected
+
+
+@pytest.mark.parametrize("name", ["ResNet-50", "VGG-16", "BERT-large"])
+def test_buckets_are_ddps(name):
+    shapes = list(reversed(NETWORKS[name]().items()))
+    tensors = [torch.empty(shape, device="meta") for _, shape in shapes]
+    indices, _ = dist._compute_bucket_assignment_by_size(tensors, [2**20, 25 * 2**20])
+    assert [list(bucket) for bucket in ddp_buckets(NETWORKS[name]())] == [
+        [shapes[i][0] for i in bucket] for bucket in indices
+    ]
+
+
+def test_traffic_is_what_the_package_sends():
+    buckets = [{"bias": (7,), "small": (10, 10)}, {"matrix": (300, 400)}]
+    assert dense_traffic(buckets, 2) == [Traffic(0, 214, 0, 0), Traffic(0, 240_000, 0, 0)]
+    # 120 entries in 2 tiles: header 32, used 16, tile ends 16, indices 240, values 480.
+    assert dgc_traffic(buckets, 8, dgc.DGCConfig()) == [Traffic(0, 428, 0, 0), Traffic(784, 0, 120_000, 120)]
+    # From 8 / (0.001 * 6) = 1,333.3 workers on the package itself sends dense.
+    assert dgc_traffic(buckets, 1333, dgc.DGCConfig())[1].compressed == 120_000
+    assert dgc_traffic(buckets, 1334, dgc.DGCConfig())[1] == Traffic(0, 480_000, 0, 0)
+    flat = communication([Traffic(200, 200, 1, 1)], FLAT, trees=False)
+    assert flat == [pytest.approx(7.5 + 6.0)]
+
+
+TRUE = Constants(share=0.8, latency=2e-4, hidden=0.4, ddp=0.7e-9, ddp_fp16=2.5e-9, dgc=1.3e-9, unpack=6e-9)
+SHAPES = {
+    "wide": {f"{i}.weight": (2048, 2048) for i in range(4)},
+    "deep": {
+        f"{i}.{kind}": (512, 512) if kind == "weight" else (512,) for i in range(40) for kind in ("weight", "bias")
+    },
+    "large": {"embedding": (20_000, 1024), "matrix": (4096, 1024), "bias": (4096,)},
+}
+
+
+def made_up():
+    """Returns runs as the model itself has them with TRUE."""
+    found = []
+    for model, compute in (("wide", 0.05), ("deep", 0.4), ("large", 0.02)):
+        for rate in (1e10, 1e9, 1e8):
+            for ranks in (2, 4):
+                setting = [Measured(model, rate, ranks, name, compute * ranks, 0) for name in ("no_sync", "topk")]
+                blank = [Measured(model, rate, ranks, name, 1.0, 0) for name in ("ddp", "ddp fp16", "dgc")]
+                runs = points([*setting, *blank], SHAPES)
+                found += [*setting, *(replace(run.measured, seconds=run.predict(TRUE)) for run in runs)]
+    return found
+
+
+def test_calibration_recovers_the_constants():
+    runs = points(made_up(), SHAPES)
+    assert len(runs) == 3 * 3 * 2 * 3  # what the model does not know is left out
+    assert astuple(calibrate(runs)) == pytest.approx(astuple(TRUE), rel=0.01)
+
+
+def test_a_measured_step_by_hand():
+    # 2 ranks at 8 Gb/s, of which 80 % are reached: 8e8 bytes a second.
+    runs = points([Measured("large", 8e9, 2, name, 0.1, 0) for name in ("no_sync", "ddp", "dgc")], SHAPES)
+    elements = 20_000 * 1024 + 4096 * 1024 + 4096
+    seconds = [4 * (4096 * 1024 + 4096) / 8e8 + 2 * 2e-4, 4 * 20_000 * 1024 / 8e8 + 2 * 2e-4]
+    exposed = max(seconds[1], sum(seconds) - 0.04)
+    assert runs[0].predict(TRUE) == pytest.approx(0.1 + 0.7e-9 * elements + exposed)
+    assert runs[0].bytes_sent == 4 * elements
+    k = 20_480 + 4195
+    assert runs[1].predict(TRUE) == pytest.approx(
+        *(0.1 + 1.3e-9 * (elements - 4096) + 6e-9 * 2 * k + (6 * 20_480 + 4 * 313 + 48) / 8e8 + 2e-4,), rel=1e-4
+    )
+
+
+def test_a_setting_without_compute_time_is_refused():
+    with pytest.raises(ValueError, match="no_sync"):
+        points([Measured("wide", 1e9, 2, "dgc", 1.0, 0)], SHAPES)
+    with pytest.raises(ValueError, match="at least 7 runs"):
+        calibrate([])
+
+
+def test_a_projection_by_hand():
+    resnet = WORKLOADS[0]
+    at = {(p.workers, p.per_node, p.gbits): p for p in project(resnet, 1.0, (8, 64, 2048))}
+    # 64 nodes of one, 1 Gb/s: 102 MB pass a link nearly twice; the backward pass, 142 ms, hides little.
+    slow = at[64, 1, 1]
+    gradient = 4 * 25_557_032 / 125e6
+    assert slow.fp32 == pytest.approx(256 / 1200 * (1 - 2 / 3) + 2 * 63 / 64 * gradient, rel=0.02)
+    assert slow.fp16 == pytest.approx(256 / 1200 * (1 - 2 / 3) + 2 * 63 / 64 * gradient / 2, rel=0.02)
+    assert slow.speedup == slow.fp16 / slow.dgc > 3.9
+    # 25 bytes for each of the compressed parameters, at 80 % of 900 GB/s.
+    free = project(resnet, 1.0, (64,), Assumptions(compress_bytes=0))
+    cost = 25 * 25_489_408 / 720e9
+    assert [a.dgc - b.dgc for a, b in zip(project(resnet, 1.0, (64,)), free, strict=True)] == [pytest.approx(cost)] * 8
+    # The 16-bit hook's casts, 12 bytes a parameter; and 6 bytes for each entry that one of 8 workers receives.
+    uncast = project(resnet, 1.0, (8,), Assumptions(cast_bytes=0))[0]
+    assert at[8, 8, 1].fp16 - uncast.fp16 == pytest.approx(12 * 25_557_032 / 720e9)
+    only_entries = project(replace(resnet, seconds=1.0), 1.0, (8,), Assumptions(0, 0, 0.8, 1.0, 0))[0]
+    last = dgc_traffic(ddp_buckets(NETWORKS["ResNet-50"]()), 8, dgc.DGCConfig())[-1]
+    exposed = 7 * last.payload / 120e9 + 2 * 7 / 8 * last.dense / 120e9
+    assert only_entries.dgc - 1 - exposed == pytest.approx(6 * 8 * 25_513 / 720e9, rel=1e-3)
+    # With more than 1,333 workers DGC sends float32 dense: as plain DDP, half as fast as 16 bits at best.
+    assert at[2048, 8, 1].all_dense
+    assert at[2048, 8, 1].dgc == at[2048, 8, 1].fp32
+    # Within a node there is nothing to win, and the rate of the network does not matter.
+    assert at[8, 8, 1].speedup == at[8, 8, 100].speedup < 1
+
+
+def test_latency_slows_a_flat_ring_down():
+    slow, fast = (project(WORKLOADS[0], 1.0, (512,), Assumptions(latency=latency)) for latency in (1e-3, 0.0))
+    assert all(a.dgc > b.dgc for a, b in zip(slow, fast, strict=True))
+
+
+def test_losses_are_said_in_words():
+    won = Projected("A", 8, 64, 1, 4.0, 3.0, 2.0, False)
+    lost = replace(won, gbits=100, dgc=4.0)
+    assert won.speedup == 1.5
+    settings = [
+        won,
+        lost,
+        replace(lost, workers=4096, all_dense=True),
+        replace(lost, workers=8),
+        replace(won, network="B"),
+    ]
+    assert losses(settings) == [
+        "DGC is slower than the better dense exchange in 3 of 5 settings, by more than 5 % in 3.",
+        "All workers in one node, no network: slower in 1 of 1 settings, 0.750 to 0.750 times as fast.",
+        "DGC sends everything dense, in float32, since all-gather would carry more: slower in 1 of 1 settings, "
+        "0.750 to 0.750 times as fast.",
+        "Otherwise A: slower with 64 workers, 8 a node, 100 Gb/s (0.750).",
+        "Otherwise B: slower with none of these settings.",
+    ]
+
+
+def test_the_script_reads_what_it_documents_and_says_what_is_missing(tmp_path):
+    path = tmp_path / "network.json"
+    command = [sys.executable, scaling.__file__, "--network", str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert "Run `python benchmarks/network.py` first" in result.stderr
+    runs = made_up()
+    path.write_text(json.dumps({"shapes": SHAPES, "measured": [vars(m) for m in runs]}))
+    assert scaling.read(path) == (runs, SHAPES)
+
+
+def test_the_script_reports_and_draws(tmp_path, monkeypatch):
+    path = tmp_path / "network.json"
+    path.write_text(json.dumps({"shapes": SHAPES, "measured": [vars(m) for m in made_up()]}))
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--network", str(path)])
+    for module in (scaling, sys.modules["harness"]):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    scaling.main()
+    raw = json.loads((tmp_path / "scaling.json").read_text())
+    assert len(raw["projected"]) == 4 * 4 * 4 * 2
+    assert max(raw["errors"]) < 0.01
+    assert raw["constants"]["share"] == pytest.approx(TRUE.share, rel=0.01)
+    lost = sum(p["speedup"] < 1 for p in raw["projected"])
+    assert raw["losses"][0].startswith(f"DGC is slower than the better dense exchange in {lost} of 128 settings")
+    text = (tmp_path / "scaling.md").read_text()
+    assert len(re.findall(r"\d loses", text)) == lost
+    assert all(sentence in text for sentence in raw["losses"])
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000

@@ -1,0 +1,31 @@
+"""The compression ratios of benchmarks/wire_ratio.py: the paper's by formula, and the bytes that are counted."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dgc
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from shapes import NETWORKS
+from wire_ratio import PAPER, Sent, formula, sent
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_formula_gives_the_papers_ratios(name):
+    assert formula(NETWORKS[name]()) == pytest.approx(PAPER[name], abs=0.75)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        # 120 entries in 2 tiles: header 32, used 16, tile ends 16, indices 240, values 480 or 240.
+        (dgc.DGCConfig(dense_below=0), Sent(payload=32 + 16 + 16 + 240 + 480, dense=4 * 7)),
+        (dgc.DGCConfig(dense_below=0, wire_dtype=torch.bfloat16), Sent(payload=32 + 16 + 16 + 240 + 240, dense=4 * 7)),
+        (dgc.DGCConfig(dense_below=120_001), Sent(payload=0, dense=4 * 120_007)),
+    ],
+)
+def test_what_is_counted_is_what_the_wire_format_says(config, expected):
+    assert sent({"matrix": (300, 400), "bias": (7,)}, config) == expected
