@@ -99,14 +99,17 @@ Table = tuple[str, Sequence[str], Sequence[Sequence[Any]]]
 
 
 def report(
-    name: str,
+    name: str | None,
     title: str,
     headers: Sequence[str],
     rows: Sequence[Sequence[Any]],
     raw: Mapping[str, Any],
     more: Sequence[Table] = (),
 ) -> None:
-    """Prints a table, and `more` of them, and writes them with the raw figures to results/NAME.md and NAME.json."""
+    """Prints a table, and `more` of them, and writes them with the raw figures to results/NAME.md and NAME.json.
+
+    Without a name it writes nothing.
+    """
     about = machine()
     tables = [
         f"{title}\n\n{tabulate(rows, headers=headers, tablefmt='github')}"
@@ -115,7 +118,8 @@ def report(
     described = ", ".join(f"{key} {value}" for key, value in about.items() if key != "command")
     text = "\n\n".join([*tables, f"{described}\n`{about['command']}`\n"])
     print("\n" + text)
-    write(name, text, {"machine": about, **raw})
+    if name:
+        write(name, text, {"machine": about, **raw})
 
 
 def write(name: str, text: str, raw: Mapping[str, Any]) -> None:
