@@ -3,8 +3,9 @@
     sudo python benchmarks/network.py
 
 Every rank is a process of one thread in a network namespace of its own, and what it sends and receives is limited
-(namespaces.py says how, and that nothing is left behind). Without root: `unshare --user --map-root-user python
-benchmarks/network.py`, where the system allows it; otherwise all runs once, marked as such, on an unlimited loopback.
+(namespaces.py says how, and that nothing is left behind). That needs root, or, where the system allows it, what
+`unshare --user --map-root-user --net` in front of the command makes of a user. Without, everything runs once, marked as
+such, on an unlimited loopback.
 
 Competitors (competitors.py) take turns, step by step, with a barrier before each that is not in the time; a step's time
 is the slowest rank's, and holds zero_grad, forward, backward and the optimizer's step. All have
@@ -172,9 +173,9 @@ def run(ranks: int, model: str, rates: list[str], args: argparse.Namespace, bar:
         processes = mp.spawn(worker, (ranks, model, rates, args, folder), ranks, join=False)
         done = 0
         while not processes.join(timeout=1):
-            now = len(list(Path(folder).glob("*.done")))
-            bar.update(now - done)
-            done = now
+            if (now := len(list(Path(folder).glob("*.done")))) > done:
+                bar.update(now - done)
+                done = now
         bar.update(len(rates) - done)
         result: dict[str, Any] = torch.load(f"{folder}/result.pt")
     return {"ranks": ranks, "model": model, **result}

@@ -109,9 +109,11 @@ def report(name: str | None, runs: Sequence[Run], latency_ms: float) -> None:
     latency = f"latency {latency_ms:g} ms" if latency_ms else "no latency set"
     where = f", real limits, {latency}" if limited else ", NO LIMIT: loopback"
     tables = [times(runs, ranks, where) for ranks in sorted({run["ranks"] for run in runs})]
-    tables += [speed_ups(runs)] + [traffic(runs)] * limited
-    aimed = targets(runs)
-    tables += [aimed] if aimed[2] else []
+    tables.append(speed_ups(runs))
+    if limited:
+        tables.append(traffic(runs))
+    if (aimed := targets(runs))[2]:
+        tables.append(aimed)
     first, *more = tables
     harness.report(name, *first, {"limited": limited, "latency_ms": latency_ms, "runs": runs}, more)
     if name and limited:
@@ -136,6 +138,7 @@ def plot(name: str, runs: Sequence[Run]) -> None:
             axes.fill_between(rates, lows, highs, color=colours[rival], alpha=0.12, linewidth=0)
         axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_title(f"{label(run)}, {run['ranks']} ranks", fontsize=9)
         axes.grid(alpha=0.3, which="both")
     figure.supxlabel("rate of each rank's link, both directions")
