@@ -99,7 +99,7 @@ Table = tuple[str, Sequence[str], Sequence[Sequence[Any]]]
 
 
 def report(
-    name: str,
+    name: str | None,
     title: str,
     headers: Sequence[str],
     rows: Sequence[Sequence[Any]],
@@ -107,7 +107,10 @@ def report(
     more: Sequence[Table] = (),
     folder: Path = RESULTS,
 ) -> None:
-    """Prints a table, and `more` of them, and writes them with the raw figures to NAME.md and NAME.json in a folder."""
+    """Prints a table, and `more` of them, and writes them with the raw figures to NAME.md and NAME.json in a folder.
+
+    Without a name it writes nothing.
+    """
     about = machine()
     tables = [
         f"{title}\n\n{tabulate(rows, headers=headers, tablefmt='github')}"
@@ -116,7 +119,8 @@ def report(
     described = ", ".join(f"{key} {value}" for key, value in about.items() if key != "command")
     text = "\n\n".join([*tables, f"{described}\n`{about['command']}`\n"])
     print("\n" + text)
-    write(name, text, {"machine": about, **raw}, folder)
+    if name:
+        write(name, text, {"machine": about, **raw}, folder)
 
 
 def write(name: str, text: str, raw: Mapping[str, Any], folder: Path = RESULTS) -> None:

@@ -4,8 +4,8 @@
 
 Two processes of one thread on the loopback train a 12.6M-parameter MLP at batch 64. Competitors take turns, step by
 step: `no_sync`, no exchange at all and torch.optim.SGD(momentum=0.9), the limit; `ddp`, plain DDP with the same
-optimizer; `ddp fp16`, with PyTorch's fp16_compress_hook; `dgc`, this package at 0.1 %. The optimizer's step is part of
-the time; a step's time is the slower rank's.
+optimizer; `ddp fp16`, with PyTorch's fp16_compress_hook; `dgc`, this package at 0.1 % (competitors.py). The optimizer's
+step is part of the time; a step's time is the slower rank's.
 """
 
 from __future__ import annotations
@@ -15,19 +15,17 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
+import architectures
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from competitors import competitor
 from harness import report, shown
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.functional import mse_loss
 from tqdm import tqdm
-
-import dgc
 
 WIDTH, LAYERS, BATCH = 2048, 3, 64
 
@@ -35,33 +33,7 @@ WIDTH, LAYERS, BATCH = 2048, 3, 64
 def mlp() -> nn.Sequential:
     """Returns 12,589,056 parameters."""
     torch.manual_seed(0)
-    layers: list[nn.Module] = []
-    for _ in range(LAYERS):
-        layers += [nn.Linear(WIDTH, WIDTH), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def competitor(name: str, options: dict[str, bool]) -> Callable[[Tensor, Tensor], None]:
-    """Returns one training step of a competitor, on a model of its own."""
-    model = DistributedDataParallel(mlp(), **options)  # type: ignore[arg-type]
-    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    if name == "dgc":
-        optimizer = dgc.SGD(model.parameters(), lr=0.01, momentum=0.9)
-        state = dgc.DGCState(model.named_parameters(), optimizer, dgc.DGCConfig(density=0.001))
-        model.register_comm_hook(state, dgc.dgc_hook)
-    elif name == "ddp fp16":
-        model.register_comm_hook(None, fp16_compress_hook)
-
-    def step(x: Tensor, y: Tensor) -> None:
-        optimizer.zero_grad()
-        if name == "no_sync":
-            with model.no_sync():
-                nn.functional.mse_loss(model(x), y).backward()
-        else:
-            nn.functional.mse_loss(model(x), y).backward()
-        optimizer.step()
-
-    return step
+    return architectures.mlp(*[WIDTH] * (LAYERS + 1))
 
 
 NAMES = ("no_sync", "dgc", "ddp", "ddp fp16")
@@ -73,9 +45,9 @@ def worker(rank: int, world_size: int, folder: str, runs: int, steps: int, optio
     dist.init_process_group(
         "gloo", rank=rank, world_size=world_size, store=dist.FileStore(f"{folder}/store", world_size)
     )
-    competitors = {name: competitor(name, options) for name in NAMES}
     generator = torch.Generator().manual_seed(rank)
     x, y = (torch.randn(BATCH, WIDTH, generator=generator) for _ in range(2))
+    competitors = {name: competitor(name, mlp(), lambda model: mse_loss(model(x), y), **options) for name in NAMES}
     seconds = torch.zeros(runs, len(NAMES), steps)
     with tqdm(total=runs * steps, desc="steps", file=sys.stderr, disable=rank != 0) as bar:
         for run in range(runs):
@@ -83,7 +55,7 @@ def worker(rank: int, world_size: int, folder: str, runs: int, steps: int, optio
                 for i, name in enumerate(NAMES):
                     dist.barrier()
                     begin = time.perf_counter()
-                    competitors[name](x, y)
+                    competitors[name].step()
                     if step >= 0:
                         seconds[run, i, step] = time.perf_counter() - begin
                 if step >= 0:

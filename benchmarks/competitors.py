@@ -1,0 +1,126 @@
+"""One training step of each competitor, defined once for all benchmarks of DDP.
+
+- `no_sync`: no exchange at all and torch.optim.SGD(momentum=0.9), the limit.
+- `ddp`: plain DDP, float32, with the same optimizer.
+- `ddp fp16`: with PyTorch's fp16_compress_hook.
+- `powersgd`: with PyTorch's powerSGD_hook at rank 4, error feedback and warm start. One bucket: with more it deadlocks
+  under gloo. It compresses from its third step on.
+- `topk`: Deep Gradient Compression as one would write it in plain PyTorch, 0.1 % by torch.topk; see `TopK`.
+- `dgc`: this package at 0.1 %.
+
+No `from __future__ import annotations` here: DDP compares a hook's annotations with the types themselves.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+
+import dgc
+
+NAMES = ("no_sync", "ddp", "ddp fp16", "powersgd", "topk", "dgc")
+DENSITY, LR, MOMENTUM = 0.001, 0.01, 0.9
+WARM_UP = 4  # steps until DDP has built its buckets again (1) and PowerSGD has compressed twice (4)
+
+
+class TopK:
+    """DGC in plain PyTorch: momentum correction and masking, torch.topk of each parameter, one all-gather a bucket.
+
+    Written with care: values and 32-bit indices travel in one collective, while the backward pass goes on.
+    """
+
+    def __init__(self) -> None:
+        """Starts with nothing accumulated."""
+        self._memory: dict[Tensor, tuple[Tensor, Tensor]] = {}
+
+    def hook(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """Replaces the bucket by the average of what all ranks select of it."""
+        buffer, world_size = bucket.buffer(), dist.get_world_size()
+        values, indices, start = [], [], 0
+        for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
+            if parameter not in self._memory:
+                self._memory[parameter] = (torch.zeros(gradient.numel()), torch.zeros(gradient.numel()))
+            u, v = self._memory[parameter]
+            u.mul_(MOMENTUM).add_(gradient.flatten())
+            v.add_(u)
+            selected = v.abs().topk(math.ceil(DENSITY * v.numel()), sorted=False).indices
+            values.append(v[selected])
+            indices.append(selected + start)
+            u[selected] = v[selected] = 0
+            start += v.numel()
+        mine = torch.cat([torch.cat(values).view(torch.int32), torch.cat(indices).int()])
+        everyone = [torch.empty_like(mine) for _ in range(world_size)]
+
+        def scatter(_: torch.futures.Future[Any]) -> Tensor:
+            count = mine.numel() // 2
+            buffer.zero_()
+            for payload in everyone:
+                buffer.index_add_(0, payload[count:], payload[:count].view(torch.float32))
+            return buffer.div_(world_size)
+
+        gathered = dist.all_gather(everyone, mine, async_op=True)
+        return gathered.get_future().then(scatter)  # type: ignore[no-any-return]
+
+
+def topk_hook(state: TopK, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Reduces one DDP bucket."""
+    return state.hook(bucket)
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """A model, wrapped and with an optimizer, that can take a step."""
+
+    name: str
+    model: DistributedDataParallel
+    optimizer: torch.optim.Optimizer
+    loss: Callable[[nn.Module], Tensor]
+    state: dgc.DGCState | None = None
+
+    def step(self) -> None:
+        """Takes one training step."""
+        self.optimizer.zero_grad()
+        if self.name == "no_sync":
+            with self.model.no_sync():
+                self.loss(self.model).backward()
+        else:
+            self.loss(self.model).backward()
+        self.optimizer.step()
+
+
+def competitor(name: str, module: nn.Module, loss: Callable[[nn.Module], Tensor], **options: bool) -> Competitor:
+    """Returns a competitor that trains this module.
+
+    Args:
+        name: one of NAMES.
+        module: its own; equal on all ranks.
+        loss: runs the model that it is given on this rank's data.
+        options: DDP's, the same for all competitors.
+    """
+    if name not in NAMES:
+        raise ValueError(f"competitor: expected one of {', '.join(NAMES)}, got {name!r}")
+    cap = {"bucket_cap_mb": 1 << 20} if name == "powersgd" else {}
+    model = DistributedDataParallel(module, **cap, **options)  # type: ignore[arg-type]
+    optimizer: torch.optim.Optimizer
+    state: dgc.DGCState | None = None
+    if name == "dgc":
+        optimizer = dgc.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
+        state = dgc.DGCState(model.named_parameters(), optimizer, dgc.DGCConfig(density=DENSITY))
+        model.register_comm_hook(state, dgc.dgc_hook)
+    elif name == "topk":
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)  # momentum is in what it sends
+        model.register_comm_hook(TopK(), topk_hook)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
+    if name == "ddp fp16":
+        model.register_comm_hook(None, fp16_compress_hook)
+    elif name == "powersgd":
+        model.register_comm_hook(PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=2), powerSGD_hook)
+    return Competitor(name, model, optimizer, loss, state)

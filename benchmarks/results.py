@@ -1,0 +1,70 @@
+"""Puts together docs/results.md: what the benchmarks printed, word for word, with the pictures that they drew.
+
+    python benchmarks/results.py
+
+Each section is results/NAME.md as the script NAME.py wrote it; NAME_reading.md in front of it, where there is one, is
+what a person says of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from harness import RESULTS
+
+DOCS = Path(__file__).parent.parent / "docs"
+SECTIONS = {
+    "network": "Slow networks",
+    "convergence": "Accuracy",
+    "ablation": "What each technique does",
+    "wire_ratio": "Bytes on the wire",
+    "scaling": "On paper: many workers",
+    "step_cpu": "A DDP step where the network costs nothing",
+    "horovod_step_cpu": "A Horovod step where the network costs nothing",
+    "ops_cpu": "The compression step",
+    "memory_cpu": "Memory",
+    "soak": "Ten thousand steps in which everything goes wrong",
+}
+"""Title of each results/NAME.md."""
+START = """# Results
+
+Made by `python benchmarks/results.py` from what the benchmarks printed; every section ends with the machine, the
+versions, the commit and the command that gives it again. All were run on a shared virtual machine with two cores: read
+ratios, not times.
+"""
+
+
+def text() -> str:
+    """Returns the page.
+
+    Raises:
+        FileNotFoundError: a benchmark has not been run.
+    """
+    parts = [START, "\n".join(f"- [{title}](#{_anchor(title)})" for title in SECTIONS.values())]
+    for name, title in SECTIONS.items():
+        parts.append(f"## {title}")
+        reading, picture = RESULTS / f"{name}_reading.md", RESULTS / f"{name}.png"
+        if reading.exists():
+            parts.append(reading.read_text().strip())
+        if picture.exists():
+            parts.append(f"![{title}]({os.path.relpath(picture, DOCS)})")
+        parts.append((RESULTS / f"{name}.md").read_text().strip())
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _anchor(title: str) -> str:
+    """Returns how GitHub names a heading."""
+    return "".join(c for c in title.lower().replace(" ", "-") if c.isalnum() or c == "-")
+
+
+def main() -> None:
+    """Writes the page."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    (DOCS / "results.md").write_text(text())
+    print(f"wrote {DOCS / 'results.md'}")
+
+
+if __name__ == "__main__":
+    main()
