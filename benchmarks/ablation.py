@@ -21,7 +21,7 @@ from runs import Record, Run, gather, options
 from tasks import TASKS
 from variants import Technique, Variant
 
-CLIP_NORM = 1.0
+CLIP_NORM, STEPS = 1.0, 2000
 DENSE, PAPER = "dense", "+ warm-up (the paper's method)"
 NOTHING: dict[str, Any] = {"residual": False, "correction": False, "masking": False}
 ADDED: dict[str, dict[str, Any]] = {
@@ -64,7 +64,7 @@ def plan(tasks: Sequence[str], seeds: int, steps: int | None) -> list[Run]:
     runs = []
     for seed in range(seeds):
         for name in tasks:
-            length = steps or TASKS[name].steps
+            length = steps or STEPS
             for method in [DENSE, *ADDED, *(m for m in CHANGED if m not in SAME)]:
                 switches = "" if method == DENSE else f", {technique(method, length)}"
                 runs.append(Run(name, method, seed, length, TASKS[name].recipe + switches))
@@ -117,7 +117,7 @@ def _headers(reference: str) -> list[str]:
 
 def main() -> None:
     """Gathers the runs, and reports once they are complete."""
-    args = options(__doc__, ["letters", "gpt", "mnist"], RESULTS / "ablation.jsonl").parse_args()
+    args = options(__doc__, ["letters", "gpt"], RESULTS / "ablation.jsonl").parse_args()
     runs = plan(args.tasks, args.seeds, args.steps)
     found = gather(runs, perform, args.file, args.processes, args.minutes)
     if len(found) == len(runs):

@@ -206,5 +206,6 @@ TASKS = {
         lr=0.1,
         clip_norm=1.0,
         batch_size=4,
+        steps=2000,
     ),
 }
