@@ -105,11 +105,11 @@ def report(
     rows: Sequence[Sequence[Any]],
     raw: Mapping[str, Any],
     more: Sequence[Table] = (),
-    folder: Path = RESULTS,
+    folder: Path | None = None,
 ) -> None:
     """Prints a table, and `more` of them, and writes them with the raw figures to NAME.md and NAME.json in a folder.
 
-    Without a name it writes nothing.
+    Without a name it writes nothing; without a folder, to results/.
     """
     about = machine()
     tables = [
@@ -123,8 +123,9 @@ def report(
         write(name, text, {"machine": about, **raw}, folder)
 
 
-def write(name: str, text: str, raw: Mapping[str, Any], folder: Path = RESULTS) -> None:
-    """Writes a text and its raw figures to NAME.md and NAME.json in a folder."""
+def write(name: str, text: str, raw: Mapping[str, Any], folder: Path | None = None) -> None:
+    """Writes a text and its raw figures to NAME.md and NAME.json in a folder, else in results/."""
+    folder = folder or RESULTS
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.md").write_text(text)
     (folder / f"{name}.json").write_text(json.dumps(raw, indent=1) + "\n")

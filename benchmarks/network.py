@@ -150,6 +150,7 @@ def worker(rank: int, ranks: int, model: str, rates: list[str], args: argparse.N
             c.step()
     stats = next(c.state.stats.bytes_sent for c in competitors if c.state)
     result: dict[str, Any] = {"rates": {}, "bytes": {}, "stats": stats, "reached": {}}
+    result["shapes"] = {n: list(p.shape) for n, p in competitors[0].model.module.named_parameters()}
     result["parameters"] = sum(p.numel() for p in competitors[0].model.parameters())
     for rate in rates:
         if link:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib
+import namespaces
 
 matplotlib.use("Agg")  # no display needed
 from calibration import Measured, calibrate, constants_table, points, table
@@ -29,14 +31,31 @@ SPEEDUPS = (0.5, 1, 2, 5, 10, 20, 50)
 
 
 def read(path: Path) -> tuple[list[Measured], dict[str, Shapes]]:
-    """Returns what was measured, and each model's shapes.
+    """Returns what network.py measured, and each model's shapes.
 
-    The file holds {"shapes": {model: {parameter: [size, ...]}}, "measured": [{a field of Measured: value, ...}]},
-    parameters in the order of named_parameters(), seconds the median over rounds.
+    A link's rate is what an all-reduce had of it, where that is less than what was set: 10 Gbit/s are more than some
+    processors move.
+
+    Raises:
+        ValueError: the runs had no limits.
     """
-    raw = json.loads(path.read_text())
-    shapes = {model: {name: tuple(s) for name, s in named.items()} for model, named in raw["shapes"].items()}
-    return [Measured(**m) for m in raw["measured"]], shapes
+    runs = json.loads(path.read_text())["runs"]
+    if not all(run["reached"] for run in runs):
+        raise ValueError(f"{path}: expected runs with limits, got some on a loopback: run network.py as root")
+    measured = [
+        Measured(
+            run["model"],
+            min(namespaces.bits(rate), 1e6 * run["reached"][rate]),
+            run["ranks"],
+            name,
+            statistics.median(seconds.values()),
+            run["bytes"][name],
+        )
+        for run in runs
+        for rate, competitors in run["rates"].items()
+        for name, seconds in competitors.items()
+    ]
+    return measured, {run["model"]: {name: tuple(s) for name, s in run["shapes"].items()} for run in runs}
 
 
 def marked(p: Projected) -> str:

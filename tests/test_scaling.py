@@ -203,6 +203,24 @@ def test_losses_are_said_in_words():
     ]
 
 
+def written(measured):
+    """Returns what network.py writes of such runs."""
+    runs = []
+    for m in measured:
+        rate = f"{round(m.rate_bits / 1e6)}mbit"
+        runs.append(
+            {
+                "model": m.model,
+                "ranks": m.ranks,
+                "shapes": SHAPES[m.model],
+                "reached": {rate: m.rate_bits / 1e6},
+                "bytes": {m.competitor: m.bytes_sent},
+                "rates": {rate: {m.competitor: {"0": m.seconds + 1, "1": m.seconds, "5": m.seconds / 2}}},
+            }
+        )
+    return json.dumps({"runs": runs})
+
+
 def test_the_script_reads_what_it_documents_and_says_what_is_missing(tmp_path):
     path = tmp_path / "network.json"
     command = [sys.executable, scaling.__file__, "--network", str(path)]
@@ -210,13 +228,18 @@ def test_the_script_reads_what_it_documents_and_says_what_is_missing(tmp_path):
     assert result.returncode == 2
     assert "Run `python benchmarks/network.py` first" in result.stderr
     runs = made_up()
-    path.write_text(json.dumps({"shapes": SHAPES, "measured": [vars(m) for m in runs]}))
+    path.write_text(written(runs))
     assert scaling.read(path) == (runs, SHAPES)
+    slow = json.loads(written(runs))
+    [rate] = slow["runs"][0]["reached"]
+    slow["runs"][0]["reached"][rate] = 4.5
+    path.write_text(json.dumps(slow))
+    assert scaling.read(path)[0][0].rate_bits == 4.5e6
 
 
 def test_the_script_reports_and_draws(tmp_path, monkeypatch):
     path = tmp_path / "network.json"
-    path.write_text(json.dumps({"shapes": SHAPES, "measured": [vars(m) for m in made_up()]}))
+    path.write_text(written(made_up()))
     monkeypatch.setattr(sys, "argv", ["scaling.py", "--network", str(path)])
     for module in (scaling, sys.modules["harness"]):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
