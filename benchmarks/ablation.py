@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from compare import HEADERS, Difference, draw, table
+from accuracy.compare import HEADERS, Difference, draw, table
+from accuracy.replicas import WORKERS, Dense, train
+from accuracy.runs import Record, Run, gather, options
+from accuracy.tasks import TASKS
+from accuracy.variants import Technique, Variant
 from harness import RESULTS, Table, report
-from replicas import WORKERS, Dense, train
-from runs import Record, Run, gather, options
-from tasks import TASKS
-from variants import Technique, Variant
 
 CLIP_NORM, STEPS = 1.0, 2000
 DENSE, PAPER = "dense", "+ warm-up (the paper's method)"

@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from compare import HEADERS, Difference, draw, reaches, table
+from accuracy.compare import HEADERS, Difference, draw, reaches, table
+from accuracy.replicas import DGC, WORKERS, Dense, train
+from accuracy.runs import Record, Run, gather, options
+from accuracy.tasks import TASKS
 from harness import RESULTS, Table, report
-from replicas import DGC, WORKERS, Dense, train
-from runs import Record, Run, gather, options
-from tasks import TASKS
 
 import dgc
 

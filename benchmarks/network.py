@@ -34,12 +34,12 @@ from pathlib import Path
 from typing import Any
 
 import architectures
-import namespaces
-import network_report
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from competitors import NAMES, WARM_UP, Competitor, competitor
+from links import namespaces
+from links.report import report
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from tqdm import tqdm
@@ -223,7 +223,7 @@ def main() -> None:
         print(f"{settings} settings, about {minutes:.0f} minutes on two cores", file=sys.stderr)
     with tqdm(total=settings, desc="settings", file=sys.stderr) as bar:
         measured = [run(ranks, model, rates, args, bar) for ranks in args.ranks for model in args.models]
-    network_report.report(name, measured, latency_ms=args.latency)
+    report(name, measured, latency_ms=args.latency)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib
-import namespaces
+from links import namespaces
 
 matplotlib.use("Agg")  # no display needed
-from calibration import Measured, calibrate, constants_table, points, table
+from cluster.calibration import Measured, calibrate, constants_table, points, table
+from cluster.projection import GBITS, NODES, WORKERS, WORKLOADS, Assumptions, Projected, losses, project, sensitivity
+from cluster.shapes import Shapes
 from harness import RESULTS, report
 from matplotlib import pyplot
-from projection import GBITS, NODES, WORKERS, WORKLOADS, Assumptions, Projected, losses, project, sensitivity
-from shapes import Shapes
 
 SPEEDUPS = (0.5, 1, 2, 5, 10, 20, 50)
 """Marks of the picture."""

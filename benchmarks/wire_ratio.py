@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from cluster.shapes import NETWORKS, Shapes
 from harness import report
-from shapes import NETWORKS, Shapes
 from torch import Tensor, nn
 from torch.futures import Future
 from tqdm import tqdm

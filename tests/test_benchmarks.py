@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import soak
 import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -19,22 +20,12 @@ def test_a_short_soak_passes():
 
 
 @pytest.fixture(scope="module")
-def soak():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import soak
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return soak
-
-
-@pytest.fixture(scope="module")
-def run_and_ledger(soak):
+def run_and_ledger():
     run = soak.Run(steps=60, ranks=3, kills=1, seed=0, save_every=20)
     return run, soak.ledger_of(run)
 
 
-def perfect(soak, run, ledger):
+def perfect(run, ledger):
     """Returns what all ranks have where everything has been sent."""
     start = dict(soak.Given().named_parameters())
     lr = {name: sgd["lr"] for names, sgd in soak.GROUPS.items() for name in names}
@@ -48,9 +39,9 @@ def failed(checks):
     return [about.split(",")[0] for about, *_, good in checks if not good]
 
 
-def test_the_soak_sees_one_entry_that_is_lost(soak, run_and_ledger):
+def test_the_soak_sees_one_entry_that_is_lost(run_and_ledger):
     run, ledger = run_and_ledger
-    results = perfect(soak, run, ledger)
+    results = perfect(run, ledger)
     assert failed(soak.check_conservation(run, results, ledger)) == []
     residual = results[1]["residual"]["integers"] = torch.zeros(soak.SHAPES["integers"])
     residual[3, 4] = 3
@@ -64,9 +55,9 @@ def test_the_soak_sees_one_entry_that_is_lost(soak, run_and_ledger):
     assert failed(soak.check_conservation(run, results, ledger))[2:] == ["conservation of normal gradients"]
 
 
-def test_the_soak_sees_replicas_and_counts_that_differ(soak, run_and_ledger):
+def test_the_soak_sees_replicas_and_counts_that_differ(run_and_ledger):
     run, ledger = run_and_ledger
-    results = perfect(soak, run, ledger)
+    results = perfect(run, ledger)
     assert soak.check_replicas(results)[-1]
     assert soak.check_counts(results, ledger)[-1]
     results[2]["parameters"]["small"] = torch.nextafter(results[2]["parameters"]["small"], torch.tensor(9.0))
@@ -84,7 +75,7 @@ def test_the_soak_sees_replicas_and_counts_that_differ(soak, run_and_ledger):
         (20, 5, 1, ["survivors of a kill end by themselves"]),
     ],
 )
-def test_the_soak_sees_a_restart_that_goes_wrong(soak, run_and_ledger, resumed, digest, hung, expected):
+def test_the_soak_sees_a_restart_that_goes_wrong(run_and_ledger, resumed, digest, hung, expected):
     run, _ = run_and_ledger
     record = lambda attempt, step, digest: soak.Record(attempt, step, digest, 1, 1, 0.0)  # noqa: E731
     log = [record(0, step, 5) for step in range(26)]
@@ -94,12 +85,12 @@ def test_the_soak_sees_a_restart_that_goes_wrong(soak, run_and_ledger, resumed, 
 
 
 @pytest.mark.parametrize(("grows", "expected"), [(0, 0), (200, 1), (2000, 2)])
-def test_the_soak_sees_memory_that_grows(soak, grows, expected):
+def test_the_soak_sees_memory_that_grows(grows, expected):
     records = [soak.Record(0, step, 0, 10**8 + grows * step, 10**7 + grows * step, 0.0) for step in range(2001)]
     assert len(failed(soak.check_memory([records]))) == expected
 
 
-def test_the_soak_is_a_function_of_seed_step_and_rank(soak, run_and_ledger):
+def test_the_soak_is_a_function_of_seed_step_and_rank(run_and_ledger):
     run, _ = run_and_ledger
     for step in range(run.steps):
         for first, second in zip(soak.gradients(run, step, 1), soak.gradients(run, step, 1), strict=True):

@@ -1,28 +1,16 @@
 """benchmarks/convergence.py and ablation.py: that they train what they say, and count right."""
 
 import math
-import sys
 from functools import partial
-from pathlib import Path
 
+import ablation
+import convergence
 import pytest
 import torch
+from accuracy import compare, replicas, runs, tasks, variants
 from torch import nn
 
 import dgc
-
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-try:
-    import ablation
-    import compare
-    import convergence
-    import replicas
-    import runs
-    import tasks
-    import variants
-finally:
-    sys.path.remove(str(BENCHMARKS))
 
 
 def regression():
@@ -134,8 +122,7 @@ def test_differences_and_their_intervals():
         del tasks.TASKS["accuracy"], tasks.TASKS["words"]
 
 
-def test_finished_runs_are_not_done_again_unless_their_settings_change(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)  # for the processes that it starts
+def test_finished_runs_are_not_done_again_unless_their_settings_change(tmp_path):
     path = tmp_path / "runs.jsonl"
     plan = [runs.Run("digits", "dense", seed, 30, "a recipe") for seed in range(2)]
     found = runs.gather(plan, half, path, 1, math.inf)

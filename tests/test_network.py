@@ -15,13 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from links import namespaces
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-try:
-    import namespaces
-finally:
-    sys.path.remove(str(BENCHMARKS))
 
 REASON = "unshare, ip or tc is missing" if not all(map(shutil.which, ("unshare", "ip", "tc"))) else namespaces.missing()
 limited = pytest.mark.skipif(bool(REASON), reason=f"NOT CHECKED: network limits, which need root: {REASON}")

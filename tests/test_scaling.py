@@ -6,18 +6,13 @@ import re
 import subprocess
 import sys
 from dataclasses import astuple, replace
-from pathlib import Path
 
 import pytest
+import scaling
 import torch
 import torch.distributed as dist
-
-import dgc
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import scaling
-from calibration import Constants, Measured, calibrate, points
-from cost import (
+from cluster.calibration import Constants, Measured, calibrate, points
+from cluster.cost import (
     Cluster,
     Link,
     Traffic,
@@ -29,8 +24,10 @@ from cost import (
     dgc_traffic,
     step_time,
 )
-from projection import WORKLOADS, Assumptions, Projected, losses, project
-from shapes import NETWORKS
+from cluster.projection import WORKLOADS, Assumptions, Projected, losses, project
+from cluster.shapes import NETWORKS
+
+import dgc
 
 FLAT = Cluster(workers=4, per_node=1, network=Link(100.0, 0.5), inside=Link(math.inf, 0.0))
 NODES = Cluster(workers=32, per_node=8, network=Link(100.0, 0.5), inside=Link(1000.0, 0.01))

@@ -1,13 +1,9 @@
 """The shapes of published networks: as many parameters as published, and as many of one dimension."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from shapes import NETWORKS
+from cluster.shapes import NETWORKS
 
 
 @pytest.mark.parametrize(

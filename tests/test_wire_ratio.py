@@ -1,16 +1,11 @@
 """The compression ratios of benchmarks/wire_ratio.py: the paper's by formula, and the bytes that are counted."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from cluster.shapes import NETWORKS
+from wire_ratio import PAPER, Sent, formula, sent
 
 import dgc
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from shapes import NETWORKS
-from wire_ratio import PAPER, Sent, formula, sent
 
 
 @pytest.mark.parametrize("name", PAPER)

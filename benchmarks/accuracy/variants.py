@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from replicas import WORKERS, gradients, sgd_replicas
-from tasks import Task
 from torch import Tensor, nn
+
+from .replicas import WORKERS, gradients, sgd_replicas
+from .tasks import Task
 
 WARMUP = (0.25, 0.0625, 0.015625, 0.004)
 """Densities of equal phases (paper, section 3.3)."""

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib import pyplot
-from runs import Record
 from scipy import stats
-from tasks import TASKS
+
+from .runs import Record
+from .tasks import TASKS
 
 
 class Difference(NamedTuple):

@@ -15,7 +15,6 @@ from itertools import accumulate
 from typing import Generic, Protocol, TypeVar
 
 import torch
-from tasks import Task, loss_of, measure
 from torch import Tensor, nn
 from torch.futures import Future
 from torch.optim.optimizer import Optimizer
@@ -23,6 +22,8 @@ from torch.optim.optimizer import Optimizer
 import dgc
 from dgc.bucket import Gradients
 from dgc.exchange import Exchange
+
+from .tasks import Task, loss_of, measure
 
 WORKERS = 4
 

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 
 import numpy as np
-from cost import Cluster, Link, Traffic, communication, ddp_buckets, dense_traffic, dgc_traffic, step_time
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
-from shapes import Shapes
 
 import dgc
 from dgc.stats import traffic as bytes_carried
+
+from .cost import Cluster, Link, Traffic, communication, ddp_buckets, dense_traffic, dgc_traffic, step_time
+from .shapes import Shapes
 
 COMPETITORS = ("ddp", "ddp fp16", "dgc")
 """Those that the model knows; `no_sync` gives the compute time."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from cost import Cluster, Link, communication, ddp_buckets, dense_traffic, dgc_traffic, step_time
-from shapes import NETWORKS
-
 import dgc
+
+from .cost import Cluster, Link, communication, ddp_buckets, dense_traffic, dgc_traffic, step_time
+from .shapes import NETWORKS
 
 NODES = (8, 1)
 """Workers a node: a machine of eight GPUs, or a rented machine of one."""

@@ -11,9 +11,10 @@ import harness
 import matplotlib
 
 matplotlib.use("Agg")  # no display needed
-import namespaces
 from competitors import NAMES
 from matplotlib import pyplot
+
+from . import namespaces
 
 RIVALS = NAMES[1:]  # all but the limit
 Run = dict[str, Any]

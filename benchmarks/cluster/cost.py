@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from shapes import Shapes
 
 import dgc
 from dgc.parameters import dense_reasons
 from dgc.phase import phase_at
 from dgc.schedule import entries
 from dgc.wire import wire_layout
+
+from .shapes import Shapes
 
 FIRST_BUCKET, LATER_BUCKETS = 2**20, 25 * 2**20
 """DDP's bucket_cap_mb, in bytes: a bucket is closed when it has as many."""
