@@ -1,0 +1,127 @@
+"""What should have come of a run: the sum of all gradients, and a simulation of the parameter with momentum."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dgc.schedule import DensitySchedule, entries
+
+from .run import (
+    COMPRESSED,
+    GROUPS,
+    GROWTH_INTERVAL,
+    INIT_SCALE,
+    SHAPES,
+    Given,
+    Run,
+    event_of,
+    gradients,
+)
+
+
+class Simulation:
+    """The parameter with momentum, on all ranks: momentum correction and masking as the paper has them, in float64."""
+
+    def __init__(self, run: Run) -> None:
+        (sgd,) = [sgd for names, sgd in GROUPS.items() if "momentum" in names]
+        self.lr, self.mu = sgd["lr"], sgd["momentum"]
+        self.start = Given().get_parameter("momentum").detach().double()
+        self.parameter = self.start.clone()
+        self.u = [torch.zeros_like(self.parameter) for _ in range(run.ranks)]
+        self.v = [torch.zeros_like(self.parameter) for _ in range(run.ranks)]
+        self.schedule = DensitySchedule(run.config)
+
+    def compare(self, snapshots: Sequence[Mapping[str, Tensor]]) -> float:
+        """Returns the error as a share of the way since the last snapshots, and goes on from these."""
+        end = snapshots[0]["parameter"].double()
+        error = float((self.parameter - end).norm() / (end - self.start).norm())
+        self.start, self.parameter = end, end.clone()
+        self.u = [snapshot["u"].double() for snapshot in snapshots]
+        self.v = [snapshot["v"].double() for snapshot in snapshots]
+        return error
+
+    def step(self, gradients: Sequence[Tensor], applied: int, left_out: bool, dense: bool) -> None:
+        """Takes each rank's gradient; applied is how many steps were, until now."""
+        ranks = len(gradients)
+        if dense:
+            u = sum(self.u, torch.zeros_like(self.parameter)) / ranks
+            if not left_out:
+                u = self.mu * u + sum(gradients, torch.zeros_like(u)) / ranks
+                self.parameter -= self.lr * u
+            self.u = [u.clone() for _ in gradients]
+            return
+        k = entries(self.schedule.density(applied), self.parameter.numel())
+        for g, u, v in zip(gradients, self.u, self.v, strict=True):
+            finite = g.isfinite()
+            u.copy_(torch.where(finite, self.mu * u + g, u))
+            v.copy_(torch.where(finite, v + u, v))
+            if not left_out:
+                sent = v.view(-1).abs().topk(k).indices
+                self.parameter.view(-1)[sent] -= self.lr / ranks * v.view(-1)[sent]
+                v.view(-1)[sent] = 0
+                if not self.schedule.warming_up(applied):
+                    u.view(-1)[sent] = 0
+
+
+@dataclass
+class Ledger:
+    """What the events of a run add up to."""
+
+    total: dict[str, Tensor] = field(default_factory=lambda: {n: torch.zeros(s).double() for n, s in SHAPES.items()})
+    """Sum over the ranks of all gradients that have to be applied or to wait."""
+    momentum: float = 0.0
+    """The largest error of the parameter with momentum between two checkpoints, as a share of the way."""
+    applied: int = 0
+    scale: float = INIT_SCALE
+    lowest: float = INIT_SCALE
+    highest: float = INIT_SCALE
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+def ledger_of(run: Run, folder: Path | None = None) -> Ledger:
+    """Adds up all steps, without DGC; compares the snapshots in a folder with the simulation on the way."""
+    ledger, simulation = Ledger(), Simulation(run)
+    good = 0  # steps since the scale has changed
+    for step in tqdm(range(run.steps), desc="ledger", file=sys.stderr):
+        event = event_of(run, step)
+        left_out = event.discarded or event.bad is not None
+        with_momentum = []
+        for rank in range(run.ranks):
+            first, *others = gradients(run, step, rank)
+            for name, total in ledger.total.items():
+                g = first[name]
+                for other in others:
+                    g = g + other[name]
+                if name in COMPRESSED and not event.dense:
+                    total += g.nan_to_num(0.0, 0.0, 0.0)  # an entry that is not finite is left out by itself
+                elif not left_out:
+                    total += g
+                if name == "momentum":
+                    with_momentum.append(g.double())
+        simulation.step(with_momentum, ledger.applied, left_out, event.dense)
+        ledger.counts["accumulated over two passes"] += event.backwards == 2
+        ledger.counts["with state.dense"] += event.dense
+        ledger.counts["discarded"] += event.discarded
+        ledger.counts["with an Inf or NaN"] += event.bad is not None
+        ledger.applied += not left_out
+        if folder is not None and run.saves_after(step + 1):
+            names = [folder / f"momentum{step + 1}.{rank}.pt" for rank in range(run.ranks)]
+            error = simulation.compare([torch.load(name, weights_only=True) for name in names])
+            ledger.momentum = max(ledger.momentum, error)
+        if event.discarded:
+            continue
+        good = 0 if event.bad else good + 1
+        if event.bad:
+            ledger.scale /= 2
+        elif good == GROWTH_INTERVAL:
+            ledger.scale, good = 2 * ledger.scale, 0
+        ledger.lowest, ledger.highest = min(ledger.lowest, ledger.scale), max(ledger.highest, ledger.scale)
+    return ledger
