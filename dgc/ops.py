@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import cuda, reference
+from . import cuda, jit, reference
 from .wire import GROUP, TILE, WireLayout, div_up, wire_layout
 
 _LIBRARY = torch.library.Library("dgc", "DEF")
@@ -49,9 +49,9 @@ def _load_native() -> bool:
 
 _NATIVE = _load_native()
 _NATIVE_CUDA = torch._C._dispatch_has_kernel_for_dispatch_key("dgc::compress_", "CUDA")
-_CUPY = not _NATIVE_CUDA and cuda.has_cupy()
+_CUPY = not _NATIVE_CUDA and jit.has_cupy()
 if _CUPY:
-    cuda.register_cupy(_LIBRARY)
+    jit.register_cupy(_LIBRARY)
 
 
 def backend(device: str | torch.device) -> str:

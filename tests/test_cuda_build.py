@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import dgc
-from dgc import cuda
+from dgc import cuda, jit
 
 ROOT = Path(__file__).parent.parent
 # Where setup.py looks, in its order.
@@ -70,9 +70,9 @@ def nvrtc() -> ctypes.CDLL:
 def test_nvrtc_compiles_the_source_that_cupy_gets_and_flushes_nothing(architecture):
     library = nvrtc()
     program = ctypes.c_void_p()
-    source = cuda.kernel_source().encode()
+    source = jit.kernel_source().encode()
     assert library.nvrtcCreateProgram(ctypes.byref(program), source, b"dgc.cu", 0, None, None) == 0
-    options = [option.encode() for option in (*cuda.NVRTC_OPTIONS, f"--gpu-architecture={architecture}")]
+    options = [option.encode() for option in (*jit.NVRTC_OPTIONS, f"--gpu-architecture={architecture}")]
     options.append(b"-ftz=true")  # CuPy adds it behind everything
     code = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     size = ctypes.c_size_t()
@@ -90,7 +90,7 @@ def test_nvrtc_compiles_the_source_that_cupy_gets_and_flushes_nothing(architectu
 
 
 def test_the_source_for_cupy_needs_no_other_file():
-    source = cuda.kernel_source()
+    source = jit.kernel_source()
     assert '#include "' not in source
     assert "#pragma once" not in source
     assert source.count("struct WireLayout {") == 1

@@ -14,7 +14,7 @@ from buckets import make
 from roads import emulator, ops
 
 import dgc
-from dgc import cuda, reference
+from dgc import jit, reference
 
 compiled = []
 
@@ -48,9 +48,9 @@ def cupy(monkeypatch):
         cuda=types.SimpleNamespace(Stream=types.SimpleNamespace(from_external=lambda _: contextlib.nullcontext())),
     )
     monkeypatch.setitem(sys.modules, "cupy", stand_in)
-    cuda.cupy_kernels.cache_clear()
+    jit.cupy_kernels.cache_clear()
     yield
-    cuda.cupy_kernels.cache_clear()
+    jit.cupy_kernels.cache_clear()
 
 
 def test_kernels_are_compiled_once_and_launched_with_their_structs(cupy):
@@ -60,19 +60,19 @@ def test_kernels_are_compiled_once_and_launched_with_their_structs(cupy):
         args = make([70_000, 300], 0.01, torch.bfloat16, torch.float16)
         expected = args.clone()
         reference.compress_(*expected.list())
-        cuda.cupy_kernels().compress_(*args.list())
-        assert cuda.cupy_kernels() is cuda.cupy_kernels()
+        jit.cupy_kernels().compress_(*args.list())
+        assert jit.cupy_kernels() is jit.cupy_kernels()
     finally:
         ops.take("native")
-    assert compiled == [cuda.NVRTC_OPTIONS]
+    assert compiled == [jit.NVRTC_OPTIONS]
     for name in ("momentum", "residual", "payload", "sent_momentum"):
         assert torch.equal(getattr(args, name), getattr(expected, name)), name
 
 
 def test_a_cupy_that_cannot_compile_says_what_to_do(cupy, monkeypatch):
-    monkeypatch.setattr(cuda, "NVRTC_OPTIONS", None)
+    monkeypatch.setattr(jit, "NVRTC_OPTIONS", None)
     with pytest.raises(RuntimeError, match=r"CuPy could not compile the CUDA kernels: no NVRTC\. Install .*cupy"):
-        cuda.cupy_kernels()
+        jit.cupy_kernels()
 
 
 SCRIPT = """
@@ -88,7 +88,7 @@ def choice(folder: Path) -> str:
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.skipif(cuda.has_cupy(), reason="CuPy itself is installed: launch/gpu_check.sh tests that")
+@pytest.mark.skipif(jit.has_cupy(), reason="CuPy itself is installed: launch/gpu_check.sh tests that")
 def test_cupy_is_chosen_where_no_kernels_were_built(tmp_path):
     shutil.copytree(Path(dgc.__file__).parent, tmp_path / "dgc", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     assert choice(tmp_path).split() == ["reference", "False"]

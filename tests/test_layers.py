@@ -8,6 +8,8 @@ import dgc
 LAYERS = [
     {"config", "wire"},
     {"reference", "cuda", "schedule", "clip", "stats", "exchange", "memory"},
+    {"kernels"},
+    {"jit"},
     {"ops", "phase", "share", "horovod_exchange"},
     {"optim", "bucket"},
     {"parameters", "report", "verdict"},

@@ -242,7 +242,7 @@ def test_the_workspace_is_left_as_the_next_call_expects_it(road):
     args.gradients[0][5] = float("inf")
     compress_both(args)
     unpack_both(args, args.payload.view(1, -1))
-    sizes = cuda._workspace_sizes(3, 4, int(args.segments[:, 4].sum()))
+    sizes = cuda.workspace_sizes(3, 4, int(args.segments[:, 4].sum()))
     segments, _, bucket, states, _, _, histograms, *_ = args.workspace.cpu().split(sizes)
     assert bucket.count_nonzero() == 0
     assert histograms.count_nonzero() == 0
