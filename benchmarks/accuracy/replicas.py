@@ -1,8 +1,8 @@
 """Data-parallel training of several workers in one process and one thread, step for step what DDP does with them.
 
 Every worker has a replica of the network and an optimizer, and sees its own samples. For DGC it has a DGCState too: the
-project's own core, over an exchange that hands payloads over in memory. On two cores this is several times faster than
-processes, which would share the cores anyway; gradients, selection and update are the same.
+project's own core, over an exchange that hands payloads over in memory. Gradients, selection and update are the same as
+in processes, which on few cores would take turns, and wait for each other at every step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from dgc.exchange import Exchange
 from .tasks import Task, loss_of, measure
 
 WORKERS = 4
-
 
 SomeOptimizer = TypeVar("SomeOptimizer", bound=Optimizer, covariant=True)
 
