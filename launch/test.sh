@@ -48,7 +48,9 @@ step "shell syntax"
 for script in launch/*.sh launch/*.sbatch .ci/run; do bash -n "$script"; done
 
 step "pytest"
-# Files side by side: many tests wait for processes to start and for timeouts to pass. One thread each, since ranks and
-# files share the cores. A worker that crashes ends the run: with another in its place, xdist may wait for ever.
+# Files side by side, one more than there are cores: many tests wait for processes to start and for timeouts to pass. One
+# thread each, since ranks and files share the cores. A worker that crashes ends the run: with another in its place,
+# xdist may wait for ever.
+cores=$(nproc)
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$venv/bin/pytest" \
-  --numprocesses auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile "$@"
+  --numprocesses "$((cores < 4 ? cores + 1 : 4))" --max-worker-restart 0 --dist loadfile "$@"
