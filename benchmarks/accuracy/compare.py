@@ -66,7 +66,7 @@ def table(
 
 
 def draw(found: Mapping[str, Mapping[str, Difference]], reference: str, limits: bool, picture: Path) -> None:
-    """Draws the differences to the reference, a panel for each task, better to the right.
+    """Draws the differences to the reference, a panel for accuracy and one for perplexity, better to the right.
 
     Args:
         found: by task, then by method.
@@ -74,34 +74,31 @@ def draw(found: Mapping[str, Mapping[str, Difference]], reference: str, limits: 
         limits: whether to draw where `reaches` ends.
         picture: the file.
     """
-    figure, panels = pyplot.subplots(
-        1, len(found), figsize=(3.1 * len(found) + 1.2, 1.2 + 0.3 * max(map(len, found.values()))), layout="constrained"
-    )
-    for axes, (task, methods) in zip([panels] if len(found) == 1 else panels, found.items(), strict=True):
-        perplexity = TASKS[task].metric == "perplexity"
-        for place, it in enumerate(methods.values()):
-            good = not limits or reaches(task, it)
-            axes.errorbar(
-                it.mean,
-                -place,
-                xerr=[[it.mean - it.low], [it.high - it.mean]],
-                fmt="o",
-                capsize=3,
-                markersize=4,
-                color="C0" if good else "C3",
-            )
-        axes.set_yticks(
-            [-i for i in range(len(methods))], list(methods) if axes.get_subplotspec().is_first_col() else []
-        )
-        axes.set_ylim(-len(methods) + 0.5, 0.5)
+    by_metric: dict[str, list[tuple[str, str, Difference]]] = {}
+    for task, methods in found.items():
+        rows = by_metric.setdefault(TASKS[task].metric, [])
+        rows += [(task, f"{task}: {method}" if len(found) > 2 else method, it) for method, it in methods.items()]
+    size = (6.5 * len(by_metric), 1.3 + 0.27 * max(map(len, by_metric.values())))
+    figure, panels = pyplot.subplots(1, len(by_metric), figsize=size, layout="constrained", squeeze=False)
+    for axes, (metric, rows) in zip(panels[0], by_metric.items(), strict=True):
+        for place, (task, _, it) in enumerate(rows):
+            colour = "C0" if not limits or reaches(task, it) else "C3"
+            errors = [[it.mean - it.low], [it.high - it.mean]]
+            axes.errorbar(it.mean, -place, xerr=errors, fmt="o", capsize=3, markersize=4, color=colour)
+        axes.set_yticks([-place for place in range(len(rows))], [label for _, label, _ in rows], fontsize="small")
+        axes.set_ylim(-len(rows) + 0.5, 0.5)
         axes.axvline(0, color="black", linewidth=0.8)
-        if limits:
-            axes.axvline(1 if perplexity else -0.5, color="C3", linewidth=0.8, linestyle=":")
-        if perplexity:
+        tasks = ", ".join(dict.fromkeys(task for task, *_ in rows))
+        if metric == "perplexity":
             axes.invert_xaxis()
-        axes.set_xlabel("perplexity, per cent" if perplexity else "accuracy, points")
-        axes.set_title(task)
+            axes.set_xlabel(f"{tasks}: perplexity, per cent")
+        else:
+            axes.set_xlabel(f"{tasks}: accuracy, points")
+        if limits:
+            axes.axvline(1 if metric == "perplexity" else -0.5, color="C3", linewidth=0.8, linestyle=":")
         axes.grid(axis="x", alpha=0.3)
-    figure.suptitle(f"Difference to {reference}: mean and 95 % interval; better to the right", fontsize="medium")
+    note = "; red: may be beyond the dotted line" if limits else ""
+    figure.suptitle(f"Difference to {reference}, mean and 95 % interval, better to the right{note}", fontsize="medium")
     picture.parent.mkdir(exist_ok=True)
     figure.savefig(picture, dpi=110)
+    pyplot.close(figure)
