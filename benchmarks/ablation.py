@@ -21,7 +21,7 @@ from accuracy.tasks import TASKS
 from accuracy.variants import Technique, Variant
 from harness import RESULTS, Table, report
 
-CLIP_NORM, STEPS = 1.0, 2000
+CLIP_NORM, STEPS = 1.0, 1500
 DENSE, PAPER = "dense", "+ warm-up (the paper's method)"
 NOTHING: dict[str, Any] = {"residual": False, "correction": False, "masking": False}
 ADDED: dict[str, dict[str, Any]] = {
