@@ -35,7 +35,8 @@ class DGCConfig:
 
     momentum_masking: bool | Literal["after_warmup"] = "after_warmup"
     """Whether u becomes 0 where an entry was sent (section 3.2): True keeps stale momentum from overshooting, but at
-    the high densities of warm-up it takes most of the momentum away."""
+    the high densities of warm-up it takes most of the momentum away. So it does after warm-up where density stays at
+    1 % or more, and with language models above all (docs/results.md): use False there."""
 
     clip_norm: float | None = None
     """Threshold of the gradient norm that one worker would use (section 3.2, local gradient clipping): each rank clips
