@@ -113,7 +113,7 @@ def report(
     """
     about = machine()
     tables = [
-        f"{title}\n\n{tabulate(rows, headers=headers, tablefmt='github')}"
+        f"{title}\n\n{tabulate(rows, headers=headers, tablefmt='github', disable_numparse=True)}"
         for title, headers, rows in [(title, headers, rows), *more]
     ]
     described = ", ".join(f"{key} {value}" for key, value in about.items() if key != "command")
