@@ -50,8 +50,7 @@ for script in launch/*.sh launch/*.sbatch .ci/run; do bash -n "$script"; done
 step "pytest"
 # Files side by side, one more than there are cores: many tests wait for processes to start and for timeouts to pass. One
 # thread each, since ranks and files share the cores. A worker that crashes ends the run: with another in its place,
-# xdist may wait for ever. In the order of names: xdist's own starts the files of few tests last, which take longest.
+# xdist may wait for ever.
 cores=$(nproc)
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$venv/bin/pytest" \
-  --numprocesses "$((cores < 4 ? cores + 1 : 4))" --max-worker-restart 0 \
-  --dist loadfile --no-loadscope-reorder "$@"
+  --numprocesses "$((cores < 4 ? cores + 1 : 4))" --max-worker-restart 0 --dist loadfile "$@"
