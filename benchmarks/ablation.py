@@ -100,7 +100,6 @@ def tell(tasks: Sequence[str], seeds: Sequence[int], records: Sequence[Record], 
     raw = {
         "differences to dense": {name: {m: it._asdict() for m, it in of.items()} for name, of in found.items()},
         "commits of the runs": sorted({r.commit for r in records}),
-        "hours on one core": sum(r.seconds for r in records) / 3600,
     }
     (title, headers, first), *more = tables
     about = (
