@@ -39,11 +39,11 @@ CHANGED: dict[str, dict[str, Any]] = {
     "without masking": {"masking": False},
     "without clipping": {"clip_norm": None},
     "without warm-up": {"warmup": False},
-    "masking after warm-up": {"masking": "after_warmup"},
+    "masking below 1 % only": {"masking": "auto"},
     "dense below 16,384 elements": {"dense_below": 16384},
     "at least 32 entries a tensor": {"at_least": 32},
     "one selection over all tensors": {"one_selection": True},
-    "our defaults": {"masking": "after_warmup", "dense_below": 16384},
+    "our defaults": {"masking": "auto", "dense_below": 16384},
     "our defaults without masking": {"masking": False, "dense_below": 16384},
 }
 """What differs from the paper's method."""

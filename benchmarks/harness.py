@@ -19,6 +19,14 @@ from tabulate import tabulate
 import dgc
 
 RESULTS = Path(__file__).parent / "results"
+KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "268435456", "MALLOC_MMAP_THRESHOLD_": "33554432"}
+"""What the launchers set where there is no GPU; see launch/environment.sh."""
+
+
+def keep_freed_memory() -> None:
+    """Gives the processes that are started from now on the launchers' settings of the C library's allocator."""
+    for name, value in KEEP_FREED_MEMORY.items():
+        os.environ.setdefault(name, value)
 
 
 def interleave(

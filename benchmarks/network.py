@@ -9,9 +9,10 @@ such, on an unlimited loopback.
 
 Competitors (competitors.py) take turns, step by step, with a barrier before each that is not in the time; a step's time
 is the slowest rank's, and holds zero_grad, forward, backward and the optimizer's step. All have
-gradient_as_bucket_view=True. The first steps, with DDP's rebuilt buckets and PowerSGD's dense ones, run without a limit
-and are not timed. In each setting all competitors have the same share of --seconds, but at least 3 steps each; no_sync
-has at least 5, and one in every round. A ratio is that of two competitors in the same round.
+gradient_as_bucket_view=True, and the allocator's settings of launch/torchrun.sh. The first steps, with DDP's rebuilt
+buckets and PowerSGD's dense ones, run without a limit and are not timed. In each setting all competitors have the same
+share of --seconds, but at least 3 steps each; no_sync has at least 5, and one in every round. A ratio is that of two
+competitors in the same round.
 
 Four ranks on fewer cores compute in turns, so there is more time to hide an exchange behind: only ratios mean anything.
 
@@ -38,6 +39,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from competitors import NAMES, WARM_UP, Competitor, competitor
+from harness import keep_freed_memory
 from links import namespaces
 from links.report import report
 from torch import Tensor, nn
@@ -218,6 +220,7 @@ def main() -> None:
     full = full and set(args.models) >= set(MODELS) and not args.latency
     name = args.out or ("network" if full else None)
     runs, settings = len(args.ranks) * len(args.models), len(args.ranks) * len(args.models) * len(rates)
+    keep_freed_memory()
     if not args.smoke:
         minutes = (runs * START_UP + settings * args.seconds * 1.3) / 60
         print(f"{settings} settings, about {minutes:.0f} minutes on two cores", file=sys.stderr)

@@ -5,7 +5,7 @@
 Two processes of one thread on the loopback train a 12.6M-parameter MLP at batch 64. Competitors take turns, step by
 step: `no_sync`, no exchange at all and torch.optim.SGD(momentum=0.9), the limit; `ddp`, plain DDP with the same
 optimizer; `ddp fp16`, with PyTorch's fp16_compress_hook; `dgc`, this package at 0.1 % (competitors.py). The optimizer's
-step is part of the time; a step's time is the slower rank's.
+step is part of the time; a step's time is the slower rank's. The allocator has the settings of launch/torchrun.sh.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from competitors import competitor
-from harness import report, shown
+from harness import keep_freed_memory, report, shown
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="timed steps of each competitor in a run")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
+    keep_freed_memory()
     rows, raw = [], {}
     for label, options in (("default", {}), ("gradient_as_bucket_view=True", {"gradient_as_bucket_view": True})):
         with tempfile.TemporaryDirectory() as folder:

@@ -36,8 +36,8 @@ class Buckets:
             dense: whether DGC is switched off.
         """
         momentum = self._memory.momentum is not None  # without it buckets keep no room for what is masked
-        schedule = self._schedule
-        key = (schedule.density(step), schedule.warming_up(step), dense, self._exchange.world_size)
+        density = self._schedule.density(step)
+        key = (density, dense, self._exchange.world_size)
         changed = key != self._key[:-1]
         if (*key, momentum) != self._key:
             self._buckets.clear()
@@ -45,7 +45,7 @@ class Buckets:
         if changed:
             parameters = self._parameters
             self.phase = phase_at(
-                *(step, self._config, parameters.by_name, parameters.never_compressed),
+                *(density, self._config, parameters.by_name, parameters.never_compressed),
                 *(self._exchange.world_size, dense),
             )
             return_free_memory()

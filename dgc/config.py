@@ -15,9 +15,9 @@ WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class DGCConfig:
     """How a model's gradients are compressed. Equal on all ranks.
 
-    The defaults differ from the paper in two points, each of which cost accuracy in our simulation: momentum is masked
-    only after warm-up, and small tensors are sent dense. `DGCConfig(momentum_masking=True, dense_below=0)` is the
-    paper's setting. Sections are those of Lin et al., ICLR 2018.
+    The defaults differ from the paper in two points, each of which cost accuracy in our measurements (docs/results.md):
+    momentum is not masked at high densities, and small tensors are sent dense. `DGCConfig(momentum_masking=True,
+    dense_below=0)` is the paper's setting. Sections are those of Lin et al., ICLR 2018.
 
     Raises:
         ValueError: a field is out of range; the message names it, what was expected and what came.
@@ -33,10 +33,10 @@ class DGCConfig:
     """Densities of the warm-up's equal phases, falling. Those not above `density` are left out. Phases in which
     all-gather would carry more bytes than all-reduce run dense."""
 
-    momentum_masking: bool | Literal["after_warmup"] = "after_warmup"
-    """Whether u becomes 0 where an entry was sent (section 3.2): True keeps stale momentum from overshooting, but at
-    the high densities of warm-up it takes most of the momentum away. So it does after warm-up where density stays at
-    1 % or more, and with language models above all (docs/results.md): use False there."""
+    momentum_masking: bool | Literal["auto"] = "auto"
+    """Whether u becomes 0 where an entry was sent (section 3.2). It keeps stale momentum from overshooting, but where
+    much is sent it takes most of the momentum away: "auto" masks in steps whose density is below 1 %, in warm-up as
+    after it."""
 
     clip_norm: float | None = None
     """Threshold of the gradient norm that one worker would use (section 3.2, local gradient clipping): each rank clips
@@ -86,8 +86,8 @@ class DGCConfig:
         )
         _expect(
             "momentum_masking",
-            self.momentum_masking in (True, False, "after_warmup"),
-            'True, False or "after_warmup"',
+            self.momentum_masking in (True, False, "auto"),
+            'True, False or "auto"',
             self.momentum_masking,
         )
         _expect(

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .config import DGCConfig
-from .schedule import DensitySchedule, dense_is_cheaper
+from .schedule import dense_is_cheaper
+
+MASKED_BELOW = 0.01
+"""Density from which on DGCConfig.momentum_masking "auto" does not mask."""
 
 
 @dataclass(frozen=True)
@@ -36,29 +39,29 @@ class Phase:
         )
 
 
+def masks(config: DGCConfig, density: float) -> bool:
+    """Returns whether u becomes 0 where an entry was sent, at a density."""
+    return density < MASKED_BELOW if config.momentum_masking == "auto" else config.momentum_masking
+
+
 def phase_at(
-    step: int,
+    density: float,
     config: DGCConfig,
     parameters: Mapping[str, Tensor],
     never_compressed: Mapping[str, str],
     world_size: int,
     switched_off: bool,
 ) -> Phase:
-    """Returns the phase of a step.
+    """Returns the phase of steps of a density.
 
     Args:
-        step: from 0.
+        density: from the schedule.
         config: the user's.
         parameters: all trainable ones, by name.
         never_compressed: those dense in every phase, with the reason.
         world_size: number of ranks.
         switched_off: whether the user has asked for dense steps.
     """
-    schedule = DensitySchedule(config)
-    density = schedule.density(step)
-    masking = config.momentum_masking
-    if masking == "after_warmup":
-        masking = not schedule.warming_up(step)
     dense = {}
     for name, parameter in parameters.items():
         if name in never_compressed:
@@ -69,4 +72,4 @@ def phase_at(
             dense[name] = "density 1"
         elif dense_is_cheaper(density, world_size, parameter.dtype.itemsize, config.wire_dtype.itemsize):
             dense[name] = f"all-reduce is cheaper at this density with {world_size} ranks"
-    return Phase(density, masking, dense)
+    return Phase(density, masks(config, density), dense)

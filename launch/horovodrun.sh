@@ -31,6 +31,8 @@ Environment, passed on to all machines except for CUDA_VISIBLE_DEVICES:
   PYTHON            the Python that has Horovod (default: that of the activated environment, else that of the
                     environment that launch/install_horovod.sh makes, else python3)
   OMP_NUM_THREADS   threads of each process (default: cores / processes of a machine; unset where that is not known)
+  MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_
+                    freed memory that a process keeps, where there is no GPU (default: 256 and 32 MiB)
 USAGE
 }
 
@@ -73,6 +75,7 @@ PYTHON=$python launch/install_horovod.sh installs it" >&2
     exit 1
 fi
 read -r cores gpus <<<"$counts"
+if [[ $gpus == 0 ]]; then keep_freed_memory; fi
 if [[ -z $processes && -z $machines ]]; then
     processes=$((gpus > 0 ? gpus : cores))
     set -- -np "$processes" "$@"

@@ -24,6 +24,8 @@ Environment:
   PYTHON             the Python that has torch (default: that of the activated environment, else that of the
                      environment that launch/quickstart.sh makes, else python3)
   OMP_NUM_THREADS    threads of each process (default: cores / processes)
+  MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_
+                     freed memory that a process keeps, where there is no GPU (default: 256 and 32 MiB)
   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME
                      network interface, e.g. eth0, where the machines find no way to each other
 EOF
@@ -51,6 +53,7 @@ if ! counts=$("$python" -c 'import os, torch; print(len(os.sched_getaffinity(0))
     exit 1
 fi
 read -r cores gpus <<<"$counts"
+if [[ $gpus == 0 ]]; then keep_freed_memory; fi
 if [[ -z $processes ]]; then
     processes=$((gpus > 0 ? gpus : cores))
     set -- --nproc-per-node "$processes" "$@"

@@ -27,7 +27,7 @@ net = Given(SHAPES, seed=os.getpid())
 optimizer = dgc_hvd.DistributedOptimizer(
     dgc.SGD(net.parameters(), lr=0.5, momentum=0.5),
     net.named_parameters(),
-    dgc_hvd.DGCCompressor(dgc.DGCConfig(density=0.01), bucket_cap_mb=0.1),
+    dgc_hvd.DGCCompressor(dgc.DGCConfig(density=0.008), bucket_cap_mb=0.1),
 )
 record = []
 """(number of workers, after sync, after the last commit) for each group that this worker has been in."""

@@ -26,7 +26,7 @@ class Scaled:
         make = optimizer or dgc.SGD
         self.optimizer = make(self.model.parameters(), **{"lr": 0.5, "momentum": 0.5, **sgd})
         self.scaler = GradScaler("cpu", init_scale=2.0**16, growth_interval=2, enabled=scaler)
-        config = config or dgc.DGCConfig(density=0.01)
+        config = config or dgc.DGCConfig(density=0.008)
         self.state = dgc.DGCState(self.model.named_parameters(), self.optimizer, config, grad_scaler=self.scaler)
         self.state._late = late
 
@@ -48,9 +48,9 @@ class Scaled:
 
 ALL = {"parameters": True, "residual": True, "momentum": True, "step": True}
 RECIPES = [
-    (dgc.DGCConfig(density=0.01), {}),
-    (dgc.DGCConfig(density=0.01, clip_norm=30.0), {"nesterov": True, "weight_decay": 0.01}),
-    (dgc.DGCConfig(density=0.01, warmup_steps=6, warmup_densities=(0.25, 0.05), wire_dtype=torch.bfloat16), {}),
+    (dgc.DGCConfig(density=0.008), {}),
+    (dgc.DGCConfig(density=0.008, clip_norm=30.0), {"nesterov": True, "weight_decay": 0.01}),
+    (dgc.DGCConfig(density=0.008, warmup_steps=6, warmup_densities=(0.25, 0.05), wire_dtype=torch.bfloat16), {}),
 ]
 
 
@@ -150,7 +150,7 @@ def test_optimizers_of_torch_skip_too(make):
     optimizer = make(model.parameters(), lr=0.5)
     scaler = GradScaler("cpu", init_scale=8.0)
     with pytest.warns(UserWarning, match="outside the paper") if make is torch.optim.Adam else nullcontext():
-        state = dgc.DGCState(model.named_parameters(), optimizer, dgc.DGCConfig(density=0.01), grad_scaler=scaler)
+        state = dgc.DGCState(model.named_parameters(), optimizer, dgc.DGCConfig(density=0.008), grad_scaler=scaler)
     before = model.a.detach().clone()
     for step in range(3):
         gradients = integers(SHAPES, step)

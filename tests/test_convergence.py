@@ -44,7 +44,7 @@ def trained(task, make, steps=40):
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.1])
-@pytest.mark.parametrize("masking", [True, False, "after_warmup"])
+@pytest.mark.parametrize("masking", [True, False, "auto"])
 @pytest.mark.parametrize("dense_below", [0, 16384])
 def test_variants_with_the_packages_techniques_are_the_package(clip_norm, masking, dense_below):
     task = small(clip_norm=clip_norm)

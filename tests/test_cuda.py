@@ -66,7 +66,7 @@ def both(rank, world_size, config, sgd):
 @pytest.mark.parametrize("sgd", [{"lr": 0.5}, {"lr": 0.5, "momentum": 0.5}], ids=str)
 def test_two_gloo_ranks_on_one_gpu_give_the_bits_of_the_cpu(wire_dtype, sgd):
     # Small integers, halved a few times: exact, so both devices' order of a sum does not matter.
-    config = dgc.DGCConfig(density=0.01, wire_dtype=wire_dtype, warmup_steps=4, warmup_densities=(0.1,))
+    config = dgc.DGCConfig(density=0.008, wire_dtype=wire_dtype, warmup_steps=4, warmup_densities=(0.1,))
     results = run_ranks(2, both, config, sgd, timeout=120)
     for on_cpu, on_cuda in results:
         for name, tensor in on_cpu.items():
@@ -77,12 +77,12 @@ def test_two_gloo_ranks_on_one_gpu_give_the_bits_of_the_cpu(wire_dtype, sgd):
 
 def under_nccl(rank, world_size):
     torch.cuda.set_device(0)
-    config, sgd = dgc.DGCConfig(density=0.01), {"lr": 0.5, "momentum": 0.5}
+    config, sgd = dgc.DGCConfig(density=0.008), {"lr": 0.5, "momentum": 0.5}
     return train(rank, world_size, "cuda:0", 10, config, sgd)
 
 
 def alone_on_the_cpu(rank, world_size):
-    return train(rank, world_size, "cpu", 10, dgc.DGCConfig(density=0.01), {"lr": 0.5, "momentum": 0.5})
+    return train(rank, world_size, "cpu", 10, dgc.DGCConfig(density=0.008), {"lr": 0.5, "momentum": 0.5})
 
 
 def test_one_nccl_rank_gives_the_bits_of_the_cpu():
@@ -97,7 +97,7 @@ def never_waits(rank, world_size):
     net = Given(SHAPES).cuda()
     ddp = DistributedDataParallel(net, bucket_cap_mb=0.5, gradient_as_bucket_view=True)
     optimizer = dgc.SGD(ddp.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True)
-    state = dgc.DGCState(ddp.named_parameters(), optimizer, dgc.DGCConfig(density=0.01, clip_norm=5.0))
+    state = dgc.DGCState(ddp.named_parameters(), optimizer, dgc.DGCConfig(density=0.008, clip_norm=5.0))
     calls = []
 
     def hook(state: dgc.DGCState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -182,7 +182,7 @@ def test_a_large_bucket_of_many_segments_has_exactly_the_largest():
 def test_a_non_finite_gradient_changes_nothing_and_the_next_step_raises():
     net = Given(SHAPES).cuda()
     optimizer = dgc.SGD(net.parameters(), lr=0.5, momentum=0.5, weight_decay=0.1)
-    state = dgc.DGCState(net.named_parameters(), optimizer, dgc.DGCConfig(density=0.01))
+    state = dgc.DGCState(net.named_parameters(), optimizer, dgc.DGCConfig(density=0.008))
     from alone import reduce
 
     def step(gradients):

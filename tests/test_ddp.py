@@ -31,7 +31,7 @@ class Run:
     """One rank's model, optimizer and state behind DDP."""
 
     def __init__(self, config=None, shapes=SHAPES, module=None, dtype=torch.float32, ddp=None, **sgd):
-        self.config = config or dgc.DGCConfig(density=0.01)
+        self.config = config or dgc.DGCConfig(density=0.008)
         self.net = Given(shapes, dtype=dtype) if module is None else module
         self.ddp = DistributedDataParallel(self.net, **{"bucket_cap_mb": 0.05, **(ddp or {})})
         self.optimizer = dgc.SGD(self.ddp.parameters(), **{"lr": 0.5, "momentum": 0.5, **sgd})
@@ -60,12 +60,12 @@ def train_given(rank, world_size, steps, make, kwargs):
 def test_integer_gradients_on_two_ranks_match_the_oracle_exactly():
     # Momentum 0: integers stay integers, so float32 and float64 agree in every bit, ties included.
     results = run_ranks(2, train_given, 40, integers, {"momentum": 0.0})
-    assert_close_to(oracle_for(2, 40, integers, lambda s: 0.01, lambda s: True, momentum=0.0), results, 0.0)
+    assert_close_to(oracle_for(2, 40, integers, lambda s: 0.008, lambda s: True, momentum=0.0), results, 0.0)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_momentum_nesterov_decay_clipping_and_warm_up_match_the_oracle(world_size):
-    config = dgc.DGCConfig(density=0.01, warmup_steps=12, warmup_densities=(0.25, 0.05), clip_norm=20.0)
+    config = dgc.DGCConfig(density=0.008, warmup_steps=12, warmup_densities=(0.25, 0.05), clip_norm=20.0)
     sgd = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
     results = run_ranks(world_size, train_given, 30, normals, {"config": config, **sgd})
     assert_replicas_equal(results)
@@ -73,7 +73,7 @@ def test_momentum_nesterov_decay_clipping_and_warm_up_match_the_oracle(world_siz
         world_size,
         30,
         normals,
-        lambda s: 0.25 if s < 6 else 0.05 if s < 12 else 0.01,
+        lambda s: 0.25 if s < 6 else 0.05 if s < 12 else 0.008,
         lambda s: s >= 12,
         clip_norm=20.0,
         **sgd,
@@ -111,7 +111,7 @@ def test_another_split_into_buckets_gives_the_same_bits():
     split = [
         run_ranks(3, train_given, 20, normals, {"ddp": {"bucket_cap_mb": mb}, "config": config})
         for mb in (0.02, 25)
-        for config in [dgc.DGCConfig(density=0.01, clip_norm=30.0)]
+        for config in [dgc.DGCConfig(density=0.008, clip_norm=30.0)]
     ]
     for name in SHAPES:
         one, other = (results[0]["parameters"][name] for results in split)
@@ -206,7 +206,7 @@ def test_no_sync_accumulates_before_anything_is_sent():
         first, second = (integers(shapes, seed_of(2 * step + i, rank)) for i in (0, 1))
         return {name: first[name] + second[name] for name in shapes}
 
-    assert_close_to(oracle_for(2, 6, sums, lambda s: 0.01, lambda s: True, momentum=0.0), results, 0.0)
+    assert_close_to(oracle_for(2, 6, sums, lambda s: 0.008, lambda s: True, momentum=0.0), results, 0.0)
 
 
 def accumulate_without_no_sync(rank, world_size):
@@ -279,7 +279,7 @@ def test_join_keeps_sending_the_residual_of_a_rank_that_ran_out_of_data():
 )
 def test_ddp_options_do_not_change_the_result(ddp):
     results = run_ranks(2, train_given, 20, integers, {"ddp": ddp, "momentum": 0.0})
-    assert_close_to(oracle_for(2, 20, integers, lambda s: 0.01, lambda s: True, momentum=0.0), results, 0.0)
+    assert_close_to(oracle_for(2, 20, integers, lambda s: 0.008, lambda s: True, momentum=0.0), results, 0.0)
 
 
 class Mixed(nn.Module):
@@ -360,7 +360,7 @@ def test_switching_to_dense_and_back_averages_momentum_once_and_keeps_the_residu
         assert all(torch.equal(r["averaged"][name], results[0]["averaged"][name]) for r in results)
         assert not torch.equal(results[1]["momentum"][name], results[0]["momentum"][name])
     # The average itself: ten sparse steps by the oracle, then one dense one.
-    oracle = oracle_for(3, 10, normals, lambda s: 0.01, lambda s: True, lr=0.1)
+    oracle = oracle_for(3, 10, normals, lambda s: 0.008, lambda s: True, lr=0.1)
     for name in LARGE:
         mean = sum(normals(SHAPES, seed_of(10, rank))[name].double() for rank in range(3)) / 3
         u = 0.5 * sum(oracle.u[rank][name] for rank in range(3)) / 3 + mean.numpy().ravel()
@@ -371,7 +371,7 @@ def test_switching_to_dense_and_back_averages_momentum_once_and_keeps_the_residu
 
 
 def resume(rank, world_size, folder):
-    config = dgc.DGCConfig(density=0.01, warmup_steps=10, warmup_densities=(0.25, 0.05))
+    config = dgc.DGCConfig(density=0.008, warmup_steps=10, warmup_densities=(0.25, 0.05))
     sgd = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "config": config}
     straight = Run(**sgd)
     for step in range(16):
@@ -404,7 +404,7 @@ def differ(rank, world_size, what):
     named = list(net.named_parameters())
     config = dgc.DGCConfig()
     if rank == 1 and what == "density":
-        config = dgc.DGCConfig(density=0.01)
+        config = dgc.DGCConfig(density=0.008)
     if rank == 1 and what == "parameter c":
         net.c = nn.Parameter(torch.zeros(130, 131))
         named = list(net.named_parameters())
@@ -518,7 +518,7 @@ def test_a_peer_that_dies_in_the_middle_of_a_step_is_an_error_not_a_hang(tmp_pat
 
 
 def poison(rank, world_size, bucket_name, on_nonfinite, late=False):
-    run = Run(dgc.DGCConfig(density=0.01, on_nonfinite=on_nonfinite), momentum=0.0, lr=0.25)
+    run = Run(dgc.DGCConfig(density=0.008, on_nonfinite=on_nonfinite), momentum=0.0, lr=0.25)
     run.state._late = late  # as on a GPU
     total = {n: torch.zeros(s) for n, s in SHAPES.items()}
     raised = 0
@@ -573,7 +573,7 @@ def subgroup(rank, world_size):
     net = Given(SHAPES)
     ddp = DistributedDataParallel(net, process_group=group)
     optimizer = dgc.SGD(ddp.parameters(), lr=0.5)
-    state = dgc.DGCState(ddp.named_parameters(), optimizer, dgc.DGCConfig(density=0.01), process_group=group)
+    state = dgc.DGCState(ddp.named_parameters(), optimizer, dgc.DGCConfig(density=0.008), process_group=group)
     ddp.register_comm_hook(state, dgc.dgc_hook)
     for step in range(10):
         optimizer.zero_grad()
@@ -586,4 +586,4 @@ def subgroup(rank, world_size):
 
 def test_a_process_group_of_some_ranks():
     results = run_ranks(3, subgroup)[:2]
-    assert_close_to(oracle_for(2, 10, integers, lambda s: 0.01, lambda s: True, momentum=0.0), results, 0.0)
+    assert_close_to(oracle_for(2, 10, integers, lambda s: 0.008, lambda s: True, momentum=0.0), results, 0.0)

@@ -28,7 +28,7 @@ def train(net, optimizer, state, step):
 def build(group, rank=0, **sgd):
     net = Given(SHAPES, seed=rank)
     optimizer = dgc.SGD(net.parameters(), **{"lr": 0.5, "momentum": 0.5, **sgd})
-    return net, optimizer, dgc.DGCState(net.named_parameters(), optimizer, dgc.DGCConfig(0.01), process_group=group)
+    return net, optimizer, dgc.DGCState(net.named_parameters(), optimizer, dgc.DGCConfig(0.008), process_group=group)
 
 
 class Messages(logging.Handler):
@@ -146,7 +146,7 @@ def test_a_regroup_that_fails_can_be_tried_again():
 
 
 def test_regroup_counts_a_step_that_the_device_has_left_out():
-    one = Alone(SHAPES, dgc.DGCConfig(0.01, on_nonfinite="skip"), lr=0.5)
+    one = Alone(SHAPES, dgc.DGCConfig(0.008, on_nonfinite="skip"), lr=0.5)
     one.state._late = True  # as on a GPU
     one.train(normals(SHAPES, 0))
     one.train({**normals(SHAPES, 1), "a": torch.full(SHAPES["a"], torch.nan)})
@@ -169,7 +169,7 @@ def commit_and_restore():
     import horovod.torch as hvd
     import test_horovod
 
-    run = test_horovod.Run(dgc.DGCConfig(0.01, warmup_steps=6, warmup_densities=(0.25,)), weight_decay=0.1)
+    run = test_horovod.Run(dgc.DGCConfig(0.008, warmup_steps=6, warmup_densities=(0.25,)), weight_decay=0.1)
     with pytest.raises(ValueError, match=r"dgc=optimizer\.dgc_state"):
         hvd.elastic.TorchState(model=run.net, optimizer=run.optimizer)
     elastic = hvd.elastic.TorchState(model=run.net, optimizer=run.optimizer, dgc=run.state, batch=0)

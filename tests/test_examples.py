@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from harness import KEEP_FREED_MEMORY
 
 ROOT = Path(__file__).parent.parent
 
@@ -121,6 +122,19 @@ def test_horovodrun_adds_what_is_not_given(tmp_path, given, started, threads):
     python = fake_python(tmp_path, 'if [ "$1" = -c ]; then echo 8 0; else echo "$OMP_NUM_THREADS" "$@"; fi')
     result = run("launch/horovodrun.sh", *given.split(), PYTHON=python, OMP_NUM_THREADS="")
     assert result.stdout == f"{threads} -m horovod.runner.launch {started.replace('PYTHON', python)}\n"
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "horovodrun.sh"])
+@pytest.mark.parametrize(
+    ("gpus", "given", "expected"),
+    [(0, "", "268435456 33554432"), (0, "7", "7 33554432"), (1, "", " "), (1, "7", "7 ")],
+)
+def test_launchers_have_freed_gradients_kept_where_there_is_no_gpu(tmp_path, script, gpus, given, expected):
+    assert " ".join(KEEP_FREED_MEMORY.values()) == "268435456 33554432"  # what the benchmarks use
+    settings = "$MALLOC_TRIM_THRESHOLD_ $MALLOC_MMAP_THRESHOLD_"
+    python = fake_python(tmp_path, f'if [ "$1" = -c ]; then echo 8 {gpus}; else echo "{settings}"; fi')
+    set_by_user = {"MALLOC_TRIM_THRESHOLD_": given, "MALLOC_MMAP_THRESHOLD_": ""}
+    assert run(f"launch/{script}", "a.py", PYTHON=python, **set_by_user).stdout == expected + "\n"
 
 
 def test_launchers_choose_the_activated_environment_and_else_the_one_made_here(tmp_path):

@@ -49,7 +49,7 @@ class Run:
         self.optimizer = dgc_hvd.DistributedOptimizer(
             dgc.SGD(self.net.parameters(), **{"lr": 0.5, "momentum": 0.5, **sgd}),
             self.net.named_parameters(),
-            dgc_hvd.DGCCompressor(config or dgc.DGCConfig(density=0.01), bucket_cap_mb=cap),
+            dgc_hvd.DGCCompressor(config or dgc.DGCConfig(density=0.008), bucket_cap_mb=cap),
             **(horovod or {}),
         )
         self.state = self.optimizer.dgc_state
@@ -86,7 +86,7 @@ def assert_equal(results, others, dense_too=True):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_fifty_steps_have_the_bits_of_the_ddp_hook(horovod, world_size):
-    config = dgc.DGCConfig(density=0.01, warmup_steps=12, warmup_densities=(0.25, 0.05), clip_norm=20.0)
+    config = dgc.DGCConfig(density=0.008, warmup_steps=12, warmup_densities=(0.25, 0.05), clip_norm=20.0)
     kwargs = {"config": config, "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
     results = horovod(world_size, train_given, 50, normals, kwargs)
     assert_replicas_equal(results)
@@ -98,20 +98,20 @@ def test_fifty_steps_have_the_bits_of_the_ddp_hook(horovod, world_size):
 
 def test_integer_gradients_match_the_oracle_exactly(horovod):
     results = horovod(2, train_given, 40, integers, {"momentum": 0.0})
-    assert_close_to(oracle_for(2, 40, integers, lambda s: 0.01, lambda s: True, momentum=0.0), results, 0.0)
+    assert_close_to(oracle_for(2, 40, integers, lambda s: 0.008, lambda s: True, momentum=0.0), results, 0.0)
 
 
 def test_momentum_decay_clipping_and_warm_up_match_the_oracle(horovod):
-    config = dgc.DGCConfig(density=0.01, warmup_steps=12, warmup_densities=(0.25, 0.05), clip_norm=20.0)
+    config = dgc.DGCConfig(density=0.008, warmup_steps=12, warmup_densities=(0.25, 0.05), clip_norm=20.0)
     sgd = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
     results = horovod(3, train_given, 30, normals, {"config": config, **sgd})
-    density = lambda s: 0.25 if s < 6 else 0.05 if s < 12 else 0.01  # noqa: E731
+    density = lambda s: 0.25 if s < 6 else 0.05 if s < 12 else 0.008  # noqa: E731
     assert_close_to(oracle_for(3, 30, normals, density, lambda s: s >= 12, clip_norm=20.0, **sgd), results, 1e-5)
 
 
 def test_one_process_compresses_too(horovod):
     results = horovod(1, train_given, 20, integers, {"momentum": 0.0})
-    assert_close_to(oracle_for(1, 20, integers, lambda s: 0.01, lambda s: True, momentum=0.0), results, 0.0)
+    assert_close_to(oracle_for(1, 20, integers, lambda s: 0.008, lambda s: True, momentum=0.0), results, 0.0)
     assert 20 < results[0]["stats"].compression_ratio < 40
 
 
@@ -137,11 +137,11 @@ def test_density_one_is_plain_horovod_with_torch_sgd(horovod):
 def in_groups():
     results = []
     for groups in (None, 2, [["a", "d"], ["e"]]):
-        run = Run(dgc.DGCConfig(density=0.01, clip_norm=30.0), cap=25)
+        run = Run(dgc.DGCConfig(density=0.008, clip_norm=30.0), cap=25)
         if groups is not None:
             net = Given(SHAPES)
             chosen = [[net.get_parameter(n) for n in g] for g in groups] if isinstance(groups, list) else groups
-            run = Run(dgc.DGCConfig(density=0.01, clip_norm=30.0), module=net, horovod={"groups": chosen})
+            run = Run(dgc.DGCConfig(density=0.008, clip_norm=30.0), module=net, horovod={"groups": chosen})
         for step in range(10):
             run.train(normals(SHAPES, seed_of(step, hvd.rank())))
         names = {id(p): n for n, p in run.net.named_parameters()}
@@ -159,7 +159,7 @@ def test_groups_decide_what_travels_together_and_change_no_bit(horovod):
 
 
 def sum_and_average(clip_norm):
-    config = dgc.DGCConfig(density=0.01, clip_norm=clip_norm)
+    config = dgc.DGCConfig(density=0.008, clip_norm=clip_norm)
     sgd = {"momentum": 0.5, "nesterov": True, "weight_decay": 0.25}
     average, total = Run(config, **sgd), Run(config, horovod={"op": hvd.Sum}, **sgd)
     for step in range(20):
@@ -231,7 +231,7 @@ def test_backward_passes_accumulate_before_anything_is_sent(horovod, passes):
         first, second = (integers(shapes, seed_of(2 * step + i, rank)) for i in (0, 1))
         return {name: first[name] + second[name] for name in shapes}
 
-    assert_close_to(oracle_for(2, 6, sums, lambda s: 0.01, lambda s: True, momentum=0.0), results, 0.0)
+    assert_close_to(oracle_for(2, 6, sums, lambda s: 0.008, lambda s: True, momentum=0.0), results, 0.0)
     assert all("backward_passes_per_step" in error for error in errors)
 
 
@@ -265,7 +265,7 @@ def test_a_parameter_without_gradient_loses_nothing(horovod):
 
 
 def poison(on_nonfinite):
-    run = Run(dgc.DGCConfig(density=0.01, on_nonfinite=on_nonfinite), momentum=0.0, lr=0.25)
+    run = Run(dgc.DGCConfig(density=0.008, on_nonfinite=on_nonfinite), momentum=0.0, lr=0.25)
     total = {n: torch.zeros(s) for n, s in SHAPES.items()}
     raised = 0
     for step in range(10):
@@ -339,7 +339,7 @@ def test_a_process_set_exchanges_by_itself_and_the_others_run_alone(horovod):
     def of_the_other(shapes, seed):
         return integers(shapes, seed + 1)
 
-    exact = {"densities": lambda s: 0.01, "masking": lambda s: True, "momentum": 0.0}
+    exact = {"densities": lambda s: 0.008, "masking": lambda s: True, "momentum": 0.0}
     assert_close_to(oracle_for(2, 10, of_members, **exact), [results[0], results[2]], 0.0)
     assert_close_to(oracle_for(1, 10, of_the_other, **exact), [results[1]], 0.0)
 
@@ -477,7 +477,7 @@ def foreign(kind):
     plain = torch.optim.SGD(net.parameters(), lr=0.25) if kind == "SGD" else torch.optim.Adam(net.parameters(), lr=0.01)
     calls = []
     named = [(f"{kind}.{n}", p) for n, p in net.named_parameters()]
-    optimizer = dgc_hvd.DistributedOptimizer(plain, named, dgc_hvd.DGCCompressor(dgc.DGCConfig(density=0.01)))
+    optimizer = dgc_hvd.DistributedOptimizer(plain, named, dgc_hvd.DGCCompressor(dgc.DGCConfig(density=0.008)))
     hvd.broadcast_optimizer_state(optimizer, root_rank=0)
     optimizer.register_step_pre_hook(lambda *_: calls.append(net.a.grad.count_nonzero().item()))
     for step in range(10):
@@ -495,7 +495,7 @@ def test_optimizers_of_torch_get_plain_accumulation(horovod, kind):
     assert_replicas_equal(results)
     assert all(len(c) == 10 and max(c) <= 400 for c in calls)  # hooks of step() see the reduced gradient, once
     if kind == "SGD":
-        exact = {"densities": lambda s: 0.01, "masking": lambda s: True, "momentum": 0.0, "lr": 0.25}
+        exact = {"densities": lambda s: 0.008, "masking": lambda s: True, "momentum": 0.0, "lr": 0.25}
         assert_close_to(oracle_for(2, 10, integers, **exact), results, 0.0)
 
 
@@ -703,7 +703,7 @@ def save_behind_ddp(rank, world_size, folder, config, sgd):
 
 
 def test_a_run_goes_on_under_horovod_or_ddp_with_the_same_bits(horovod, tmp_path):
-    config = dgc.DGCConfig(density=0.01, warmup_steps=10, warmup_densities=(0.25, 0.05))
+    config = dgc.DGCConfig(density=0.008, warmup_steps=10, warmup_densities=(0.25, 0.05))
     sgd = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
     straight = horovod(2, save_in_the_middle, str(tmp_path), config, sgd)
     run_ranks(2, save_behind_ddp, str(tmp_path), config, sgd)
@@ -844,7 +844,7 @@ def test_the_compressor_in_plain_horovod_raises_with_the_right_line(horovod):
 def differ(what):
     try:
         if what == "density":
-            Run(dgc.DGCConfig(density=0.01 * (1 + hvd.rank())))
+            Run(dgc.DGCConfig(density=0.008 * (1 + hvd.rank())))
         elif what == "group of a":
             Run(cap=0.1 if hvd.rank() else 25)
         elif what == "op":
@@ -891,7 +891,7 @@ def test_a_process_at_another_step_is_named_and_nothing_is_applied(horovod):
 
 
 def another_phase():
-    config = dgc.DGCConfig(density=0.01, warmup_steps=2, warmup_densities=(0.25,))
+    config = dgc.DGCConfig(density=0.008, warmup_steps=2, warmup_densities=(0.25,))
     shapes = {"a": (200, 100)}
     run = Run(config, shapes=shapes, momentum=0.0, lr=0.25)
     run.train(integers(shapes, hvd.rank()))

@@ -115,7 +115,7 @@ def test_the_start_is_logged_once_with_what_is_dense_and_why(caplog):
             one.train(normals(SHAPES, step))
     lines = [r.getMessage() for r in caplog.records if r.name == "dgc"]
     assert lines == [
-        "dgc: step 0, density 1 %: 1 of 3 parameters compressed, 99.23 % of 90,700 elements; "
+        "dgc: step 0, density 1 %: 1 of 3 parameters compressed, 99.23 % of 90,700 elements, momentum not masked; "
         "dense: 1 (fewer than 16384 elements), 1 (fewer than two dimensions)"
     ]
 
@@ -177,8 +177,8 @@ def test_conservation_over_a_run_is_exact():
 
 
 def test_masking_follows_the_configuration():
-    for masking, masked_at in (("after_warmup", [4, 5]), (True, range(6)), (False, [])):
-        one = alone(warmup_steps=4, warmup_densities=(0.25, 0.05), momentum_masking=masking)
+    for masking, masked_at in (("auto", [4, 5]), (True, range(6)), (False, [])):
+        one = alone(density=0.005, warmup_steps=4, warmup_densities=(0.25, 0.01), momentum_masking=masking)
         for step in range(6):
             one.train(normals(SHAPES, step))
             zeros = int((one.state.memory.momentum_of("big") == 0).sum())
@@ -186,7 +186,7 @@ def test_masking_follows_the_configuration():
 
 
 def test_momentum_that_starts_late_is_masked_like_any_other():
-    one = alone(momentum=0.0)
+    one = alone(momentum=0.0, momentum_masking=True)
     for step in range(4):
         one.optimizer.param_groups[0]["momentum"] = 0.5 if step >= 2 else 0.0
         one.train(normals(SHAPES, step))

@@ -23,7 +23,7 @@ import dgc
 from dgc.bucket import Gradients
 from dgc.exchange import Exchange
 
-from .tasks import Task, loss_of, measure
+from .tasks import Task, loss_of, measure, schedule_of
 
 WORKERS = 4
 
@@ -57,7 +57,7 @@ def train(task: Task, make: Callable[[nn.Module, Task], Trainer], seed: int, ste
     """
     torch.manual_seed(seed)
     trainer = make(task.network(), task)
-    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(r.optimizer, steps) for r in trainer.replicas]
+    schedules = [schedule_of(task, r.optimizer, steps) for r in trainer.replicas]
     found = []
     for step, batches in enumerate(_batches(task, seed, steps), start=1):
         for replica, (inputs, targets) in zip(trainer.replicas, batches, strict=True):

@@ -21,6 +21,8 @@ from typing import Literal, NamedTuple
 import torch
 from architectures import GPT, LSTM, mlp
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ChainedScheduler, CosineAnnealingLR, LinearLR, LRScheduler
+from torch.optim.optimizer import Optimizer
 
 CACHE = Path.home() / ".cache" / "torch-dgc"
 VOCABULARY, LENGTH = 1000, 32
@@ -45,7 +47,9 @@ class Task:
     load: Callable[[], Data]
     network: Callable[[], nn.Module]
     lr: float
-    """At the first step; falls to 0 along a cosine."""
+    """The highest; falls to 0 along a cosine."""
+    lr_warmup: float = 0.0
+    """Share of the run in which the learning rate rises linearly."""
     momentum: float = 0.9
     weight_decay: float = 0.0
     clip_norm: float | None = None
@@ -58,7 +62,17 @@ class Task:
         """What the training of this task depends on besides its length."""
         clip = f", gradients clipped at {self.clip_norm:g}" if self.clip_norm else ""
         decay = f", weight decay {self.weight_decay:g}" if self.weight_decay else ""
-        return f"lr {self.lr:g} (cosine), momentum {self.momentum:g}{decay}{clip}, batch {self.batch_size} a worker"
+        rise = f", rising over the first {self.lr_warmup:.0%}".replace("%", " %") if self.lr_warmup else ""
+        return (
+            f"lr {self.lr:g} (cosine{rise}), momentum {self.momentum:g}{decay}{clip}, batch {self.batch_size} a worker"
+        )
+
+
+def schedule_of(task: Task, optimizer: Optimizer, steps: int) -> LRScheduler:
+    """Returns the learning rate's schedule over a run."""
+    fall = CosineAnnealingLR(optimizer, steps)
+    rise = round(task.lr_warmup * steps)
+    return ChainedScheduler([fall, LinearLR(optimizer, 1 / rise, total_iters=rise)]) if rise else fall
 
 
 def loss_of(scores: Tensor, targets: Tensor) -> Tensor:
@@ -197,6 +211,7 @@ TASKS = {
         momentum=0.0,
         clip_norm=0.25,
         batch_size=4,
+        steps=5000,
     ),
     "gpt": Task(
         "GPT of one block on the King James Bible",
@@ -204,8 +219,9 @@ TASKS = {
         bible,
         lambda: GPT(VOCABULARY, 96, depth=1, heads=4, context=LENGTH),
         lr=0.1,
+        lr_warmup=0.1,
         clip_norm=1.0,
         batch_size=4,
-        steps=2000,
+        steps=5000,
     ),
 }

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from dgc.phase import MASKED_BELOW
+
 from .replicas import WORKERS, gradients, sgd_replicas
 from .tasks import Task
 
@@ -28,7 +30,7 @@ class Technique:
     """Whether what was not sent is kept."""
     correction: bool = True
     """Whether momentum is applied before selection, on each worker; else by the optimizer, to the averaged update."""
-    masking: bool | Literal["after_warmup"] = True
+    masking: bool | Literal["auto"] = True
     clip_norm: float | None = None
     """Local clipping with correction, at sqrt(workers) * clip_norm."""
     warmup_steps: int = 0
@@ -46,7 +48,7 @@ class Technique:
 
     def masks(self, step: int) -> bool:
         """Returns whether the momentum of sent entries is cleared at a step."""
-        return step >= self.warmup_steps if self.masking == "after_warmup" else self.masking
+        return self.density_at(step) < MASKED_BELOW if self.masking == "auto" else self.masking
 
 
 class Variant:

@@ -132,7 +132,7 @@ def dgc_traffic(buckets: Sequence[Shapes], workers: int, config: dgc.DGCConfig) 
     shapes = {name: shape for bucket in buckets for name, shape in bucket.items()}
     parameters = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     never = dense_reasons(parameters, config)
-    phase = phase_at(config.warmup_steps, config, parameters, never, workers, False)
+    phase = phase_at(config.density, config, parameters, never, workers, False)
     found = []
     for bucket in buckets:
         numel = {name: math.prod(shape) for name, shape in bucket.items()}

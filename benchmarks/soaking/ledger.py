@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dgc.phase import masks
 from dgc.schedule import DensitySchedule, entries
 
 from .run import (
@@ -37,7 +38,7 @@ class Simulation:
         self.parameter = self.start.clone()
         self.u = [torch.zeros_like(self.parameter) for _ in range(run.ranks)]
         self.v = [torch.zeros_like(self.parameter) for _ in range(run.ranks)]
-        self.schedule = DensitySchedule(run.config)
+        self.config, self.schedule = run.config, DensitySchedule(run.config)
 
     def compare(self, snapshots: Sequence[Mapping[str, Tensor]]) -> float:
         """Returns the error as a share of the way since the last snapshots, and goes on from these."""
@@ -58,7 +59,8 @@ class Simulation:
                 self.parameter -= self.lr * u
             self.u = [u.clone() for _ in gradients]
             return
-        k = entries(self.schedule.density(applied), self.parameter.numel())
+        density = self.schedule.density(applied)
+        k = entries(density, self.parameter.numel())
         for g, u, v in zip(gradients, self.u, self.v, strict=True):
             finite = g.isfinite()
             u.copy_(torch.where(finite, self.mu * u + g, u))
@@ -67,7 +69,7 @@ class Simulation:
                 sent = v.view(-1).abs().topk(k).indices
                 self.parameter.view(-1)[sent] -= self.lr / ranks * v.view(-1)[sent]
                 v.view(-1)[sent] = 0
-                if not self.schedule.warming_up(applied):
+                if masks(self.config, density):
                     u.view(-1)[sent] = 0
 
 

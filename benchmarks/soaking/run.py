@@ -51,7 +51,7 @@ class Run:
     def config(self) -> dgc.DGCConfig:
         """With a warm-up over a tenth of the run, in which a kill may fall."""
         # Not denser: all-reduce would be cheaper on eight ranks, and the phase dense.
-        return dgc.DGCConfig(density=0.01, warmup_steps=self.steps // 10, warmup_densities=(0.1, 0.03))
+        return dgc.DGCConfig(density=0.005, warmup_steps=self.steps // 10, warmup_densities=(0.1, 0.03))
 
     def saves_after(self, finished: int) -> bool:
         """Returns whether a checkpoint is due after so many steps."""
