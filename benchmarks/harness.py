@@ -30,12 +30,15 @@ def keep_freed_memory() -> None:
 
 
 def interleave(
-    competitors: Mapping[str, Callable[[], object]], rounds: int, progress: Callable[[], object] = lambda: None
+    competitors: Mapping[str, Callable[[], object]],
+    rounds: int,
+    prepare: Callable[[], object],
+    progress: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Times every competitor once a round, in turn, so that a machine that slows down slows all of them.
 
-    Each runs twice in a row, and the second run is timed: what the one before it did to caches and to pages of memory
-    is not its doing. The first round is not counted.
+    Each runs twice in a row, prepared each time, and the second run is timed: what the one before it did to caches and
+    to pages of memory is not its doing. The first round is not counted.
 
     Returns:
         Seconds of each competitor, by round.
@@ -43,7 +46,9 @@ def interleave(
     seconds: dict[str, list[float]] = {name: [] for name in competitors}
     for round_index in range(rounds + 1):
         for name, run in competitors.items():
+            prepare()
             run()
+            prepare()
             begin = time.perf_counter()
             run()
             if round_index:

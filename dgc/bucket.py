@@ -153,10 +153,10 @@ class Bucket:
         scale: Tensor | None,
         nesterov: bool,
     ) -> None:
-        """Accumulates the compressed parameters and fills the payload.
+        """Moves the compressed parameters' gradients into u and v, and fills the payload.
 
         Args:
-            gradients: the bucket.
+            gradients: the bucket; what is left of the compressed ones is for unpack.
             memory: u and v, which change.
             factors: mu of each compressed parameter.
             scale: float32 [1], what gradients are multiplied with first; None for 1.

@@ -15,8 +15,8 @@ from .wire import GROUP, TILE, WireLayout, div_up, wire_layout
 
 _LIBRARY = torch.library.Library("dgc", "DEF")
 _LIBRARY.define(
-    "compress_(Tensor[] gradients, Tensor(a!)? momentum, Tensor(b!) residual, Tensor segments, Tensor mu, "
-    "Tensor scale, Tensor(c!) payload, Tensor(d!) workspace, Tensor(e!)? sent_momentum, bool nesterov, "
+    "compress_(Tensor(a!)[] gradients, Tensor(b!)? momentum, Tensor(c!) residual, Tensor segments, Tensor mu, "
+    "Tensor scale, Tensor(d!) payload, Tensor(e!) workspace, Tensor(f!)? sent_momentum, bool nesterov, "
     "ScalarType wire_dtype) -> ()"
 )
 _LIBRARY.define(
@@ -98,7 +98,7 @@ def compress_(
     nesterov: bool,
     wire_dtype: torch.dtype,
 ) -> None:
-    """Accumulates gradients and packs the k largest entries of every parameter's residual (paper, Algorithm 4).
+    """Moves gradients into u and v, and packs the k largest entries of every parameter's v (paper, Algorithm 4).
 
     For each parameter: h = scale * gradient; u <- mu*u + h; v <- v + u, or v + h + mu*u with Nesterov; exactly the k
     entries of v largest in magnitude (ties to the smaller index) go into the payload, rounded to the wire type, and are
@@ -106,7 +106,8 @@ def compress_(
     finite keeps its u and v, and the payload's non-finite flag is set.
 
     Args:
-        gradients: contiguous tensors, float32, bfloat16 or float16, that hold the bucket's gradients.
+        gradients: contiguous tensors, float32, bfloat16 or float16, that hold the bucket's gradients. Used up: what is
+            left in them is what unpack expects there, zeros on the CPU.
         momentum: u, float32 [elements], or None where mu is 0 throughout.
         residual: v, float32 [elements].
         segments: int64 [segments, 5] on the CPU, a row per parameter as in wire.SEGMENT_COLUMNS.
@@ -136,9 +137,9 @@ def unpack(
     out: list[Tensor],
     status: Tensor,
 ) -> None:
-    """Writes the average of all ranks' sent entries into dense gradients: scale/N * sum over ranks 0..N-1, in order.
+    """Writes the average of all ranks' sent entries into the gradients: scale/N * sum over ranks 0..N-1, in order.
 
-    A parameter whose gradient was zero on every rank gets zeros: what was sent for it has to be given back (restore_),
+    A parameter whose gradient was zero on every rank keeps zeros: what was sent for it has to be given back (restore_),
     since DDP throws away the result of a parameter that no rank used. Where any rank left non-finite entries out, the
     first element of every parameter that was used becomes NaN: as after an all-reduce, whoever looks at gradients
     before a step, such as GradScaler, sees it on every rank.
@@ -150,7 +151,8 @@ def unpack(
         workspace: as for compress_.
         scale: float32 [1], what averages are multiplied with: the loss scale.
         wire_dtype: as for compress_.
-        out: the tensors that `source` and `offset` of the segments refer to: written where segments are.
+        out: the tensors that `source` and `offset` of the segments refer to, as compress_ left them, or zeros: on the
+            CPU only what was sent is written.
         status: int32 [world size + 1], receives 0 for each rank, or a code of wire.STATUS, where `out` is as it was;
             or wire.NON_FINITE_STATUS where that rank met non-finite entries. Then 1 if an average overflowed.
     """

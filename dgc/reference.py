@@ -30,7 +30,9 @@ def compress_(
     entry = tile = 0
     flags = torch.zeros((), dtype=torch.bool, device=payload.device)
     for row, (source, offset, state, numel, k) in enumerate(segments.tolist()):
-        h = gradients[source].view(-1)[offset : offset + numel].float() * scale
+        gradient = gradients[source].view(-1)[offset : offset + numel]
+        h = gradient.float() * scale
+        gradient.zero_()
         v = residual[state : state + numel]
         u = None if momentum is None else momentum[state : state + numel]
         left_out = accumulate_(u, v, h, float(mu[row]), nesterov)
@@ -106,16 +108,18 @@ def unpack(
     values = [_sections(payload, segments, wire_dtype)[2].float() for payload in payloads]
     entry = 0
     for row, (source, offset, _, numel, k) in enumerate(segments.tolist()):
+        mine = slice(entry, entry + k)
+        entry += k
+        if not used[row]:
+            continue
         total = torch.zeros(numel, device=payloads.device)
-        if used[row]:
-            for position, value in zip(positions, values, strict=True):
-                total.index_put_((position[entry : entry + k],), value[entry : entry + k], accumulate=True)
+        for position, value in zip(positions, values, strict=True):
+            total.index_put_((position[mine],), value[mine], accumulate=True)
         average = out[source].view(-1)[offset : offset + numel]
         average.copy_(total * (1 / torch.tensor(len(payloads), dtype=torch.float32)) * scale)
         status[-1] |= ~average.isfinite().all()
-        if used[row] and any(codes):
+        if any(codes):
             average[0] = torch.nan
-        entry += k
 
 
 def restore_(

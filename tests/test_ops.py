@@ -30,20 +30,30 @@ def equal(a: Args, b: Args) -> None:
 
 
 def compress_both(args: Args) -> Args:
-    """Runs the op and the reference, compares all bits, and returns the op's."""
-    expected = args.clone()
+    """Runs the op and the reference, compares all bits, and returns the op's, with the gradients from before."""
+    expected, before = args.clone(), args.clone()
     reference.compress_(*expected.list())
     ops.compress_(*args.list())
     equal(args, expected)
+    for gradient, kept in zip(args.gradients, before.gradients, strict=True):
+        gradient.copy_(kept)
     return args
 
 
 def unpack_both(
-    args: Args, payloads: torch.Tensor, rank: int = 0, dtype: torch.dtype = torch.float32, scale: float = 1.0
+    args: Args,
+    payloads: torch.Tensor,
+    rank: int = 0,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
+    before: float = 0.0,
 ):
     """Runs the op and the reference, compares all bits, and returns the averages and the status."""
     numel = int((args.segments[:, 1] + args.segments[:, 3]).max())
-    out, expected = torch.full((numel,), 7.0, dtype=dtype), torch.full((numel,), 7.0, dtype=dtype)
+    out = torch.full((numel,), 7.0, dtype=dtype)
+    for _, offset, _, n, _ in args.segments.tolist():
+        out[offset : offset + n] = before
+    expected = out.clone()
     status, reference_status = torch.full((2, len(payloads) + 1), 9, dtype=torch.int32)
     scale = torch.tensor([scale])
     ops.unpack(payloads, rank, args.segments, args.workspace, scale, args.wire_dtype, [out], status)
@@ -149,11 +159,11 @@ def test_nothing_is_lost_to_the_bit(wire_dtype):
     args = make([70_000, 5_000], 0.01, wire_dtype=wire_dtype)
     args.gradients[0] *= 1e5  # beyond what float16 can say
     before = args.residual.double() + 0
-    mu_u = args.momentum.clone()
+    mu_u, gradient = args.momentum.clone(), args.gradients[0].clone()
     ops.compress_(*args.list())
     for row, (_, offset, state, n, k) in enumerate(args.segments.tolist()):
         mine = slice(state, state + n)
-        u = args.mu[row] * mu_u[mine] + args.gradients[0][offset : offset + n]
+        u = args.mu[row] * mu_u[mine] + gradient[offset : offset + n]
         accumulated = (before[mine].float() + u).double()
         sent = torch.zeros(n, dtype=torch.float64)
         for index, value in args.entries(row).items():
@@ -251,6 +261,25 @@ def test_the_workspace_is_left_as_the_next_call_expects_it(road):
     assert torch.equal(segments[: 3 * 64].view(torch.int64).view(3, 8)[:, :5], args.segments)
 
 
+def test_gradients_become_zero_where_segments_are_and_nowhere_else(road):
+    if road != "native":
+        return  # unpack fills them there
+    for dtype in FLOATS:
+        args = make([100, 70_000, 33], 0.01, dtype, offset=3)
+        args.gradients[0] = torch.cat([args.gradients[0], torch.ones(40, dtype=dtype)])
+        args.gradients[0][50] = math.nan  # an entry that is left out
+        before = args.gradients[0].clone()
+        args.segments = args.segments[[0, 2]]
+        args.workspace = ops.workspace(args.segments)
+        args.payload = torch.zeros(wire.wire_layout(args.segments, args.wire_dtype).nbytes, dtype=torch.uint8)
+        ops.compress_(*args.list())
+        inside = torch.zeros(len(before), dtype=torch.bool)
+        inside[3:103] = inside[70_103:70_136] = True
+        bits = args.gradients[0].view(torch.uint8).view(len(before), -1)
+        assert bits[inside].count_nonzero() == 0
+        assert torch.equal(args.gradients[0][~inside], before[~inside])
+
+
 def test_a_parameter_that_no_rank_used_gets_zeros():
     # Its momentum made it send something; DDP may throw the result away, so it has to come back.
     args = make([100, 70_000])
@@ -332,9 +361,9 @@ def test_a_sum_of_ranks_that_overflows_is_reported():
 def test_entries_left_out_on_any_rank_make_every_used_gradient_nan(dtype):
     args = make([100, 70_000, 300, 33], 0.01, offset=1)
     args.gradients[0][1 + 100 + 70_000 :][:300] = 0  # not used
-    ops.compress_(*args.list())
     flagged = args.clone()
     flagged.gradients[0][1 + 100 + 65_999] = math.inf
+    ops.compress_(*args.list())
     ops.compress_(*flagged.list())
     assert flagged.used == [1, 3, 0, 1]
     out, status = unpack_both(args, torch.stack([args.payload, flagged.payload]), dtype=dtype)
@@ -346,6 +375,7 @@ def test_unpack_writes_nothing_outside_its_segments():
     args = make([40], offset=10)
     ops.compress_(*args.list())
     out = torch.full((60,), 5.0)
+    out[10:50] = 0
     status = torch.zeros(2, dtype=torch.int32)
     ops.unpack(args.payload.view(1, -1), 0, args.segments, args.workspace, torch.ones(1), torch.float32, [out], status)
     assert out[:10].tolist() == [5.0] * 10
@@ -365,7 +395,7 @@ def test_gradients_in_tensors_of_their_own():
     compress_both(whole)
     compress_both(apart)
     assert torch.equal(whole.payload, apart.payload)
-    out = [torch.empty_like(g) for g in apart.gradients]
+    out = [torch.zeros_like(g) for g in apart.gradients]
     status = torch.zeros(2, dtype=torch.int32)
     ops.unpack(apart.payload.view(1, -1), 0, apart.segments, apart.workspace, torch.ones(1), torch.float32, out, status)
     joined, _ = unpack_both(whole, whole.payload.view(1, -1))
@@ -492,7 +522,7 @@ def test_a_corrupt_payload_is_reported_and_nothing_is_written(what, code):
     args = make([70_000, 300], 0.01)
     ops.compress_(*args.list())
     payloads = corrupt(args, what)
-    out, status = unpack_both(args, payloads)
+    out, status = unpack_both(args, payloads, before=7.0)
     assert status == [0, code, 0, 0]
     assert (out == 7).all()
     with pytest.raises(wire.PayloadError, match="payload of rank 1: "):
@@ -532,7 +562,7 @@ def test_random_bytes_never_crash_and_never_pass():
         payloads = torch.stack([args.payload] * 2)
         noise = torch.randint(0, 256, (at.nbytes - at.ends,), generator=generator, dtype=torch.uint8)
         payloads[1, at.ends :] = noise
-        out, status = unpack_both(args, payloads)
+        out, status = unpack_both(args, payloads, before=7.0)
         assert status[1] != 0
         assert (out == 7).all()
 

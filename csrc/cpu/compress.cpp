@@ -51,7 +51,7 @@ class Compressor {
                             mu[tile.segment],
                             scale,
                             nesterov};
-      work.report = update(avx2_, gradient.scalar_type(), gradient.const_data_ptr(), s.offset + tile.begin, args);
+      work.report = update(avx2_, gradient.scalar_type(), gradient.mutable_data_ptr(), s.offset + tile.begin, args);
     });
   }
 

@@ -1,5 +1,6 @@
-// dgc::unpack: the payloads of all ranks to one dense gradient, scale/N * sum over ranks 0..N-1 in that order. Nothing
-// in a payload is believed before it is checked, and nothing is written unless every payload passes.
+// dgc::unpack: the payloads of all ranks to one gradient, scale/N * sum over ranks 0..N-1 in that order, among the
+// zeros that compress_ left there. Nothing in a payload is believed before it is checked, and nothing is written unless
+// every payload passes.
 #include <atomic>
 
 #include "common.h"
@@ -59,8 +60,12 @@ int32_t check_tile(const Payload<Wire>& p, int64_t tile, int64_t numel) {
 template <class Store, class Wire>
 bool add_tile(const std::vector<Payload<Wire>>& payloads, int64_t tile, float scale, typename Store::Raw* out,
               float* sum) {
-  for (const auto& p : payloads)
-    for (int64_t e = p.begin(tile); e < p.ends[tile]; ++e) sum[p.indices[e]] += Wire::load(p.values[e]);
+  for (const auto& p : payloads) {
+    for (int64_t e = p.begin(tile); e < p.ends[tile]; ++e) {
+      __builtin_prefetch(out + p.indices[e], 1);
+      sum[p.indices[e]] += Wire::load(p.values[e]);
+    }
+  }
   // Moves each sum out and leaves zero behind, so that `sum` is ready for the next tile. A sum met a second time, from
   // another rank, is zero by then, as is one that cancelled: out already holds zero there.
   const float inverse = 1.0f / static_cast<float>(payloads.size());
@@ -126,12 +131,11 @@ void unpack_to(const std::vector<Payload<Wire>>& payloads, int64_t rank, const B
     for (int64_t t = begin; t < end; ++t) {
       const Tile& tile = tiles[t];
       const Segment& s = bucket.segments[tile.segment];
+      if (!used[tile.segment]) continue;
       const Tensor& target = out[s.source];
       with_store_type(target.scalar_type(), [&](auto store) {
         using Store = decltype(store);
         auto* to = static_cast<typename Store::Raw*>(target.mutable_data_ptr()) + s.offset + tile.begin;
-        std::memset(to, 0, tile.numel * sizeof(*to));
-        if (!used[tile.segment]) return;
         if (!add_tile<Store>(payloads, t, scale, to, sum.data())) finite = false;
         if (!complete && tile.begin == 0) *to = Store::nan();
       });

@@ -1,6 +1,10 @@
-// accumulate: u <- mu*u + h, v <- v + u (or v + h + mu*u), one tile at a time, and on the way what selection and the
-// payload need to know of the tile: the largest |v| of every group, whether any h was non-zero, whether any was lost.
+// accumulate: u <- mu*u + h, v <- v + u (or v + h + mu*u), one tile at a time. Where the gradient was, zeros are left:
+// unpack writes averages among them, and to fill a gradient there would mean to fetch it from memory once more. On the
+// way, what selection and the payload need to know of the tile: the largest |v| of every group, whether any h was
+// non-zero, whether any was lost.
 #pragma once
+
+#include <cstring>
 
 #include "common.h"
 
@@ -53,7 +57,7 @@ struct ReadHalf {
 
 // One group, element by element.
 template <class Read>
-uint32_t update_group(const typename Read::Raw* g, float* u, float* v, int64_t n, const UpdateArgs& a,
+uint32_t update_group(typename Read::Raw* g, float* u, float* v, int64_t n, const UpdateArgs& a,
                       uint32_t* gradient_bits, bool* nonfinite) {
   uint32_t largest = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -63,11 +67,12 @@ uint32_t update_group(const typename Read::Raw* g, float* u, float* v, int64_t n
     const uint32_t size = magnitude(v[i]);
     largest = size > largest ? size : largest;
   }
+  std::memset(g, 0, n * sizeof(*g));
   return largest;
 }
 
 template <class Read>
-TileReport update_portable(const typename Read::Raw* g, const UpdateArgs& a) {
+TileReport update_portable(typename Read::Raw* g, const UpdateArgs& a) {
   TileReport report;
   uint32_t gradient_bits = 0;
   for (int64_t i = 0, group = 0; i < a.numel; i += kGroup, ++group) {
@@ -81,7 +86,7 @@ TileReport update_portable(const typename Read::Raw* g, const UpdateArgs& a) {
 
 #if defined(__x86_64__)
 template <class Read, bool kMomentum, bool kNesterov>
-DGC_AVX2 TileReport update_avx2(const typename Read::Raw* g, const UpdateArgs& a) {
+DGC_AVX2 TileReport update_avx2(typename Read::Raw* g, const UpdateArgs& a) {
   TileReport report;
   uint32_t rest_bits = 0;
   const __m256 mu = _mm256_set1_ps(a.mu), scale = _mm256_set1_ps(a.scale);
@@ -119,6 +124,7 @@ DGC_AVX2 TileReport update_avx2(const typename Read::Raw* g, const UpdateArgs& a
       if constexpr (kMomentum) _mm256_storeu_ps(u + i + 8 * j, new_u[j]);
       _mm256_storeu_ps(v + i + 8 * j, new_v[j]);
     }
+    std::memset(g + i, 0, kGroup * sizeof(*g));
   }
   if (i < a.numel) {
     a.group_max[group] =
@@ -131,8 +137,8 @@ DGC_AVX2 TileReport update_avx2(const typename Read::Raw* g, const UpdateArgs& a
 #endif
 
 template <class Read>
-TileReport update(bool avx2, const void* gradient, int64_t offset, const UpdateArgs& a) {
-  const auto* g = static_cast<const typename Read::Raw*>(gradient) + offset;
+TileReport update(bool avx2, void* gradient, int64_t offset, const UpdateArgs& a) {
+  auto* g = static_cast<typename Read::Raw*>(gradient) + offset;
 #if defined(__x86_64__)
   if (avx2) {
     if (a.momentum == nullptr) {
@@ -144,7 +150,7 @@ TileReport update(bool avx2, const void* gradient, int64_t offset, const UpdateA
   return update_portable<Read>(g, a);
 }
 
-inline TileReport update(bool avx2, ScalarType dtype, const void* gradient, int64_t offset, const UpdateArgs& a) {
+inline TileReport update(bool avx2, ScalarType dtype, void* gradient, int64_t offset, const UpdateArgs& a) {
   if (dtype == ScalarType::Float) return update<ReadFloat>(avx2, gradient, offset, a);
   if (dtype == ScalarType::BFloat16) return update<ReadBFloat16>(avx2, gradient, offset, a);
   return update<ReadHalf>(avx2, gradient, offset, a);
