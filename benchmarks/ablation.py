@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accuracy.compare import HEADERS, Difference, draw, table
+from accuracy.compare import HEADERS, Difference, draw, publish, table
 from accuracy.replicas import WORKERS, Dense, train
 from accuracy.runs import Record, Run, gather, options
 from accuracy.tasks import TASKS
 from accuracy.variants import Technique, Variant
-from harness import RESULTS, Table, report
+from harness import RESULTS, Table
 
 CLIP_NORM, STEPS = 1.0, 1500
 DENSE, PAPER = "dense", "+ warm-up (the paper's method)"
@@ -97,17 +97,12 @@ def tell(tasks: Sequence[str], seeds: Sequence[int], records: Sequence[Record], 
         tables.append((f"**{name}**, one technique after another: {about}.", _headers("dense"), added))
         tables.append((f"**{name}**, changes of the paper's method.", _headers("the paper's"), changed))
     draw(found, DENSE, False, folder / "ablation.png")
-    raw = {
-        "differences to dense": {name: {m: it._asdict() for m, it in of.items()} for name, of in found.items()},
-        "commits of the runs": sorted({r.commit for r in records}),
-    }
-    (title, headers, first), *more = tables
     about = (
         f"Test accuracy (%, higher is better) and perplexity (lower is better) at the end: {WORKERS} workers simulated "
         f"in one process, density 0.1 %, seeds {seeds[0]} to {seeds[-1]}. Clipping: at {CLIP_NORM:g}; warm-up: over "
         "the first tenth. Without momentum correction the optimizer applies momentum to the sparse average."
     )
-    report("ablation", f"{about}\n\n{title}", headers, first, raw, more, folder)
+    publish("ablation", about, tables, found, records, folder)
 
 
 def _headers(reference: str) -> list[str]:

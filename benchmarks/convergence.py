@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accuracy.compare import HEADERS, Difference, draw, reaches, table
+from accuracy.compare import HEADERS, Difference, draw, publish, reaches, table
 from accuracy.replicas import DGC, WORKERS, Dense, train
 from accuracy.runs import Record, Run, gather, options
 from accuracy.tasks import TASKS, Task
-from harness import RESULTS, Table, report
+from harness import RESULTS, Table
 
 import dgc
 
@@ -88,17 +88,12 @@ def tell(tasks: Sequence[str], seeds: Sequence[int], records: Sequence[Record], 
         title = f"**{name}**: {task.about}; {task.metric}. {task.recipe}, {steps[name]:,} steps."
         tables.append((title, [*(h.format("dense") for h in HEADERS), "within 0.5 points or 1 %"], rows))
     draw(found, "dense", True, folder / "convergence.png")
-    raw = {
-        "differences": {name: {m: it._asdict() for m, it in of.items()} for name, of in found.items()},
-        "commits of the runs": sorted({r.commit for r in records}),
-    }
-    (title, headers, first), *more = tables
     about = (
         f"Test accuracy (%, higher is better) and perplexity (lower is better) at the end: {WORKERS} workers simulated "
         f"in one process, seeds {seeds[0]} to {seeds[-1]}, warm-up over the first tenth "
         "(long: over half)."
     )
-    report("convergence", f"{about}\n\n{title}", headers, first, raw, more, folder)
+    publish("convergence", about, tables, found, records, folder)
 
 
 def main() -> None:

@@ -101,7 +101,10 @@ def main() -> None:
             f"--network: expected the figures that the model is calibrated with, but there is no {path}. "
             "Run `python benchmarks/network.py` first, or name another file"
         )
-    measured, shapes = read(path)
+    try:
+        measured, shapes = read(path)
+    except ValueError as error:
+        parser.error(f"--network: {error}")
     runs = points(measured, shapes)
     constants = calibrate(runs)
     projected = [p for workload in WORKLOADS for p in project(workload, constants.share, WORKERS)]

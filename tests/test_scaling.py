@@ -225,6 +225,13 @@ def test_the_script_reads_what_it_documents_and_says_what_is_missing(tmp_path):
     assert result.returncode == 2
     assert "Run `python benchmarks/network.py` first" in result.stderr
     runs = made_up()
+    loopback = json.loads(written(runs))
+    loopback["runs"][-1]["reached"] = {}
+    path.write_text(json.dumps(loopback))
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert "expected runs with limits, got some on a loopback: run network.py as root" in result.stderr
+    assert "Traceback" not in result.stderr
     path.write_text(written(runs))
     assert scaling.read(path) == (runs, SHAPES)
     slow = json.loads(written(runs))

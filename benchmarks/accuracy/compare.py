@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from harness import Table, report
 from matplotlib import pyplot
 from scipy import stats
 
@@ -63,6 +64,23 @@ def table(
             row[3:] = [f"{it.mean:+.2f}{unit}", f"{it.low:+.2f} to {it.high:+.2f}{unit}"]
         rows.append(row)
     return rows, found
+
+
+def publish(
+    name: str,
+    about: str,
+    tables: Sequence[Table],
+    found: Mapping[str, Mapping[str, Difference]],
+    records: Iterable[Record],
+    folder: Path,
+) -> None:
+    """Prints tables under a heading, and writes them with the raw differences to dense training."""
+    raw = {
+        "differences to dense": {task: {m: it._asdict() for m, it in of.items()} for task, of in found.items()},
+        "commits of the runs": sorted({r.commit for r in records}),
+    }
+    (title, headers, first), *more = tables
+    report(name, f"{about}\n\n{title}", headers, first, raw, more, folder)
 
 
 def draw(found: Mapping[str, Mapping[str, Difference]], reference: str, limits: bool, picture: Path) -> None:
