@@ -141,10 +141,10 @@ def half(run):
 
 
 def test_every_run_of_both_plans_can_be_made():
-    for module in (convergence, ablation):
-        plan = module.plan(["mnist", "lstm"], 2, 100)
+    for module, (first, other) in ((convergence, ("mnist", "lstm")), (ablation, ("letters", "gpt"))):
+        plan = module.plan([first, other], 2, 100)
         assert len(set(plan)) == len(plan)
-        assert {run.task for run in plan} == {"mnist", "lstm"}
-        assert len({run.settings for run in plan if run.seed == 0 and run.task == "mnist"}) == len(
-            {run.method for run in plan if run.task == "mnist"}
+        assert {run.task for run in plan} == {first, other}
+        assert len({run.settings for run in plan if run.seed == 0 and run.task == first}) == len(
+            {run.method for run in plan if run.task == first}
         )

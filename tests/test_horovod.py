@@ -112,7 +112,7 @@ def test_momentum_decay_clipping_and_warm_up_match_the_oracle(horovod):
 def test_one_process_compresses_too(horovod):
     results = horovod(1, train_given, 20, integers, {"momentum": 0.0})
     assert_close_to(oracle_for(1, 20, integers, lambda s: 0.008, lambda s: True, momentum=0.0), results, 0.0)
-    assert 20 < results[0]["stats"].compression_ratio < 40
+    assert 30 < results[0]["stats"].compression_ratio < 50
 
 
 def against_torch_sgd(sgd):
