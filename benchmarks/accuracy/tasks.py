@@ -1,7 +1,7 @@
 """What convergence.py and ablation.py train: small tasks on real data that comes with packages, no download hub.
 
-Small enough that several thousand steps of four workers take half a minute on one core; at 0.1 % an entry may wait for
-a thousand steps, so a shorter run would say nothing.
+Small enough that several thousand steps of four workers take half a minute to two on one core; at 0.1 % an entry may
+wait for a thousand steps, so a shorter run would say nothing.
 """
 
 from __future__ import annotations
