@@ -267,7 +267,7 @@ class Bench:
             u, v, payload, sent = (t.clone() for t in (fused.u, fused.v, fused.payload, fused.sent))
             run()
             rest = (fused.segments, fused.mu, fused.one, payload, fused.workspace, sent, False, torch.float32)
-            reference.compress_([g], u, v, *rest)
+            reference.compress_([g.clone()], u, v, *rest)  # it uses the gradient up
             self._expect(f"{name}: u", fused.u, u)
             self._expect(f"{name}: v", fused.v, v)
             self._expect(f"{name}: payload", fused.payload, payload)
