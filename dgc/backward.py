@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from enum import Enum, auto
 
@@ -11,6 +12,7 @@ from torch.futures import Future
 from .bucket import Bucket, Gradients
 from .exchange import Exchange
 from .memory import Memory
+from .probes import Probes
 from .verdict import Verdict
 
 
@@ -47,6 +49,10 @@ class Backward:
         self.sent: list[Future[Tensor]] = []
         """Of results that nobody has waited for."""
         self.buckets: list[Bucket] = []
+        self.reduced: set[int] = set()
+        """Ids of the parameters whose gradients came."""
+        self.probes: Probes | None = None
+        """Where somebody looks whether gradients are changed before step()."""
         self.verdict: Verdict | None = None
 
     @property
@@ -79,12 +85,24 @@ class Backward:
         self.waiting, self.sent = [], []
         self.stage = Stage.OVER
 
-    def judge(self) -> Verdict:
-        """Collects what the buckets report, once all of them have been received."""
-        self.verdict = Verdict(self.buckets, self.step)
+    def judge(self, parameters: Mapping[str, Tensor] | None = None) -> Verdict:
+        """Collects what the buckets report, once all of them have been received.
+
+        Args:
+            parameters: by name, where the probes are to be compared with their gradients.
+        """
+        if self.probes is None or parameters is None:
+            self.verdict = Verdict(self.buckets, self.step)
+        else:
+            self.verdict = Verdict(self.buckets, self.step, *self.probes.compare(parameters, self.unscale))
         return self.verdict
 
     def take_back(self, memory: Memory) -> None:
         """Returns what was sent, and is not applied, to u and v."""
         for bucket in self.buckets:
             bucket.restore(memory)
+
+    def drop(self, memory: Memory) -> None:
+        """Returns u and v to what they were before this pass."""
+        for bucket in self.buckets:
+            bucket.drop(memory)

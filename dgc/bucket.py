@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -87,7 +87,8 @@ class Bucket:
         self.dense_numel = sum(numel[m.index] for m in self.dense)
 
         rows = [(*gradients.places[m.index], memory.offset[m.name], numel[m.index], m.entries) for m in self.compressed]
-        self.segments = torch.tensor(rows, dtype=torch.int64).view(-1, len(wire.SEGMENT_COLUMNS))
+        # Types and devices are written out everywhere: torch has defaults of its own that users change.
+        self.segments = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, len(wire.SEGMENT_COLUMNS))
         self.payload: Tensor | None = None
         self.gathered: Tensor | None = None
         if rows:
@@ -100,10 +101,11 @@ class Bucket:
             self.fingerprint = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
             self.step_in_header = wire.stamp(self.payload, self.fingerprint)
             masked = masking and memory.momentum is not None
-            self.sent_momentum = torch.zeros(self.entries, device=device) if masked else None
+            self.sent_momentum = torch.zeros(self.entries, dtype=torch.float32, device=device) if masked else None
             self.momentum_factors: list[float] = []
-            self.mu = torch.zeros(len(rows), device=device)
-            self.one = torch.ones(1, device=device)
+            self.mu = torch.zeros(len(rows), dtype=torch.float32, device=device)
+            self.one = torch.ones(1, dtype=torch.float32, device=device)
+        self.droppable = config.droppable
         self.report = torch.zeros(world_size + 1, dtype=torch.int32, device=device)
         """What this step found: unpack's status of each rank, then which averages are not finite. On the device."""
         self.nonfinite_averages: list[str] = []
@@ -172,6 +174,8 @@ class Bucket:
                 for row, factor in enumerate(factors):
                     self.mu[row].fill_(factor)
             self.momentum_factors = factors
+        if self.droppable:
+            memory.keep([memory.span(m.name) for m in self.compressed])
         ops.compress_(
             gradients.buffers,
             memory.momentum,
@@ -294,3 +298,24 @@ class Bucket:
             self.wire_dtype,
         )
         self.taken *= 1 - which
+
+    def drop(self, memory: Memory, names: Collection[str] | None = None) -> None:
+        """Takes back all that this pass did to the chosen parameters, or to all: u and v are as before accumulate.
+
+        Only with DGCConfig.droppable.
+        """
+        rows = [row for row, m in enumerate(self.compressed) if names is None or m.name in names]
+        memory.put_back([memory.span(self.compressed[row].name) for row in rows])
+        self.taken[rows] = 0
+
+    def thrown_away(self, parameters: Mapping[str, Tensor]) -> list[str]:
+        """Returns compressed parameters that have lost their .grad since, and with it what was sent for them.
+
+        Those that no rank used have got back what was sent (restore_unused), and DDP leaves their .grad alone. On a
+        GPU this waits for the device, where there is a parameter without .grad.
+        """
+        without = [row for row, m in enumerate(self.compressed) if parameters[m.name].grad is None]
+        if not without:
+            return []
+        taken = self.taken.tolist()
+        return [self.compressed[row].name for row in without if taken[row]]

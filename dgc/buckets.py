@@ -20,13 +20,17 @@ class Buckets:
 
     def __init__(self, config: DGCConfig, parameters: Parameters, memory: Memory, exchange: Exchange) -> None:
         """Starts in no phase, without buckets."""
-        self._config = config
-        self._schedule = DensitySchedule(config)
+        self.use(config)
         self._parameters = parameters
         self._memory = memory
         self._exchange = exchange
         self._key: tuple[object, ...] = ()
         self._buckets: dict[tuple[int, ...], Bucket] = {}
+
+    def use(self, config: DGCConfig) -> None:
+        """Goes by a configuration from the next pass on."""
+        self._config = config
+        self.schedule = DensitySchedule(config)
 
     def enter(self, step: int, dense: bool) -> bool:
         """Enters the phase of a step; returns whether it is another one than before.
@@ -36,7 +40,7 @@ class Buckets:
             dense: whether DGC is switched off.
         """
         momentum = self._memory.momentum is not None  # without it buckets keep no room for what is masked
-        density = self._schedule.density(step)
+        density = self.schedule.density(step)
         key = (density, dense, self._exchange.world_size)
         changed = key != self._key[:-1]
         if (*key, momentum) != self._key:

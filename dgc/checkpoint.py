@@ -16,7 +16,7 @@ import re
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -66,7 +66,7 @@ def save(state: DGCState, directory: str | Path) -> None:
     failure: BaseException | None = None
     tensors: dict[str, Tensor] = {}
     try:
-        tensors = _entries(state.state_dict())
+        tensors = _entries(shares.unwrap(state.state_dict())[0])
         if exchange.rank == 0:
             _check_replaceable(whole)
             _remove(partial)
@@ -211,6 +211,11 @@ class _Reader(dcp.FileSystemReader):
         for key, tensor in tensors.items():
             kind, name = key.split(".", 1)
             kinds[kind][name] = tensor
+        version = about.pop("version", None)
+        if version not in (1, shares.VERSION):
+            raise ValueError(
+                f"rank {rank}: expected version 1 or {shares.VERSION} of dgc's checkpoints, got {version!r}"
+            )
         return {**about, **kinds}
 
 
@@ -260,10 +265,11 @@ def _raise_on_all(exchange: DistributedExchange, failure: BaseException | None, 
     raise ValueError(f"{message}. No rank's state has changed") from failure
 
 
-def _entries(state_dict: dict[str, Any]) -> dict[str, Tensor]:
-    """Returns a state_dict as tensors alone, by name: DCP would pickle everything else."""
+def _entries(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns a rank's share as tensors alone, by name: DCP would pickle everything else."""
     tensors = {f"{kind}.{name}": tensor for kind in _KINDS for name, tensor in state_dict[kind].items()}
     about = {key: value for key, value in state_dict.items() if key not in _KINDS}
+    about["version"] = shares.VERSION
     about["crc32"] = {name: _crc32(tensor) for name, tensor in tensors.items()}
     tensors["about"] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
     return tensors

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from numbers import Integral, Real
+from typing import Any, Literal
 
 import torch
 
-WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIRE_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,9 @@ class DGCConfig:
     The defaults differ from the paper in two points, each of which cost accuracy in our measurements (docs/results.md):
     momentum is not masked at high densities, and small tensors are sent dense. `DGCConfig(momentum_masking=True,
     dense_below=0)` is the paper's setting. Sections are those of Lin et al., ICLR 2018.
+
+    `DGCConfig(**fields)` takes the fields as a JSON or YAML file or an argument parser gives them: lists for tuples,
+    wire_dtype by name. `as_dict()` gives them back.
 
     Raises:
         ValueError: a field is out of range; the message names it, what was expected and what came.
@@ -50,69 +55,118 @@ class DGCConfig:
     """Names of further parameters to send dense."""
 
     wire_dtype: torch.dtype = torch.float32
-    """Type of the values on the wire: float32, bfloat16 or float16. 16 bits send 4.06 bytes an entry instead of 6.06;
-    the rounding error stays in the residual."""
+    """Type of the values on the wire: float32, bfloat16 or float16, the torch type or its name. 16 bits send 4.06 bytes
+    an entry instead of 6.06; the rounding error stays in the residual."""
 
     on_nonfinite: Literal["raise", "skip"] = "raise"
     """What the optimizer's step() does when any rank's gradient has an Inf or NaN: raise FloatingPointError on every
     rank, or leave this step out on every rank (dgc.SGD only). Either way the finite entries stay accumulated. On a GPU
     the step is always left out, and the error or the log line comes with the next one."""
 
+    droppable: bool = False
+    """Whether a backward pass can be dropped with all that it added to u and v: `state.discard(drop_gradient=True)`, or
+    `p.grad = None` before step(). Costs a copy of both, 8 bytes a compressed parameter (4 without momentum), and the
+    time to make it at every pass. (docs/reliability.md)"""
+
+    on_changed_gradient: Literal["warn", "raise", "ignore"] = "warn"
+    """What step() does when somebody has changed a compressed parameter's .grad since backward() (clip_grad_norm_,
+    weight decay by hand, noise: they act on the few entries that were sent, sums of many steps, not on the gradient):
+    warn once, raise RuntimeError before anything is applied (on a GPU one step later), or not look."""
+
     def __post_init__(self) -> None:
-        """Checks every field."""
-        _expect(
+        """Checks every field, and stores it as the type that it is declared with."""
+        wire_type = str(self.wire_dtype).removeprefix("torch.")
+        self._expect("density", _in_unit_interval(self.density), "a number in (0, 1]", float)
+        self._expect("warmup_steps", _is_count(self.warmup_steps), "an integer >= 0", int)
+        self._expect(
+            "warmup_densities",
+            isinstance(self.warmup_densities, (tuple, list))
+            and all(_in_unit_interval(d) for d in self.warmup_densities)
+            and all(a > b for a, b in pairwise(self.warmup_densities)),
+            "a sequence of falling numbers in (0, 1]",
+            float,
+        )
+        self._expect(
+            "momentum_masking",
+            isinstance(self.momentum_masking, bool) or _is_one_of(self.momentum_masking, "auto"),
+            'True, False (without quotes) or "auto"',
+        )
+        self._expect(
+            "clip_norm",
+            self.clip_norm is None or (_is_number(self.clip_norm) and 0 < self.clip_norm < math.inf),
+            "None (null in JSON and YAML) or a finite number > 0",
+            float,
+        )
+        self._expect("dense_below", _is_count(self.dense_below), "an integer >= 0", int)
+        self._expect(
             "dense_parameters",
             isinstance(self.dense_parameters, (tuple, list)) and all(isinstance(n, str) for n in self.dense_parameters),
             "a sequence of parameter names",
-            self.dense_parameters,
         )
-        _expect(
-            "warmup_densities",
-            isinstance(self.warmup_densities, (tuple, list)),
-            "falling numbers in (0, 1]",
-            self.warmup_densities,
+        self._expect(
+            "wire_dtype",
+            isinstance(self.wire_dtype, (str, torch.dtype)) and wire_type in WIRE_DTYPES,
+            "float32, bfloat16 or float16 (the torch type, or its name)",
         )
-        # Lists are what a JSON or YAML file gives.
-        object.__setattr__(self, "warmup_densities", tuple(self.warmup_densities))
-        object.__setattr__(self, "dense_parameters", tuple(self.dense_parameters))
-        _expect("density", _in_unit_interval(self.density), "a number in (0, 1]", self.density)
-        _expect("warmup_steps", _is_count(self.warmup_steps), "an integer >= 0", self.warmup_steps)
-        _expect(
-            "warmup_densities",
-            all(_in_unit_interval(d) for d in self.warmup_densities)
-            and all(a > b for a, b in zip(self.warmup_densities, self.warmup_densities[1:], strict=False)),
-            "falling numbers in (0, 1]",
-            self.warmup_densities,
+        self._expect("on_nonfinite", _is_one_of(self.on_nonfinite, "raise", "skip"), '"raise" or "skip"')
+        self._expect("droppable", isinstance(self.droppable, bool), "True or False (without quotes)")
+        self._expect(
+            "on_changed_gradient",
+            _is_one_of(self.on_changed_gradient, "warn", "raise", "ignore"),
+            '"warn", "raise" or "ignore"',
         )
-        _expect(
-            "momentum_masking",
-            self.momentum_masking in (True, False, "auto"),
-            'True, False or "auto"',
-            self.momentum_masking,
-        )
-        _expect(
-            "clip_norm",
-            self.clip_norm is None or (_is_number(self.clip_norm) and 0 < self.clip_norm < math.inf),
-            "None or a finite number > 0",
-            self.clip_norm,
-        )
-        _expect("dense_below", _is_count(self.dense_below), "an integer >= 0", self.dense_below)
-        _expect("wire_dtype", self.wire_dtype in WIRE_DTYPES, "float32, bfloat16 or float16", self.wire_dtype)
-        _expect("on_nonfinite", self.on_nonfinite in ("raise", "skip"), '"raise" or "skip"', self.on_nonfinite)
+        stored = {
+            "density": float(self.density),
+            "warmup_steps": int(self.warmup_steps),
+            "warmup_densities": tuple(float(d) for d in self.warmup_densities),
+            "clip_norm": None if self.clip_norm is None else float(self.clip_norm),
+            "dense_below": int(self.dense_below),
+            "dense_parameters": tuple(self.dense_parameters),
+            "wire_dtype": WIRE_DTYPES[wire_type],
+        }
+        for name, value in stored.items():
+            object.__setattr__(self, name, value)
+
+    def _expect(self, name: str, good: bool, expected: str, number: type[int] | type[float] | None = None) -> None:
+        if not good:
+            got = getattr(self, name)
+            raise ValueError(f"{name}: expected {expected}, got {got!r}{_way_out(got, number) if number else ''}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the fields as JSON and YAML can write them: tuples as lists, wire_dtype as its name."""
+        fields = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {**fields, "wire_dtype": str(self.wire_dtype).removeprefix("torch.")}
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _is_count(value: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 0
 
 
 def _in_unit_interval(value: float) -> bool:
     return _is_number(value) and 0 < value <= 1
 
 
-def _expect(name: str, good: bool, expected: str, got: object) -> None:
-    if not good:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+def _is_one_of(value: object, *choices: str) -> bool:
+    return isinstance(value, str) and value in choices
+
+
+def _way_out(got: object, number: type[int] | type[float]) -> str:
+    """Returns what to do about a number that came as a string; nothing where none did."""
+    for text in got if isinstance(got, (tuple, list)) else [got]:
+        try:
+            value = float(text) if isinstance(text, str) else math.nan
+        except ValueError:
+            continue
+        if math.isfinite(value):
+            # YAML reads 1e-05, as Python writes it, as a string again.
+            written = str(int(value)) if number is int and value.is_integer() else repr(value)
+            written = written if "." in written else written.replace("e", ".0e")
+            return (
+                f". {text!r} is a string: write {written} without quotes (YAML takes an exponent only as in 1.0e-3), "
+                f"and in an argument parser type={number.__name__}"
+            )
+    return ""

@@ -50,7 +50,7 @@ def workspace(segments: Tensor, device: torch.device) -> Tensor:
     starts = torch.stack([tiles.cumsum(0) - tiles, tiles, entries.cumsum(0) - entries], dim=1)
     tables = (
         torch.cat([segments, starts], dim=1),
-        torch.repeat_interleave(torch.arange(len(segments), dtype=torch.int32), tiles),
+        torch.repeat_interleave(torch.arange(len(segments), dtype=torch.int32, device="cpu"), tiles),
     )
     sizes = workspace_sizes(len(segments), len(tables[1]), int(entries.sum()))
     buffer = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)

@@ -1,34 +1,82 @@
-"""The door for DistributedDataParallel: a communication hook.
+"""The door for DistributedDataParallel: a communication hook, and what only the DDP module knows.
 
 No `from __future__ import annotations` here: DDP compares the hook's annotations with the types themselves.
 """
 
+import functools
+import gc
+import sys
+from collections.abc import Callable, Mapping
 from itertools import accumulate
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
 
 from .bucket import Gradients
-from .state import DGCState
+from .exchange import Exchange, is_alive
+
+
+class Reducer(Protocol):
+    """What the hook asks of a DGCState."""
+
+    @property
+    def exchange(self) -> Exchange:
+        """How ranks talk."""
+
+    @property
+    def model(self) -> DistributedDataParallel | None:
+        """The DDP module whose gradients come, where it is known."""
+
+    @property
+    def steps_alone_matter(self) -> bool:
+        """Whether the optimizer keeps something between steps that a rank without step() would not have."""
+
+    def bind(self, model: DistributedDataParallel) -> None:
+        """Takes the group of a DDP module, and checks its parameters."""
+
+    def reduce(self, gradients: Gradients, *, first: bool, last: bool, shadow: bool = False) -> Future[Tensor]:
+        """Reduces one bucket of gradients in place."""
 
 
 def dgc_hook(
-    state: DGCState,
+    state: Reducer,
     bucket: dist.GradBucket,
+    *rest: object,
 ) -> torch.futures.Future[torch.Tensor]:
-    """Reduces one DDP bucket: `model.register_comm_hook(state, dgc.dgc_hook)`.
+    """Reduces one DDP bucket: what `state.register(model)` registers on a DDP module.
 
     Args:
-        state: made of this model's named_parameters().
+        state: a DGCState, made of this model's named_parameters().
         bucket: from DDP; its buffer receives the result.
+        rest: nothing; what others than DDP pass besides.
 
     Returns:
         A future of the buffer.
 
     Raises:
-        ValueError: the bucket holds a parameter that the state does not know.
+        TypeError: state is no DGCState, or bucket none of DDP's.
+        ValueError: the bucket holds a parameter that the state does not know; DDP has another group or other
+            parameters than the state; or join() is used with an optimizer that has momentum.
         RuntimeError: a second backward pass before optimizer.step() has taken the first one's gradients.
     """
+    _check_arguments(state, bucket, rest)
+    # Where the whole step is compiled, Dynamo is at work in this thread, and would trace what runs here. It takes a
+    # second to import, so it is asked only where it is there.
+    reduce = _without_dynamo() if "torch._dynamo" in sys.modules else _reduce
+    return reduce(state, bucket)
+
+
+@functools.cache
+def _without_dynamo() -> Callable[[Reducer, dist.GradBucket], Future[Tensor]]:
+    disabled: Callable[[Reducer, dist.GradBucket], Future[Tensor]] = torch.compiler.disable(_reduce)
+    return disabled
+
+
+def _reduce(state: Reducer, bucket: dist.GradBucket) -> Future[Tensor]:
     buffer = bucket.buffer()
     if buffer.layout != torch.strided:
         raise ValueError(
@@ -41,5 +89,112 @@ def dgc_hook(
     # A rank that has left DDP's join() context early is asked for zero gradients, outside any backward pass. It keeps
     # sending its residual; no step() follows there.
     shadow = torch._C._current_graph_task_id() == -1
+    first = bucket.index() == 0
+    if first:
+        if state.exchange.changed:
+            for model in registered_on(state):
+                if is_alive(model.process_group):
+                    state.bind(model)
+        _check_join(state, shadow)
     gradients = Gradients(parameters, [buffer], places)
-    return state.reduce(gradients, first=bucket.index() == 0, last=bucket.is_last(), shadow=shadow)
+    return state.reduce(gradients, first=first, last=bucket.is_last(), shadow=shadow)
+
+
+def register(state: Reducer, model: nn.Module) -> None:
+    """Registers the hook on a DDP module; see DGCState.register."""
+    model.register_comm_hook(state, dgc_hook)  # type: ignore[operator]
+
+
+def check_module(model: object, parameters: Mapping[str, Tensor]) -> DistributedDataParallel:
+    """Returns a DDP module whose gradients a state can reduce.
+
+    Args:
+        model: what the user calls his model.
+        parameters: the state's, by name.
+
+    Raises:
+        TypeError: it is no DDP module.
+        ValueError: DDP does not hand the gradient of each of the parameters, and of no other, to a hook.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        compiled = getattr(model, "_orig_mod", None)
+        hint = (
+            "Pass the module inside: model._orig_mod"
+            if isinstance(compiled, DistributedDataParallel)
+            else ("Wrap it first: model = DistributedDataParallel(net). FSDP and DataParallel are not supported")
+        )
+        raise TypeError(f"register: expected a DistributedDataParallel module, got {type(model).__name__}. {hint}")
+    inside = {id(p) for p in model.module.parameters()}
+    ignored = {id(p) for name, p in model.module.named_parameters() if name in model.parameters_to_ignore}
+    reasons = {
+        "outside of the module that DDP wraps": [n for n, p in parameters.items() if id(p) not in inside],
+        "ignored or delayed by DDP": [n for n, p in parameters.items() if id(p) in ignored],
+    }
+    if wrong := [f"{', '.join(names)} ({why})" for why, names in reasons.items() if names]:
+        raise ValueError(
+            f"register: expected every parameter of named_parameters in what DDP reduces, but not {'; '.join(wrong)}: "
+            "each rank would apply its own gradient. One DGCState serves one DDP module: put everything that is "
+            "trained with this optimizer into the module that DDP wraps, or give the rest an optimizer of its own"
+        )
+    known = {id(p) for p in parameters.values()}
+    if unknown := [
+        name
+        for name, p in model.module.named_parameters()
+        if p.requires_grad and id(p) not in known and id(p) not in ignored
+    ]:
+        raise ValueError(
+            f"register: expected a DGCState made of all that DDP reduces, but not of {', '.join(unknown)}. Pass "
+            "model.named_parameters(), and one optimizer that holds them all, in parameter groups where they differ"
+        )
+    return model
+
+
+def registered_on(state: object) -> list[DistributedDataParallel]:
+    """Returns the DDP modules on which a hook with this state is registered.
+
+    DDP tells a hook nothing of itself, and keeps the pair of hook and state in a list of its own. To look for it among
+    all objects takes some 50 ms; it is done where a group is not known yet, as at the first backward pass.
+    """
+    return [
+        module
+        for module in gc.get_objects()
+        if issubclass(type(module), DistributedDataParallel)
+        and any(its_state is state for _, its_state in getattr(module, "_comm_hooks", ()))
+    ]
+
+
+def _check_join(state: Reducer, shadow: bool) -> None:
+    model = state.model
+    joining = model is not None and model._join_config.enable and not model._join_config.throw_on_early_termination
+    if (shadow or joining) and state.steps_alone_matter:
+        raise ValueError(
+            "DistributedDataParallel.join: expected an optimizer that keeps nothing between steps, got one with "
+            "momentum: a rank that runs out of data takes no step, so its momentum of dense parameters stays behind "
+            "and replicas part. Give every rank as many batches (DistributedSampler does), use "
+            "join(throw_on_early_termination=True), or dgc.SGD without momentum"
+        )
+
+
+def _check_arguments(state: Any, bucket: Any, rest: tuple[object, ...]) -> None:
+    """Looks that DDP itself calls the hook, and for a DGCState.
+
+    Raises:
+        TypeError: it does not; the message says who does, and the way out.
+    """
+    if not (callable(getattr(state, "reduce", None)) and callable(getattr(state, "bind", None))):
+        raise TypeError(
+            f"dgc_hook: expected a DGCState, got {type(state).__name__}. Write\n"
+            "    state = dgc.DGCState(model.named_parameters(), optimizer, config)\n"
+            "    state.register(model)"
+        )
+    if isinstance(bucket, dist.GradBucket) and not rest:
+        return
+    if isinstance(bucket, tuple):
+        raise TypeError(
+            "dgc_hook: expected DDP's buckets, got single gradients from its Python reducer. Set "
+            'torch._dynamo.config.optimize_ddp to True or "ddp_optimizer", in place of "python_reducer"'
+        )
+    raise TypeError(
+        f"dgc_hook: expected a bucket from DistributedDataParallel, got {type(bucket).__name__}. FSDP hands a hook "
+        "flat shards, without the parameters that DGC keeps its residual for: it is not supported"
+    )

@@ -39,14 +39,13 @@ class Exchange(ABC):
         rank: of this process, among those that exchange.
         world_size: how many these are.
         reducible: types that the all-reduce takes; gradients of another travel as float32.
-        elastic: whether ranks may come and go. DGCState then agrees with the others in regroup(), not when it is made.
-        changed: whether they have, or may have, since refresh() was called last.
+        changed: whether ranks, or the group, may be others than when refresh() was called last. DGCState agrees with
+            the other ranks at the beginning of the next backward pass then, and not already when it is made.
     """
 
     rank: int
     world_size: int
     reducible: Collection[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16)
-    elastic = False
     changed = False
 
     @abstractmethod
@@ -109,6 +108,18 @@ class Exchange(ABC):
             )
 
 
+def is_alive(group: dist.ProcessGroup) -> bool:
+    """Returns whether torch.distributed still has a group: it has not after destroy_process_group()."""
+    try:
+        return _default_group() is not None and dist.get_rank(group) >= 0
+    except ValueError:
+        return False
+
+
+def _default_group() -> dist.ProcessGroup | None:
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
 def _failed(what: str, error: RuntimeError) -> RuntimeError:
     """Returns the error of a collective with what it means."""
     return RuntimeError(
@@ -164,17 +175,72 @@ class DistributedExchange(Exchange):
     """A process group; one rank by itself where torch.distributed is not initialised."""
 
     def __init__(self, device: torch.device, process_group: dist.ProcessGroup | None = None) -> None:
-        """Takes the default group unless another is given; device is that of all tensors to come."""
+        """Takes a group for good, or for the time being the default group, until bind() names DDP's.
+
+        Args:
+            device: that of all tensors to come.
+            process_group: a group that this process is in.
+
+        Raises:
+            ValueError: this process is not in process_group.
+            RuntimeError: torch.distributed is not initialised, or was shut down since process_group was made.
+        """
         self.group = process_group
-        self.refresh()
+        self._given = process_group is not None
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.refresh()
+        self._settled = self._given
+
+    @property
+    def changed(self) -> bool:  # type: ignore[override]
+        """Whether the group is not agreed upon yet, or torch.distributed was initialised again since."""
+        return not self._settled or self._world is not _default_group()
+
+    def bind(self, group: dist.ProcessGroup) -> None:
+        """Takes the group of the DDP module whose gradients come; refresh() looks at it.
+
+        Raises:
+            ValueError: DGCState was made for another one.
+        """
+        if group is self.group:
+            return
+        if self._given:
+            raise ValueError(
+                f"process_group: expected DDP's, of ranks {dist.get_process_group_ranks(group)}, got another one. "
+                "Leave process_group out: state.register(model) takes it from DDP"
+            )
+        self.group = group
+        self._settled = False
 
     def refresh(self) -> None:
-        """Looks again which rank this is, and of how many."""
-        active = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank(self.group) if active else 0
-        self.world_size = dist.get_world_size(self.group) if active else 1
+        """Looks again which rank this is, and of how many.
+
+        Raises:
+            ValueError, RuntimeError: as __init__.
+        """
+        self._world = _default_group()
+        self.rank, self.world_size = self._place()
+        self._settled = True
+
+    def _place(self) -> tuple[int, int]:
+        if self._world is None and self.group is None:
+            return 0, 1
+        try:
+            rank, world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        except ValueError as error:
+            raise RuntimeError(
+                "process_group: expected one that exists, got one from before torch.distributed was shut down. "
+                "Wrap the model in DistributedDataParallel again and call state.register(model)"
+            ) from error
+        if rank < 0:
+            raise ValueError("process_group: expected one that this process is in, got one of other processes")
+        return rank, world_size
+
+    def roll_back(self, rank: int, world_size: int) -> None:
+        """Returns to an earlier group, until refresh() looks again."""
+        super().roll_back(rank, world_size)
+        self._settled = False
 
     def future(self) -> Future[Tensor]:
         """Returns a future; on a GPU, whoever waits for it waits for the stream of `arrived`."""

@@ -53,7 +53,8 @@ class DGCStateHandler(StateHandler):
         """Returns to what was committed, and forgets a step that broke off."""
         exchange = self.value.exchange
         assert isinstance(exchange, HorovodExchange)
-        exchange.roll_back(self._saved["rank"], self._saved["world_size"])
+        (share,) = self._saved["ranks"].values()
+        exchange.roll_back(share["rank"], share["world_size"])
         self.value.load_state_dict(self._saved)
         self.value.joined = self._joined
 

@@ -92,7 +92,7 @@ class HorovodExchange(Exchange):
             predivide_factor: dense gradients are divided by it before the sum, and by world size / it afterwards.
             agreed: what all ranks must have alike besides DGCState's own description.
         """
-        self.elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
+        self._elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
         self._device = device
         self._set = process_set
         self._predivide_factor = predivide_factor
@@ -107,7 +107,7 @@ class HorovodExchange(Exchange):
     @property
     def changed(self) -> bool:  # type: ignore[override]
         """Whether ranks have come or gone, or may have, since refresh() was called last."""
-        return self.elastic and (self._stale or self._place() != (self.rank, self.world_size))
+        return self._elastic and (self._stale or self._place() != (self.rank, self.world_size))
 
     def refresh(self) -> None:
         """Looks again which rank this is, and of how many."""
@@ -159,7 +159,7 @@ class HorovodExchange(Exchange):
         if self.world_size == 1:
             return [text]
         mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-        length = torch.tensor([len(mine)])
+        length = torch.tensor([len(mine)], device="cpu")
         lengths = hvd.allgather(length, name="dgc.lengths", process_set=self._set).tolist()
         texts = hvd.allgather(mine, name="dgc.texts", process_set=self._set).split(lengths)
         return [bytes(t.tolist()).decode() for t in texts]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,11 +32,14 @@ class Memory:
         end = 0
         for name in compressed:
             end = self._place(name, end)
-        self.residual = torch.zeros(end, device=device)
+        # Types are written out everywhere: torch.set_default_dtype(bfloat16) is how some large models are built.
+        self.residual = torch.zeros(end, dtype=torch.float32, device=device)
         for name in parameters:
             if name not in self.offset:
                 end = self._place(name, end)
         self.numel = end
+        self._kept: dict[str, Tensor] = {}
+        """What keep() has copied: "residual", and "momentum" where there is any."""
 
     def _place(self, name: str, end: int) -> int:
         self.offset[name] = end
@@ -45,8 +48,13 @@ class Memory:
     def allocate_momentum(self) -> Tensor:
         """Returns u, flat; zeros at the first call."""
         if self.momentum is None:
-            self.momentum = torch.zeros(self.numel, device=self.device)
+            self.momentum = torch.zeros(self.numel, dtype=torch.float32, device=self.device)
         return self.momentum
+
+    def set_momentum(self, name: str, buffer: Tensor) -> None:
+        """Sets u of one parameter to what is the same on all ranks: the momentum of a dense run."""
+        self._view(self.allocate_momentum(), name).copy_(buffer)
+        self.diverged.discard(name)
 
     def momentum_of(self, name: str) -> Tensor | None:
         """Returns u of one parameter, a view in its shape; None while nothing has momentum."""
@@ -54,8 +62,8 @@ class Memory:
 
     def flat_momentum(self, name: str) -> Tensor:
         """Returns u of one parameter, flat."""
-        start = self.offset[name]
-        return self.allocate_momentum()[start : start + self.parameters[name].numel()]
+        start, end = self.span(name)
+        return self.allocate_momentum()[start:end]
 
     def residual_of(self, name: str) -> Tensor | None:
         """Returns v of one parameter, a view in its shape; None for a dense one."""
@@ -64,6 +72,31 @@ class Memory:
     def _view(self, flat: Tensor, name: str) -> Tensor:
         parameter = self.parameters[name]
         return flat.as_strided(parameter.shape, dense_strides(parameter), self.offset[name])
+
+    def span(self, name: str) -> tuple[int, int]:
+        """Returns where a parameter's u and v begin and end in the flat tensors."""
+        start = self.offset[name]
+        return start, start + self.parameters[name].numel()
+
+    def keep(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Copies u and v of compressed parameters, for put_back(): 8 bytes an element, allocated at the first call."""
+        for now, kept in self._with_kept():
+            for start, end in spans:
+                kept[start:end].copy_(now[start:end])
+
+    def put_back(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Returns u and v to what keep() found there, bit for bit."""
+        for now, kept in self._with_kept():
+            for start, end in spans:
+                now[start:end].copy_(kept[start:end])
+
+    def _with_kept(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for what, now in (("residual", self.residual), ("momentum", self.momentum)):
+            if now is not None:
+                if what not in self._kept:
+                    # Zeros, which u was until it was allocated.
+                    self._kept[what] = torch.zeros_like(self.residual)
+                yield now, self._kept[what]
 
     def scale(self, factor: float) -> None:
         """Multiplies this rank's share: v, and u where it differs between ranks."""
@@ -76,6 +109,17 @@ class Memory:
         momentum = {} if self.momentum is None else {n: self._view(self.momentum, n) for n in self.parameters}
         residual = {name: self._view(self.residual, name) for name in self.compressed}
         return {"momentum": momentum, "residual": residual}
+
+    def state_dict_of(self, residual: Tensor, momentum: Tensor | None = None) -> dict[str, Any]:
+        """Returns another rank's flat tensors by name, each with memory of its own, on the CPU.
+
+        A view pickles with all that it is a view of.
+        """
+        flats = {"momentum": (momentum, self.parameters), "residual": (residual, self.compressed)}
+        return {
+            kind: {} if flat is None else {name: self._view(flat, name).to("cpu", copy=True) for name in names}
+            for kind, (flat, names) in flats.items()
+        }
 
     def check(self, state_dicts: Sequence[Mapping[str, object]], diverged: Sequence[str]) -> None:
         """Compares state_dicts' tensors with this memory.
@@ -125,7 +169,7 @@ class Memory:
         terms = [(weight, tensor) for weight, tensor in zip(weights, tensors, strict=True) if weight]
         if [weight for weight, _ in terms] == [1.0]:
             return terms[0][1]  # perhaps a view of the memory that is written next
-        total = torch.zeros(tensors[0].shape, device=self.device)
+        total = torch.zeros(tensors[0].shape, dtype=torch.float32, device=self.device)
         for weight, tensor in terms:
             total.add_(tensor.to(self.device), alpha=weight)  # files of all ranks may name all ranks' devices
         return total

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +15,11 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import ops
+
+UNSUPPORTED = {"dampening": 0, "maximize": False, "differentiable": False, "fused": None}
+"""torch.optim.SGD's settings that DGC cannot honour, and what they are where they are unset."""
+STATE = {"step", "decay_momentum", "momentum_buffer"}
+"""What is kept of a parameter; the last is torch.optim.SGD's, until a DGCState takes it."""
 
 
 class Reducer(Protocol):
@@ -44,11 +53,20 @@ class SGD(Optimizer):
     parameter groups at every backward pass, so schedulers may change momentum. Weight decay has a momentum buffer of
     its own, equal on all ranks; by linearity the sum is the same.
 
+    load_state_dict() takes torch.optim.SGD's state too, and torch.optim.SGD's takes this one's. A parameter's state is
+    `step`, the steps applied to it (on a GPU with those that the device left out), float32 on the CPU, and
+    `decay_momentum`, of no elements until weight decay meets momentum: always there, since
+    torch.distributed.checkpoint asks the state which device it is on (StateDictOptions(full_state_dict=True)).
+
     Raises:
-        ValueError: an argument out of range, or one of torch.optim.SGD's that DGC cannot honour.
+        ValueError: an argument out of range, or one of torch.optim.SGD's that DGC cannot honour. The same comes from
+            add_param_group(), from load_state_dict(), which then has changed nothing, and from step(), where a
+            parameter group has been changed since.
     """
 
-    _reducer: Reducer | None = None  # of the class too, so that a copy without a DGCState says what is missing
+    # Weak, or a DGCState that is dropped keeps its memory until the garbage collector comes. Of the class too, so that
+    # a copy without a DGCState says what is missing.
+    _attached: weakref.ref[Reducer] | None = None
 
     def __init__(
         self,
@@ -65,28 +83,61 @@ class SGD(Optimizer):
         fused: bool | None = None,
     ) -> None:
         """Checks the arguments; see the class."""
-        refused = {"dampening": dampening, "maximize": maximize, "differentiable": differentiable, "fused": fused}
-        for name, value in refused.items():
-            if value:
-                raise ValueError(f"{name}: expected it unset, got {value!r}: dgc.SGD does not support it")
-        del foreach  # a hint about speed; dgc.SGD always works on lists
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,  # a hint about speed; dgc.SGD always works on lists
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        check_groups([defaults])
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group, checking its values."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for name in ("lr", "momentum", "weight_decay"):
-            value = group[name]
-            if isinstance(value, Tensor) or not value >= 0:
-                raise ValueError(f"{name}: expected a number >= 0, got {value!r}")
+        group = {**self.defaults, **param_group}
+        check_groups([*self.param_groups[:1], group])
+        # Not where a schedule or a state_dict comes to 0 later, which is plain SGD.
         if group["nesterov"] and group["momentum"] <= 0:
             raise ValueError(f"momentum: expected a number > 0 with nesterov=True, got {group['momentum']!r}")
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes over what load_state_dict() or pickle has read; changes nothing unless all of it can be honoured."""
+        groups = state["param_groups"]
+        check_saved(groups, state["state"])
+        for group in groups:
+            _fill(group)
+        check_groups(groups)
+        super().__setstate__({**state, "state": _take_over(groups, state["state"])})
+        _fill(self.defaults)
 
     def attach(self, reducer: Reducer) -> None:
-        """Names the DGCState that reduces the gradients; DGCState calls this itself."""
-        self._reducer = reducer
+        """Names the DGCState that reduces the gradients, without keeping it alive; DGCState calls this itself."""
+        self._attached = weakref.ref(reducer)
+
+    @property
+    def _reducer(self) -> Reducer | None:
+        """The DGCState that reduces the gradients; None without one, or where it is gone."""
+        return None if self._attached is None else self._attached()
+
+    @property
+    def steps(self) -> int:
+        """The largest number of steps that a parameter has had; 0 where there is no state."""
+        return int(_most_steps(self.state))
+
+    def take_momentum(self) -> dict[Tensor, Tensor]:
+        """Returns the momentum that torch.optim.SGD's state brought along, by parameter, and forgets it.
+
+        DGCState calls this before it accumulates or saves, and puts each buffer into u. Weight decay's part of it may
+        go there too, with decay_momentum beginning at 0: both momenta decay by the same factor and are applied alike,
+        so only their sum matters.
+        """
+        return {p: state.pop("momentum_buffer") for p, state in self.state.items() if "momentum_buffer" in state}
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -95,7 +146,8 @@ class SGD(Optimizer):
         Raises:
             RuntimeError: the DGCState does not know of the loss scale, and has accumulated scaled gradients.
         """
-        if self._reducer is not None and not self._reducer.unscales:
+        reducer = self._reducer
+        if reducer is not None and not reducer.unscales:
             raise RuntimeError(
                 "GradScaler.step: expected a DGCState that knows of the loss scale, got one that has accumulated "
                 "scaled gradients, which a change of scale makes wrong: DGCState(..., grad_scaler=scaler), or "
@@ -110,38 +162,41 @@ class SGD(Optimizer):
         Raises:
             RuntimeError: there are gradients and momentum, but no DGCState has reduced since the last step: momentum
                 would be silently missing.
+            ValueError: a parameter group has a value that DGC cannot honour.
             FloatingPointError: a gradient was not finite on some rank (DGCConfig.on_nonfinite). On a GPU the device
                 leaves the step out, and the next step() raises.
         """
+        check_groups(self.param_groups)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not gradients:
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not parameters:
             return loss
-        if not (self._reducer is not None and self._reducer.pending) and all_zero(gradients):
+        reducer = self._reducer
+        if not (reducer is not None and reducer.pending) and all_zero(p.grad for p in parameters):
             self._allocate()
             return loss
-        if self._reducer is not None:
-            if not self._reducer.take():
+        if reducer is not None:
+            if not reducer.take():
                 return loss
         elif any(group["momentum"] > 0 for group in self.param_groups):
             raise RuntimeError(
                 "dgc.SGD: expected a DGCState to have reduced these gradients, got none, so momentum would be missing. "
-                "Create dgc.DGCState(model.named_parameters(), optimizer) and register it: "
-                "model.register_comm_hook(state, dgc.dgc_hook); with Horovod, wrap it: "
+                "Create state = dgc.DGCState(model.named_parameters(), optimizer), keep it, and register it: "
+                "state.register(model); with Horovod, wrap the optimizer: "
                 "dgc.horovod.DistributedOptimizer(optimizer, model.named_parameters()). Without DGC, use "
                 "torch.optim.SGD"
             )
-        self._steps().add_(1)
+        # A tensor, which each addition would make of a number again.
+        torch._foreach_add_([self._state(p)["step"] for p in parameters], _count(1), alpha=1)
         for group in self.param_groups:
-            self._step_group(group)
+            self._step_group(group, reducer)
         return loss
 
-    def _step_group(self, group: dict[str, Any]) -> None:
+    def _step_group(self, group: dict[str, Any], reducer: Reducer | None) -> None:
         lr, mu, decay, nesterov = group["lr"], group["momentum"], group["weight_decay"], group["nesterov"]
-        reducer = self._reducer
         skip = reducer.skip if reducer is not None else None
         parameters = [p for p in group["params"] if p.grad is not None]
         if decay:
@@ -171,33 +226,145 @@ class SGD(Optimizer):
             _unless(skip, p, shrink)
         _subtract([p], [u], lr * mu if nesterov else lr, skip)
 
+    def _state(self, p: Tensor) -> dict[str, Any]:
+        """Returns what is kept of a parameter.
+
+        Of every one, though one count would do: torch.distributed.checkpoint misses a state that is not there, and
+        hvd.broadcast_optimizer_state() leaves learning rates where they are if there is none at all.
+        """
+        state: dict[str, Any] = self.state[p]
+        if "step" not in state:
+            state.update(_fresh(p))
+        return state
+
     def _decay_momentum(self, p: Tensor) -> Tensor:
-        state = self.state[p]
-        if "decay_momentum" not in state:
+        state = self._state(p)
+        if state["decay_momentum"].shape != p.shape:
             state["decay_momentum"] = torch.zeros_like(p)
         u: Tensor = state["decay_momentum"]
         return u
 
-    def _steps(self) -> Tensor:
-        """Returns the number of steps applied, on a GPU with those that the device left out: float32 on the CPU.
-
-        Kept so that there is a state at all: hvd.broadcast_optimizer_state() leaves learning rates where they are if
-        there is none.
-        """
-        state = self.state[self.param_groups[0]["params"][0]]
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-        steps: Tensor = state["step"]
-        return steps
-
     def _allocate(self) -> None:
         """Makes what step() would make."""
-        self._steps()
         for group in self.param_groups:
-            if group["weight_decay"] and group["momentum"]:
-                for p in group["params"]:
-                    if p.grad is not None:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._state(p)
+                    if group["weight_decay"] and group["momentum"]:
                         self._decay_momentum(p)
+
+
+def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Refuses parameter groups whose values DGC cannot honour.
+
+    Raises:
+        ValueError: the message names the value.
+    """
+    groups = list(groups)
+    for group in groups:
+        for name in ("lr", "momentum", "weight_decay"):
+            value = group.get(name)
+            if not (isinstance(value, Real) and 0 <= float(value) < math.inf):
+                raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
+        for name, unset in UNSUPPORTED.items():
+            if group.get(name):
+                raise ValueError(
+                    f"{name}: expected it unset, got {group[name]!r}: dgc.SGD does not support it. Leave it out, or "
+                    f"set it to {unset!r} in the parameter group"
+                )
+    if len({bool(group.get("nesterov")) for group in groups}) > 1:
+        raise ValueError("nesterov: expected the same in all parameter groups, got both True and False")
+
+
+def check_saved(groups: Iterable[Mapping[str, Any]], saved: Mapping[Any, Mapping[str, Any]]) -> None:
+    """Refuses what another optimizer than dgc.SGD or torch.optim.SGD has saved, and what does not fit the parameters.
+
+    Args:
+        groups: the parameter groups.
+        saved: what was saved of each parameter.
+
+    Raises:
+        ValueError: the message says what shows it.
+    """
+    needed = ["lr", "momentum", "weight_decay", "nesterov"]
+    if any("momentum_buffer" in entries for entries in saved.values()):
+        needed.append("dampening")  # Muon has all the others, and buffers of another kind
+    for group in groups:
+        if missing := [name for name in needed if name not in group]:
+            raise _foreign(f"{', '.join(needed)} in each parameter group", f"a group without {', '.join(missing)}")
+    for p, entries in saved.items():
+        if extra := set(entries) - STATE if isinstance(p, Tensor) else {p}:
+            raise _foreign(
+                f"no more than {', '.join(sorted(STATE))} of each parameter", ", ".join(sorted(map(str, extra)))
+            )
+        step = entries.get("step", 0)
+        if not isinstance(step, Real) and not (isinstance(step, Tensor) and step.numel() == 1):
+            raise ValueError(f"state_dict: expected a number as step, got {step!r}. It is damaged: load another one")
+        for name in ("decay_momentum", "momentum_buffer"):
+            u = entries.get(name)
+            if u is not None and not _fits(name, u, p):
+                raise ValueError(
+                    f"state_dict: expected {name} of the parameter's shape, {tuple(p.shape)}, got "
+                    f"{tuple(u.shape) if isinstance(u, Tensor) else repr(u)}. Load it with the model that it was saved "
+                    "with"
+                )
+
+
+def _fits(name: str, u: object, p: Tensor) -> bool:
+    if not isinstance(u, Tensor) or u.layout != p.layout:
+        return False
+    return u.shape == p.shape or (name == "decay_momentum" and not u.numel())
+
+
+def _foreign(expected: str, got: str) -> ValueError:
+    return ValueError(
+        f"state_dict: this is not the state of dgc.SGD or torch.optim.SGD: expected {expected}, got {got}. Load it "
+        "into an optimizer of the kind that saved it"
+    )
+
+
+def _take_over(
+    groups: Iterable[Mapping[str, Any]], saved: Mapping[Tensor, Mapping[str, Any]]
+) -> defaultdict[Tensor, dict[str, Any]]:
+    """Returns saved state as step() would have made it, in tensors of its own.
+
+    torch hands over those of the state_dict, which a run that goes on changes. Where step is missing, it is that of the
+    others: it used to be kept of the first parameter only.
+    """
+    state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+    if not any(saved.values()):
+        return state
+    steps = _most_steps(saved)
+    held = [p for group in groups for p in group["params"] if p.requires_grad]
+    for p in dict.fromkeys([*saved, *held]):
+        state[p] = _fresh(p, steps)
+        for name, value in saved.get(p, {}).items():
+            if name == "step":
+                state[p]["step"].fill_(float(value))
+            elif value is not None:
+                state[p][name] = value.clone()
+    return state
+
+
+def _fresh(p: Tensor, steps: float = 0) -> dict[str, Any]:
+    return {
+        "step": _count(steps),
+        "decay_momentum": torch.empty(0, dtype=p.dtype, device=p.device),
+    }
+
+
+def _count(steps: float) -> Tensor:
+    return torch.tensor(steps, dtype=torch.float32, device="cpu")
+
+
+def _most_steps(state: Mapping[Tensor, Mapping[str, Any]]) -> float:
+    return max((float(entries["step"]) for entries in state.values() if "step" in entries), default=0)
+
+
+def _fill(group: dict[str, Any]) -> None:
+    """Adds torch.optim.SGD's settings that dgc.SGD used to have none of."""
+    for name, value in {**UNSUPPORTED, "foreach": None}.items():
+        group.setdefault(name, value)
 
 
 def all_zero(gradients: Iterable[Tensor]) -> bool:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from . import advice
 from .config import DGCConfig
-from .optim import SGD
+from .optim import SGD, all_zero
 
 SUPPORTED = (torch.float32, torch.bfloat16, torch.float16)
-WRAPPERS = ("module.", "_orig_mod.")
-"""Prefixes that DDP and torch.compile put in front of names."""
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+"""What torch.compile and torch's activation checkpointing put into names, anywhere."""
 
 
 class Parameters:
@@ -25,6 +27,8 @@ class Parameters:
             with momentum of its own.
     """
 
+    _groups: dict[str, dict[str, Any]]
+
     def __init__(
         self,
         named_parameters: Iterable[tuple[str, Tensor]],
@@ -33,14 +37,34 @@ class Parameters:
         loss_scaling: bool = False,
     ) -> None:
         """Checks everything; see the class."""
+        self.optimizer = unwrapped(optimizer)
         self.by_name = by_name(named_parameters)
-        self.optimizer = optimizer
         self._names = {id(p): name for name, p in self.by_name.items()}
-        self._group_of = group_indices(self.by_name, optimizer)
+        self.refresh()
+        check_names(self.by_name, self.optimizer)
         self.never_compressed = dense_reasons(self.by_name, config)
         """Those dense in every phase, with the reason."""
-        check_optimizer(optimizer, config, loss_scaling)
+        check_optimizer(self.optimizer, config, loss_scaling)
         self.device = next(iter(self.by_name.values())).device
+
+    def refresh(self) -> None:
+        """Looks again in which of the optimizer's groups each parameter is.
+
+        Before each pass: load_state_dict() replaces the groups, and users take some out, or change their order.
+
+        Raises:
+            ValueError: a parameter is in none; or groups have got what check_optimizer refuses.
+        """
+        group_of = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        if not_held := [name for name, p in self.by_name.items() if id(p) not in group_of]:
+            raise ValueError(
+                f"optimizer: expected it to hold every parameter, but not {', '.join(not_held)}: their gradients would "
+                "be reduced and never applied. Pass them to the optimizer, in groups of one optimizer where they "
+                "differ; or set requires_grad=False before DDP and DGCState are made. To freeze them later, set the "
+                "group's lr to 0 and leave it there"
+            )
+        self._groups = {name: group_of[id(p)] for name, p in self.by_name.items()}
+        check_momentum(self.optimizer)
 
     def name(self, parameter: Tensor) -> str:
         """Returns a parameter's name.
@@ -60,8 +84,7 @@ class Parameters:
         """Returns a parameter's momentum factor now; 0 where the optimizer knows none."""
         if not isinstance(self.optimizer, SGD):
             return 0.0
-        # By index: load_state_dict() replaces the groups.
-        return float(self.optimizer.param_groups[self._group_of[name]]["momentum"])
+        return float(self._groups[name]["momentum"])
 
     @property
     def any_momentum(self) -> bool:
@@ -71,21 +94,40 @@ class Parameters:
     @property
     def nesterov(self) -> bool:
         """Whether momentum is Nesterov's."""
-        return isinstance(self.optimizer, SGD) and bool(self.optimizer.param_groups[0]["nesterov"])
+        return isinstance(self.optimizer, SGD) and any(group["nesterov"] for group in self._groups.values())
 
-    def check_gradients(self) -> None:
-        """Looks whether the optimizer would apply a gradient that nobody reduces.
+    @property
+    def steps_alone_matter(self) -> bool:
+        """Whether the optimizer keeps something between steps that a rank without step() would not have."""
+        if isinstance(self.optimizer, SGD):
+            return self.any_momentum
+        return not isinstance(self.optimizer, torch.optim.SGD)
+
+    @property
+    def steps_taken(self) -> int:
+        """How many steps the optimizer has taken, where it counts them; read from its state."""
+        counts = [state["step"] for state in self.optimizer.state.values() if "step" in state]
+        return int(max(map(float, counts), default=0))
+
+    def check_gradients(self, reduced: Collection[int]) -> None:
+        """Looks whether the optimizer would apply a gradient that was not exchanged.
+
+        Args:
+            reduced: ids of the parameters whose gradients came in this pass.
 
         Raises:
-            ValueError: it would.
+            ValueError: it would, and the gradient is not zero.
         """
         held = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if local := [p for p in held if id(p) not in self._names]:
+        local = [p for p in held if id(p) not in reduced]
+        if local and not all_zero(p.grad for p in local):
             raise ValueError(
-                f"optimizer: expected gradients of the parameters that named_parameters had, got those of "
-                f"{len(local)} more, of shape {', '.join(str(tuple(p.shape)) for p in local)}, which no rank has sent. "
-                "They were frozen, or not there, when DGCState was made: make optimizer and DGCState again"
+                advice.not_reduced([self._names.get(id(p), f"one of shape {tuple(p.shape)}") for p in local])
             )
+
+    def without_gradient(self, reduced: Collection[int]) -> list[str]:
+        """Returns the names of those that have no gradient, and did not come in this pass."""
+        return [name for name, p in self.by_name.items() if p.grad is None and id(p) not in reduced]
 
 
 def by_name(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -96,10 +138,7 @@ def by_name(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]
     """
     parameters: dict[str, Tensor] = {}
     seen: dict[int, str] = {}
-    for full_name, parameter in named_parameters:
-        name = full_name
-        while name.startswith(WRAPPERS):
-            name = name.split(".", 1)[1]
+    for name, parameter in _unprefixed(_pairs(named_parameters)):
         if name in parameters or id(parameter) in seen:
             other = seen.get(id(parameter), name)
             raise ValueError(
@@ -108,6 +147,16 @@ def by_name(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]
             )
         if not parameter.requires_grad:
             continue
+        if hasattr(parameter, "device_mesh"):
+            raise TypeError(
+                f"{name}: expected a plain tensor, got a DTensor, a shard of one (FSDP2, tensor parallel). DGC keeps "
+                "momentum and residual of whole parameters: use DistributedDataParallel"
+            )
+        if parameter.is_meta or torch.nn.parameter.is_lazy(parameter):
+            raise ValueError(
+                f"{name}: expected a parameter with memory, got one on the meta device, or of a lazy module. Make it "
+                "real first: model.to_empty(device=...), or a forward pass"
+            )
         if parameter.dtype not in SUPPORTED:
             raise ValueError(
                 f"{name}: expected float32, bfloat16 or float16, got {parameter.dtype}. DGC cannot accumulate it: "
@@ -123,19 +172,64 @@ def by_name(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]
     return parameters
 
 
-def group_indices(parameters: Mapping[str, Tensor], optimizer: Optimizer) -> dict[str, int]:
-    """Returns the index of each parameter's group in the optimizer.
+def _pairs(named_parameters: object) -> list[tuple[str, Tensor]]:
+    """Returns the names and parameters that a user has passed.
 
     Raises:
-        ValueError: optimizer and named_parameters do not hold the same parameters.
+        TypeError: it is something else, as people write it; the message says what to write.
     """
-    index = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    not_held = [name for name, p in parameters.items() if id(p) not in index]
-    if not_held:
-        raise ValueError(
-            f"optimizer: expected it to hold every parameter, but not {', '.join(not_held)}: their gradients would be "
-            "reduced and never applied. Pass them to the optimizer, or set requires_grad=False"
+    write = "Pass model.named_parameters()"
+    if isinstance(named_parameters, Mapping):
+        raise TypeError(f"named_parameters: expected pairs, got a dict. {write}, or dict.items()")
+    if isinstance(named_parameters, Tensor) or not isinstance(named_parameters, Iterable):
+        raise TypeError(
+            f"named_parameters: expected pairs of name and parameter, got {type(named_parameters).__name__}. {write}"
         )
+    pairs = list(named_parameters)
+    for pair in pairs:
+        good = isinstance(pair, (tuple, list)) and len(pair) == 2
+        if not (good and isinstance(pair[0], str) and isinstance(pair[1], Tensor)):
+            what = "parameters without names" if isinstance(pair, Tensor) else f"{type(pair).__name__}"
+            raise TypeError(f"named_parameters: expected pairs of name and parameter, got {what}. {write}")
+    return pairs
+
+
+def _unprefixed(pairs: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """Returns the pairs with the names that the bare model has, so that a checkpoint fits whatever wraps it."""
+    for wrapper in WRAPPERS:
+        pairs = [(name.replace(wrapper, ""), p) for name, p in pairs]
+    # DDP's prefix, which may also be the name of a submodule: only where all have it.
+    while pairs and all(name.startswith("module.") for name, _ in pairs):
+        pairs = [(name.removeprefix("module."), p) for name, p in pairs]
+    return pairs
+
+
+def unwrapped(optimizer: object) -> Optimizer:
+    """Returns the optimizer inside of those that only pass its step() on: Accelerate's, Fabric's, Lookahead.
+
+    Lightning's and Fabric's imitate the class of what they hold, so what they hold counts first.
+
+    Raises:
+        TypeError: it is none, and holds none.
+    """
+    for attribute in ("_optimizer", "optimizer", "base_optimizer"):
+        inner = getattr(optimizer, "__dict__", {}).get(attribute)
+        if isinstance(inner, Optimizer) and inner is not optimizer:
+            return unwrapped(inner)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer: expected dgc.SGD or another torch optimizer, got {type(optimizer).__name__}. Write "
+            "DGCState(model.named_parameters(), optimizer, config)"
+        )
+    return optimizer
+
+
+def check_names(parameters: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+    """Looks that named_parameters has all that the optimizer holds.
+
+    Raises:
+        ValueError: it has not.
+    """
     known = {id(p) for p in parameters.values()}
     unnamed = [
         f"{tuple(p.shape)} in group {i}"
@@ -146,9 +240,9 @@ def group_indices(parameters: Mapping[str, Tensor], optimizer: Optimizer) -> dic
     if unnamed:
         raise ValueError(
             f"named_parameters: expected all that the optimizer holds, but {len(unnamed)} are missing, of shape "
-            f"{', '.join(unnamed)}. Pass model.named_parameters() of the whole model"
+            f"{', '.join(unnamed)}. Pass model.named_parameters() of the whole model. A loss with weights of its own, "
+            "or a second network, goes into the module that DDP wraps, or gets an optimizer of its own"
         )
-    return {name: index[id(p)] for name, p in parameters.items()}
 
 
 def check_optimizer(optimizer: Optimizer, config: DGCConfig, loss_scaling: bool) -> None:
@@ -158,8 +252,6 @@ def check_optimizer(optimizer: Optimizer, config: DGCConfig, loss_scaling: bool)
         ValueError: the message says why and what to use.
     """
     if isinstance(optimizer, SGD):
-        if len({bool(group["nesterov"]) for group in optimizer.param_groups}) > 1:
-            raise ValueError("nesterov: expected the same in all parameter groups, got both True and False")
         return
     kind = type(optimizer).__name__
     if loss_scaling and getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -169,16 +261,28 @@ def check_optimizer(optimizer: Optimizer, config: DGCConfig, loss_scaling: bool)
         )
     if config.on_nonfinite == "skip":
         raise ValueError(f'on_nonfinite: expected "raise" with {kind}; only dgc.SGD can leave a step out')
-    if any(group.get("momentum", 0) for group in optimizer.param_groups):
-        raise ValueError(
-            f"optimizer: expected dgc.SGD, got {kind} with momentum > 0. DGC applies momentum before it selects what "
-            "to send; a second one would be applied to the sparse updates. Use dgc.SGD with the same arguments"
-        )
-    if any("betas" in group for group in optimizer.param_groups):
+    if not isinstance(optimizer, torch.optim.SGD):
         warnings.warn(
-            f"dgc: {kind} is outside the paper: sparse, delayed gradients mislead its second moment. "
-            "Accuracy may suffer; dgc.SGD is what DGC was made for",
+            f"dgc: {kind} is outside the paper: what it keeps of earlier gradients, or takes from their size, is "
+            "misled by sparse, delayed ones. Accuracy may suffer; dgc.SGD is what DGC was made for",
             stacklevel=4,
+        )
+
+
+def check_momentum(optimizer: Optimizer) -> None:
+    """Looks that DGC's is the only momentum, and one form of it.
+
+    Raises:
+        ValueError: it is not, from the start or since a schedule or load_state_dict() has changed the groups.
+    """
+    if isinstance(optimizer, SGD):
+        if len({bool(group["nesterov"]) for group in optimizer.param_groups}) > 1:
+            raise ValueError("nesterov: expected the same in all parameter groups, got both True and False")
+    elif any(group.get("momentum", 0) for group in optimizer.param_groups):
+        raise ValueError(
+            f"optimizer: expected dgc.SGD, got {type(optimizer).__name__} with momentum > 0. DGC applies momentum "
+            "before it selects what to send; a second one would be applied to the sparse updates. Use dgc.SGD with the "
+            "same arguments"
         )
 
 

@@ -100,7 +100,7 @@ def unpack(
     headers = header(payloads).tolist()
     found = [_check(payload, headers[r], headers[rank], segments, wire_dtype) for r, payload in enumerate(payloads)]
     codes = [s + NON_FINITE_STATUS * (s == 0 and h[3] & NON_FINITE) for s, h in zip(found, headers, strict=True)]
-    status.copy_(torch.tensor([*codes, 0], dtype=torch.int32))
+    status.copy_(torch.tensor([*codes, 0], dtype=torch.int32, device="cpu"))
     if any(found):
         return
     used = (payloads[:, at.used : at.used + len(segments)] & USED).any(0).tolist()
@@ -112,11 +112,11 @@ def unpack(
         entry += k
         if not used[row]:
             continue
-        total = torch.zeros(numel, device=payloads.device)
+        total = torch.zeros(numel, dtype=torch.float32, device=payloads.device)
         for position, value in zip(positions, values, strict=True):
             total.index_put_((position[mine],), value[mine], accumulate=True)
         average = out[source].view(-1)[offset : offset + numel]
-        average.copy_(total * (1 / torch.tensor(len(payloads), dtype=torch.float32)) * scale)
+        average.copy_(total * (1 / torch.tensor(len(payloads), dtype=torch.float32, device="cpu")) * scale)
         status[-1] |= ~average.isfinite().all()
         if any(codes):
             average[0] = torch.nan
@@ -170,7 +170,7 @@ def _sections(payload: Tensor, segments: Tensor, wire_dtype: torch.dtype) -> tup
 def _positions(payload: Tensor, segments: Tensor, wire_dtype: torch.dtype) -> Tensor:
     """Returns each entry's index inside its parameter: int64 [entries]."""
     ends, indices, _ = _sections(payload, segments, wire_dtype)
-    first = torch.cat([torch.arange(div_up(numel, TILE)) * TILE for numel in segments[:, 3].tolist()])
+    first = torch.cat([torch.arange(div_up(n, TILE), device="cpu") * TILE for n in segments[:, 3].tolist()])
     counts = ends.diff(prepend=ends.new_zeros(1)).long()
     return torch.repeat_interleave(first.to(payload.device), counts) + (indices.long() & 0xFFFF)
 
@@ -183,11 +183,12 @@ def _check(payload: Tensor, words: list[int], own: list[int], segments: Tensor, 
     ends, indices, values = _sections(payload, segments, wire_dtype)
     begins = torch.cat([ends.new_zeros(1), ends[:-1]]).long() & 0xFFFFFFFF
     tile_ends = ends.long() & 0xFFFFFFFF
-    tiles = torch.tensor([div_up(numel, TILE) for numel in segments[:, 3].tolist()]).cumsum(0) - 1
+    tiles = torch.tensor([div_up(numel, TILE) for numel in segments[:, 3].tolist()], device="cpu").cumsum(0) - 1
     if (tile_ends < begins).any() or not torch.equal(tile_ends[tiles.to(ends.device)].cpu(), segments[:, 4].cumsum(0)):
         return 4
     length = torch.tensor(
-        [min(TILE, numel - begin) for numel in segments[:, 3].tolist() for begin in range(0, numel, TILE)]
+        [min(TILE, numel - begin) for numel in segments[:, 3].tolist() for begin in range(0, numel, TILE)],
+        device="cpu",
     )
     position = indices.long() & 0xFFFF
     tile = torch.repeat_interleave(torch.arange(len(ends), device=ends.device), tile_ends - begins)

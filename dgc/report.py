@@ -12,7 +12,6 @@ from torch.optim.optimizer import Optimizer
 from . import ops
 from .bucket import Bucket
 from .config import DGCConfig
-from .memory import Memory
 from .phase import Phase
 from .schedule import DensitySchedule
 from .stats import Stats, traffic
@@ -51,7 +50,6 @@ def count(
     buckets: Iterable[Bucket],
     phase: Phase,
     parameters: Mapping[str, Tensor],
-    memory: Memory,
     world_size: int,
     *,
     steps: int,
@@ -72,10 +70,9 @@ def count(
         bytes_received=sent,
         bytes_dense=traffic(0, whole, world_size),
         compression_ratio=whole / once,
-        dense=phase.dense,
+        dense=dict(phase.dense),
         total_bytes_sent=total_bytes_sent,
         skipped=skipped,
-        _residual=memory.residual,
     )
 
 

@@ -12,9 +12,23 @@ class DensitySchedule:
 
     def __init__(self, config: DGCConfig) -> None:
         """Keeps the phases of the warm-up that lie above the final density."""
-        self.final = config.density
-        self.warmup_steps = config.warmup_steps
-        self.phases = tuple(d for d in config.warmup_densities if d > config.density)
+        self._config = config
+        self._phases = tuple(d for d in config.warmup_densities if d > config.density)
+
+    @property
+    def final(self) -> float:
+        """Density after the warm-up; DGCState.set_density() changes it."""
+        return self._config.density
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of the warm-up."""
+        return self._config.warmup_steps
+
+    @property
+    def phases(self) -> tuple[float, ...]:
+        """Densities of the warm-up's equal phases."""
+        return self._phases
 
     def warming_up(self, step: int) -> bool:
         """Returns whether a step (from 0) belongs to the warm-up."""

@@ -13,8 +13,8 @@ from .memory import Memory
 
 logger = logging.getLogger("dgc")
 
-VERSION = 1
-"""Of state_dict()."""
+VERSION = 2
+"""Of state_dict(). Version 1 was one rank's share without the rank's name around it, and without density."""
 MOST_RANKS = 2**20
 """Of a group whose shares can be taken over: what a damaged file may make us count to."""
 
@@ -32,6 +32,8 @@ class Share:
     """Parameters whose momentum is a share too; that of the others is the same on all ranks."""
     momentum: bool
     """Whether there is any."""
+    density: float | None = None
+    """What DGCState.set_density() has set; None for DGCConfig's."""
 
     @classmethod
     def of(cls, state_dict: Mapping[str, Any]) -> Share:
@@ -42,7 +44,7 @@ class Share:
         """
         if not isinstance(state_dict, Mapping):
             raise ValueError(f"state_dict: expected that of a DGCState, got {type(state_dict).__name__}")
-        names = {"version", "rank", "world_size", "step", "dense", "diverged", "momentum", "residual"}
+        names = {"rank", "world_size", "step", "dense", "diverged", "momentum", "residual"}
         if missing := sorted(names - state_dict.keys()):
             raise ValueError(f"state_dict: expected a DGCState's, but {', '.join(missing)} is missing")
 
@@ -55,9 +57,9 @@ class Share:
             value = state_dict[key]
             return int(check(key, type(value) is int and low <= value < below, expected))
 
-        number("version", VERSION, VERSION + 1, str(VERSION))
         world_size = number("world_size", 1, MOST_RANKS + 1, f"a number of ranks up to {MOST_RANKS}")
-        dense, diverged = state_dict["dense"], state_dict["diverged"]
+        dense, diverged, density = state_dict["dense"], state_dict["diverged"], state_dict.get("density")
+        good = density is None or (type(density) is float and 0 < density <= 1)
         strings = isinstance(diverged, (list, tuple)) and all(type(name) is str for name in diverged)
         return cls(
             number("rank", 0, world_size, f"a rank of {world_size}"),
@@ -66,6 +68,7 @@ class Share:
             bool(check("dense", type(dense) is bool, "True or False")),
             list(check("diverged", strings, "a list of parameter names")),
             bool(check("momentum", isinstance(state_dict["momentum"], Mapping), "tensors by parameter name")),
+            None if density is None else float(check("density", good, "None or a number in (0, 1]")),
         )
 
 
@@ -81,6 +84,43 @@ def differences(shares: Mapping[str, Share]) -> str:
     return "; ".join(
         f"{what} was rank {share.rank} of {share.world_size} at step {share.step}" for what, share in shares.items()
     )
+
+
+def wrap(ranks: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the shares of some ranks as a state_dict.
+
+    Under the ranks' names, since torch.distributed.checkpoint keeps only one of the entries that ranks have by equal
+    names: so of each tensor one rank's, and perhaps of the next another's.
+    """
+    return {"version": VERSION, "ranks": {str(rank): dict(share) for rank, share in ranks.items()}}
+
+
+def unwrap(state_dict: object) -> list[Mapping[str, Any]]:
+    """Returns the shares that a state_dict holds.
+
+    Raises:
+        ValueError: it is none of a DGCState's, or of a later version.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"state_dict: expected that of a DGCState, got {type(state_dict).__name__}")
+    if "version" not in state_dict:
+        raise ValueError(
+            f"state_dict: expected a DGCState's, with a version, got one of {', '.join(map(str, state_dict))}"
+        )
+    version = state_dict["version"]
+    if type(version) is not int or version not in (1, VERSION):
+        raise ValueError(f"state_dict['version']: expected 1 or {VERSION}, got {version!r:.100}")
+    if version == 1:
+        return [state_dict]
+    ranks = state_dict.get("ranks")
+    if not isinstance(ranks, Mapping):
+        raise ValueError(f"state_dict['ranks']: expected shares by rank, got {ranks!r:.100}")
+    for name, share in ranks.items():
+        if isinstance(share, Mapping) and str(share.get("rank")) != str(name):
+            raise ValueError(
+                f"state_dict['ranks'][{name!r}]: expected the share of that rank, got {share.get('rank')!r:.100}"
+            )
+    return list(ranks.values())
 
 
 def weights(rank: int, world_size: int, before: int) -> dict[int, float]:
@@ -163,6 +203,26 @@ def choose(
     return Choice(one, parts, missing)
 
 
+def gather(exchange: Exchange, memory: Memory, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns all ranks' shares as a state_dict on rank 0, and {} elsewhere; a collective.
+
+    Args:
+        exchange: of the group.
+        memory: this rank's.
+        own: this rank's share, with views of the memory.
+    """
+    texts = exchange.everyone(json.dumps({k: v for k, v in own.items() if k not in ("momentum", "residual")}))
+    flats = [memory.residual] if memory.momentum is None else [memory.residual, memory.momentum]
+    ranks: dict[int, Mapping[str, Any]] = {}
+    for rank, text in enumerate(texts):
+        # One rank's at a time: all at once would take a rank's memory as often as there are ranks.
+        theirs = [flat.clone() for flat in flats]
+        exchange.broadcast(theirs, root=rank)
+        if exchange.rank == 0:
+            ranks[rank] = {**json.loads(text), **memory.state_dict_of(*theirs)}
+    return wrap(ranks) if exchange.rank == 0 else {}
+
+
 def regroup(exchange: Exchange, memory: Memory, mine: Share | None) -> Share | None:
     """Takes momentum and residual over into the group of ranks that exchange has now; a collective.
 
@@ -187,6 +247,13 @@ def regroup(exchange: Exchange, memory: Memory, mine: Share | None) -> Share | N
     if not survivors:
         return None
     one = next(iter(survivors.values()))
+    if len({share.rank for share in survivors.values()}) < len(survivors):
+        raise RuntimeError(
+            "DGCState: expected each rank to bring a share of its own, but "
+            + "; ".join(f"{who} was rank {share.rank} of {share.world_size}" for who, share in survivors.items())
+            + ". States that were trained, loaded or unpickled alone cannot be joined: make the process group first, "
+            "and load state_dict() of each rank, or dgc.checkpoint"
+        )
     if differ := differences(survivors):
         raise RuntimeError(
             f"DGCState.regroup: expected all ranks from one group at one step, but {differ}. Commit and restore them "

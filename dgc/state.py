@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import logging
-import sys
+import warnings
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 from torch.profiler import record_function
 
-from . import report, wire
+from . import advice, ddp, foreign, report
 from . import share as shares
 from .backward import Backward, Stage
 from .bucket import Bucket, Gradients
 from .buckets import Buckets
 from .clip import clip_scale, squared_norm
 from .config import DGCConfig
+from .copied import Copy
 from .exchange import DistributedExchange, Exchange, Transfer
 from .memory import Memory
 from .optim import SGD, all_zero
 from .parameters import Parameters
+from .probes import Probes
 from .schedule import DensitySchedule
 from .share import Share
 from .stats import Stats
@@ -37,15 +41,15 @@ logger = logging.getLogger("dgc")
 class DGCState:
     """Reduces gradients by Deep Gradient Compression, and holds what has not been sent yet.
 
-    Making one is a collective: all ranks compare configuration and parameters. In an elastic Horovod run they do so in
-    `regroup`.
+    All ranks compare configuration and parameters before the first exchange: in register(), or with process_group
+    already here, or in the first backward pass.
 
     Args:
-        named_parameters: the model's, all of them; "module." and "_orig_mod." in front of names do not matter.
+        named_parameters: the model's, all of them. "module." in front of every name and "_orig_mod." do not matter.
         optimizer: that applies the gradients. With dgc.SGD, momentum is corrected; an optimizer without momentum gets
-            plain accumulation (paper, Algorithm 1).
+            plain accumulation (paper, Algorithm 1). One that wraps another, as Accelerate's, is unwrapped.
         config: the same on all ranks.
-        process_group: DDP's; None for the default group.
+        process_group: None for the group of the DDP module that the state is registered on.
         grad_scaler: the torch.amp.GradScaler that scales the loss. Gradients are unscaled before they are accumulated,
             and results handed back at its scale, so that scaler.step(optimizer) and scaler.update() work as always.
         exchange: how ranks talk where it is not torch.distributed; for adapters of other frameworks.
@@ -54,7 +58,7 @@ class DGCState:
     Raises:
         ValueError: parameters that are missing, double, of an unsupported type or on several devices; an optimizer
             with momentum of its own; ranks that differ.
-        TypeError: grad_scaler is none.
+        TypeError: an argument is something else; the message says what to write.
     """
 
     def __init__(
@@ -69,22 +73,25 @@ class DGCState:
         average: bool = True,
     ) -> None:
         """Checks everything, agrees with the other ranks, and allocates v (and u, where there is momentum)."""
-        self.config = config or DGCConfig()
-        self.schedule = DensitySchedule(self.config)
-        self.optimizer = optimizer
+        if config is not None and not isinstance(config, DGCConfig):
+            raise TypeError(
+                f"config: expected a DGCConfig or None, got {type(config).__name__}: dgc.DGCConfig(**values)"
+            )
+        self._config = config or DGCConfig()
+        self._density: float | None = None  # what set_density() has set
         if grad_scaler is not None and not isinstance(grad_scaler, GradScaler):
             raise TypeError(f"grad_scaler: expected a torch.amp.GradScaler or None, got {type(grad_scaler).__name__}")
         self.grad_scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
-        self.parameters = Parameters(named_parameters, optimizer, self.config, self.grad_scaler is not None)
+        self.parameters = Parameters(named_parameters, optimizer, self._config, self.grad_scaler is not None)
         self._device = device = self.parameters.device
-        self.exchange = exchange or DistributedExchange(device, process_group)
+        self._exchange = exchange or DistributedExchange(device, process_group)
         self._average = average
 
         named = self.parameters.by_name
         self.memory = Memory(named, [name for name in named if name not in self.parameters.never_compressed], device)
         if self.parameters.any_momentum:
             self.memory.allocate_momentum()
-        if device.type != "cpu" and self.exchange.rank == 0:
+        if device.type != "cpu" and self._exchange.rank == 0:
             report.log_backend(device.type)
 
         self.step = 0
@@ -92,18 +99,96 @@ class DGCState:
         self.joined = False
         """Whether u and v are a share of what the ranks of a group have accumulated; not before the first regroup()."""
         self._dense = False
-        self._buckets = Buckets(self.config, self.parameters, self.memory, self.exchange)
+        self._model: weakref.ref[DistributedDataParallel] | None = None
+        self._told: set[str] = set()  # what was warned of, once
+        self._buckets = Buckets(self._config, self.parameters, self.memory, self._exchange)
         self._pass = Backward(0, stage=Stage.OVER)  # the last one
         self._late = device.type == "cuda"  # reading the device's verdict at once would wait for it
         self._error: Exception | None = None  # what was found late, until step() raises it
-        self._stats = Stats(_residual=self.memory.residual)
+        self._stats = Stats()
         self._total_bytes = 0
-        if not self.exchange.elastic:
+        if not self._exchange.changed:
             self.regroup()
-        if isinstance(optimizer, SGD):
-            optimizer.attach(self)
+        # The optimizer does not own the state: a state that is dropped frees its memory at once.
+        if isinstance(self.optimizer, SGD):
+            self.optimizer.attach(self)
         else:
-            optimizer.register_step_pre_hook(self._before_foreign_step)
+            foreign.watch(self.optimizer, self)
+
+    def register(self, model: nn.Module) -> None:
+        """Has a DDP module reduce its gradients by this state; a collective of DDP's process group.
+
+        In place of `model.register_comm_hook(state, dgc.dgc_hook)`, which shows the state neither DDP's group nor its
+        parameters: then both are looked at in the first backward pass.
+
+        Args:
+            model: a DistributedDataParallel module with the parameters that the state was made of. After
+                torch.distributed was initialised again, the new one.
+
+        Raises:
+            TypeError: it is no DDP module.
+            ValueError: it has other parameters, or another group than process_group; or ranks differ.
+        """
+        self.bind(ddp.check_module(model, self.parameters.by_name))
+        if self.exchange.changed:
+            self.regroup()
+        ddp.register(self, model)
+
+    def bind(self, model: DistributedDataParallel) -> None:
+        """Takes the group of the DDP module that this state reduces for, and checks its parameters.
+
+        Raises:
+            ValueError: as register().
+        """
+        ddp.check_module(model, self.parameters.by_name)
+        if isinstance(self._exchange, DistributedExchange):
+            self._exchange.bind(model.process_group)
+        self._model = weakref.ref(model)
+
+    @property
+    def model(self) -> DistributedDataParallel | None:
+        """The DDP module whose gradients this reduces; None where there is none, or it is not known."""
+        return None if self._model is None else self._model()
+
+    @property
+    def exchange(self) -> Exchange:
+        """How ranks talk. Until they have agreed, it looks each time where it is."""
+        if not self.joined and self._exchange.changed:
+            self._exchange.refresh()
+            self._exchange.roll_back(self._exchange.rank, self._exchange.world_size)  # still to be agreed upon
+        return self._exchange
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """What applies the gradients; without what wraps it."""
+        return self.parameters.optimizer
+
+    @property
+    def config(self) -> DGCConfig:
+        """The configuration that is in force, with the density of set_density()."""
+        return self._config if self._density is None else replace(self._config, density=self._density)
+
+    @config.setter
+    def config(self, _: DGCConfig) -> None:
+        raise AttributeError(
+            "DGCState.config: expected to be read, got an assignment, on which ranks could not agree. Call "
+            "state.set_density(density) on all ranks; for another field, make a new DGCState, between "
+            "state.state_dict() and load_state_dict()"
+        )
+
+    @property
+    def schedule(self) -> DensitySchedule:
+        """Which density each step has; to be read."""
+        return self._buckets.schedule
+
+    def __repr__(self) -> str:
+        """Says what is compressed, and where the run stands."""
+        p = self.parameters
+        compressed = len(p.by_name) - len(p.never_compressed)
+        return (
+            f"DGCState({compressed} of {len(p.by_name)} parameters compressed, density {self.density:g}, "
+            f"step {self.step}, rank {self._exchange.rank} of {self._exchange.world_size})"
+        )
 
     def regroup(self) -> None:
         """Agrees with all ranks that are there now, and takes u and v over into their group; a collective.
@@ -118,17 +203,18 @@ class DGCState:
         """
         self._settle_between_steps("regroup")
         mine = self._share() if self.joined else None
-        before = self.exchange.rank, self.exchange.world_size
-        self.exchange.refresh()
+        before = self._exchange.rank, self._exchange.world_size
+        self._exchange.refresh()
         try:
             scaled = self.grad_scaler is not None
-            self.exchange.agree(report.description(self.config, self.optimizer, self.parameters.by_name, scaled))
-            share = shares.regroup(self.exchange, self.memory, mine)
+            self._exchange.agree(report.description(self._config, self.optimizer, self.parameters.by_name, scaled))
+            share = shares.regroup(self._exchange, self.memory, mine)
         except Exception:
-            self.exchange.roll_back(*before)  # it is still that group's share
+            self._exchange.roll_back(*before)  # it is still that group's share
             raise
         if share is not None:
             self.step, self._dense = share.step, share.dense
+            self._use_density(share.density)
         self.joined = True
         self._buckets.leave()
 
@@ -152,13 +238,14 @@ class DGCState:
                 this one has been discarded.
         """
         if first:
-            self._begin()
+            self._begin(gradients)
         elif self._pass.stage is not Stage.OPEN:
             raise RuntimeError(
                 "DGCState: expected the first bucket of a backward pass, got a later one: this pass has been "
                 "discarded. Call zero_grad() and run another"
             )
         future = self.exchange.future()
+        self._pass.reduced.update(map(id, gradients.parameters))
         self._pass.waiting.append((gradients, future))
         if self.config.clip_norm is None or last:
             # Clipping needs the norm of all gradients, so all buckets wait for the last.
@@ -170,33 +257,45 @@ class DGCState:
             self._end(shadow)
         return future
 
-    def _begin(self) -> None:
+    def _begin(self, gradients: Gradients) -> None:
         if self._pass.stage is Stage.OPEN:
-            raise RuntimeError(
-                "DGCState: expected the last backward pass to be complete, but it broke off, and what it sent is in "
-                "neither the residual nor the model. Call state.discard(), which takes it back, and zero_grad()"
-            )
+            raise RuntimeError(advice.broke_off(self.parameters.without_gradient(self._pass.reduced)))
         self._forget_skipped()
         if self._pass.stage is Stage.REDUCED:
-            raise RuntimeError(
-                "DGCState: expected optimizer.step() after the last backward pass, got another backward pass: its "
-                "gradients would carry the averaged ones into the residual. To accumulate, run all but the last "
-                "backward under model.no_sync() (Horovod: backward_passes_per_step); to drop an update on purpose, "
-                "call state.discard() and zero_grad()"
-            )
+            same_module = any(id(p) in self._pass.reduced for p in gradients.parameters)
+            raise RuntimeError(advice.second_pass() if same_module else advice.second_module())
         try:
             self._settle()
-        except (FloatingPointError, wire.PayloadError) as error:
+        except (FloatingPointError, RuntimeError) as error:
             self._error = error  # for step(): DDP does not survive an error in the middle of a backward pass
         if self.exchange.changed:
             self.regroup()
+        self.parameters.refresh()
+        self._take_momentum()
+        self._look_for_a_lost_residual()
         # The scaler's public way to its scale that does not wait for the device.
-        scale = None if self.grad_scaler is None else self.grad_scaler.scale(torch.ones(1, device=self._device))
-        self._pass = Backward(self.step, scale)
+        one = torch.ones(1, dtype=torch.float32, device=self._device)
+        self._pass = Backward(self.step, None if self.grad_scaler is None else self.grad_scaler.scale(one))
+        if self.config.on_changed_gradient == "raise" or (
+            self.config.on_changed_gradient == "warn" and "changed" not in self._told
+        ):
+            self._pass.probes = Probes()
         if self.parameters.any_momentum:
             self.memory.allocate_momentum()
         if self._buckets.enter(self.step, self._dense) and self.exchange.rank == 0:
             report.log_phase(self._buckets.phase, self.parameters.by_name, self.schedule, self.step, self._dense)
+
+    def _take_momentum(self) -> None:
+        """Takes over what a dense run has left in the optimizer."""
+        if isinstance(self.optimizer, SGD):
+            for p, buffer in self.optimizer.take_momentum().items():
+                self.memory.set_momentum(self.parameters.name(p), buffer)
+
+    def _look_for_a_lost_residual(self) -> None:
+        if self.step == 0 and "residual" not in self._told:
+            self._told.add("residual")
+            if (steps := self.parameters.steps_taken) and self.exchange.rank == 0:
+                warnings.warn(advice.residual_missing(steps), stacklevel=2)
 
     def _scale(self) -> Tensor | None:
         """Returns what this rank's gradients are multiplied with, float32 [1]; None for 1."""
@@ -204,7 +303,8 @@ class DGCState:
         unscale = self._pass.unscale
         if self.config.clip_norm is None:
             if most != 1:
-                return torch.full((1,), most, device=self._device) * (1 if unscale is None else unscale)
+                scale = torch.full((1,), most, dtype=torch.float32, device=self._device)
+                return scale if unscale is None else scale * unscale
             return unscale
         with record_function("dgc.clip"):
             norms = {
@@ -229,14 +329,17 @@ class DGCState:
             transfer = self.exchange.start(bucket.name, bucket.payload, bucket.gathered, dense)
         self._pass.sent.append(future)
         # Runs in the backend's thread, or in exchange.finish(): local work only, it must never wait.
-        loss_scale = self._pass.loss_scale
-        transfer.done.add_done_callback(lambda _: self._receive(bucket, gradients, loss_scale, transfer, future))
+        loss_scale, probes = self._pass.loss_scale, self._pass.probes
+        transfer.done.add_done_callback(
+            lambda _: self._receive(bucket, gradients, loss_scale, probes, transfer, future)
+        )
 
     def _receive(
         self,
         bucket: Bucket,
         gradients: Gradients,
         loss_scale: Tensor | None,
+        probes: Probes | None,
         transfer: Transfer,
         future: Future[Tensor],
     ) -> None:
@@ -248,6 +351,9 @@ class DGCState:
                 bucket.restore_unused(self.memory)
                 bucket.store_dense(gradients, self.memory, loss_scale)
                 self.memory.diverged.difference_update(m.name for m in bucket.averaged)
+                if probes is not None:
+                    reduced = [gradients.of(m.index) for m in bucket.compressed]
+                    probes.take([m.name for m in bucket.compressed], reduced, self.step)
                 future.set_result(gradients.buffers[0])
         except Exception as error:
             # Left to itself, an exception in a callback would leave backward() waiting past every timeout.
@@ -269,30 +375,57 @@ class DGCState:
         step's update is given back too.
 
         Raises:
-            RuntimeError: no backward pass was reduced since the last step(), or a bucket of it failed.
+            RuntimeError: no backward pass was reduced since the last step(), or only a part of one, or a bucket of it
+                failed; a compressed parameter has lost its gradient, and config.droppable is not set; or a gradient
+                was changed since, and config.on_changed_gradient is "raise".
             ValueError: the optimizer holds a gradient that was not reduced.
             FloatingPointError: a rank's gradient was not finite, and config.on_nonfinite is "raise". Nothing was
                 applied; finite entries stay accumulated.
         """
         if not self.pending:
-            raise RuntimeError(
-                "DGCState: expected a backward pass since the last step(), got none. Did it run under no_sync(), or "
-                "is the hook missing? model.register_comm_hook(state, dgc.dgc_hook); with Horovod, "
-                "dgc.horovod.DistributedOptimizer"
-            )
+            raise RuntimeError(self._why_nothing_is_pending())
         if self._error is not None:
             error, self._error = self._error, None
-            self.discard()
+            self.discard(drop_gradient=False)
             raise error
-        self.parameters.check_gradients()
+        self.parameters.check_gradients(self._pass.reduced)
         self._pass.finish(self.exchange)
-        verdict = self._pass.judge()
-        self._pass.stage = Stage.TAKEN
+        self._drop_what_is_thrown_away()
+        verdict = self._pass.judge(self.parameters.by_name)
         if not self._late:
+            self._look_at_changes(verdict.changed)
+            self._pass.stage = Stage.TAKEN
             return self._settle()
+        self._pass.stage = Stage.TAKEN
         for bucket in self._pass.buckets:
             bucket.restore(self.memory, verdict.bad)
         return True
+
+    def _why_nothing_is_pending(self) -> str:
+        opened = self._pass.stage is Stage.OPEN
+        missing = self.parameters.without_gradient(self._pass.reduced if opened else ())
+        if opened or 0 < len(missing) < len(self.parameters.by_name):
+            return advice.incomplete(missing)
+        return advice.nothing_reduced(self.model is not None or bool(ddp.registered_on(self)))
+
+    def _drop_what_is_thrown_away(self) -> None:
+        thrown = [name for bucket in self._pass.buckets for name in bucket.thrown_away(self.parameters.by_name)]
+        if thrown and not self.config.droppable:
+            raise RuntimeError(advice.thrown_away(thrown))
+        if thrown:
+            for bucket in self._pass.buckets:
+                bucket.drop(self.memory, thrown)
+
+    def _look_at_changes(self, changed: list[str]) -> None:
+        if not changed:
+            return
+        if self.config.on_changed_gradient == "raise":
+            if self.pending:
+                self.discard(drop_gradient=False)
+            raise RuntimeError(advice.changed(changed))
+        if "changed" not in self._told and self.exchange.rank == 0:
+            warnings.warn(advice.changed(changed), stacklevel=2)
+        self._told.add("changed")
 
     @property
     def pending(self) -> bool:
@@ -320,6 +453,8 @@ class DGCState:
         last.stage = Stage.OVER
         found = verdict.findings()
         if not found:
+            if self._late:
+                self._look_at_changes(verdict.changed)
             return True
         if shadow or not self._late:
             last.take_back(self.memory)
@@ -345,7 +480,7 @@ class DGCState:
         except Exception:
             return  # backward() has raised it, and what is wrong now is that nobody has called discard()
         if found := self._pass.judge().findings():
-            self.discard()
+            self.discard(drop_gradient=False)
             self._log_skipped(found)
 
     def _settle_between_steps(self, method: str) -> None:
@@ -357,6 +492,7 @@ class DGCState:
                 "call with an update outstanding: call step() first, or state.discard()"
             )
         self._settle()
+        self._take_momentum()
 
     def _log_skipped(self, found: list[str]) -> None:
         if self.exchange.rank == 0:  # it knows what every rank sent
@@ -374,30 +510,44 @@ class DGCState:
         self.memory.allocate_momentum()
         return self.memory.momentum_of(name)
 
-    def _before_foreign_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(argument is not None for argument in (*args[1:], *kwargs.values())):
-            raise RuntimeError(
-                f"{type(self.optimizer).__name__}.step: expected no closure, since its backward pass would run after "
-                "DGC's check of the gradients. Call backward() before step(), or use dgc.SGD"
-            )
+    def take_for(self) -> None:
+        """Claims the gradients for an optimizer that is not ours, before it applies them; see take()."""
         gradients = [p.grad for p in self.parameters.by_name.values() if p.grad is not None]
         if not self.pending and all_zero(gradients):
             return
+        self.parameters.refresh()  # a schedule may have given it momentum
         if not (self.take() and self._settle()):  # it knows nothing of `skip`, and cannot leave the step out
             raise FloatingPointError("DGCState: expected finite gradients, got a residual that overflows")
 
-    def discard(self) -> None:
-        """Gives up the update of the last backward pass: what was sent returns to the residual, nothing is lost.
+    def discard(self, *, drop_gradient: bool | None = None) -> None:
+        """Gives up the update of the last backward pass, for a loop that leaves step() out on all ranks alike.
 
-        For a loop that leaves step() out on purpose, on all ranks alike; call zero_grad() too. The gradient itself
-        stays accumulated in u and v, except that of dense parameters, which is dropped.
+        Call zero_grad() too. Gradients of dense parameters are dropped in any case, as DDP would.
+
+        Args:
+            drop_gradient: what becomes of the gradient of compressed parameters. False: what was sent returns to the
+                residual, and the gradient stays accumulated in u and v, for later steps; nothing is lost. True: u and
+                v are, bit for bit, what they were before the pass; takes DGCConfig(droppable=True). None: as False,
+                with a warning that says so, once.
+
+        Raises:
+            ValueError: drop_gradient is True, and DGCConfig.droppable is not.
         """
+        if drop_gradient and not self.config.droppable:
+            raise ValueError(advice.not_droppable())
         last = self._pass
         if not last.outstanding:
             return  # a step() has taken it
+        if drop_gradient is None and "kept" not in self._told:
+            self._told.add("kept")
+            if self.exchange.rank == 0:
+                warnings.warn(advice.kept(), stacklevel=2)
         reduced = self.pending
         last.abandon(self.exchange)
-        last.take_back(self.memory)
+        if drop_gradient:
+            last.drop(self.memory)
+        else:
+            last.take_back(self.memory)
         if reduced:
             self.step -= 1
             self._stats = self._count(self._stats.skipped + 1)
@@ -423,6 +573,41 @@ class DGCState:
     def dense(self, value: bool) -> None:
         self._dense = bool(value)
 
+    def set_density(self, density: float) -> None:
+        """Changes the density from the next step on; a collective, between step() and the next backward().
+
+        The schedule of the warm-up goes on, towards the new density. It is part of state_dict(), and so of every
+        checkpoint.
+
+        Args:
+            density: as DGCConfig.density, the same on all ranks.
+
+        Raises:
+            ValueError: it is out of range, or ranks differ; then nothing has changed.
+            RuntimeError: an update is outstanding.
+        """
+        config = replace(self._config, density=density)
+        self._settle_between_steps("set_density")
+        if self.exchange.changed:
+            self.regroup()
+        self.exchange.agree({"density": config.density})
+        self._use_density(config.density)
+
+    def _use_density(self, density: float | None) -> None:
+        if density != self._density:
+            self._density = density
+            self._buckets.use(self.config)
+
+    @property
+    def steps_alone_matter(self) -> bool:
+        """Whether the optimizer keeps something between steps that a rank without step() would not have."""
+        return self.parameters.steps_alone_matter
+
+    @property
+    def residual_norm(self) -> float:
+        """Euclidean norm of everything that waits in v, now. Reads all of v: not for every step."""
+        return float(torch.linalg.vector_norm(self.memory.residual, dtype=torch.float64))
+
     @property
     def stats(self) -> Stats:
         """Figures of the last backward pass. One that GradScaler will leave out is taken back first, on the CPU."""
@@ -435,7 +620,6 @@ class DGCState:
             self._pass.buckets,
             self._buckets.phase,
             self.parameters.by_name,
-            self.memory,
             self.exchange.world_size,
             steps=self.step,
             total_bytes_sent=self._total_bytes,
@@ -447,27 +631,37 @@ class DGCState:
     def state_dict(self) -> dict[str, Any]:
         """Returns this rank's momentum and residual by parameter name, and its step; each rank saves its own.
 
-        Tensors are views, not copies. torch.load(weights_only=True) reads it back.
+        Tensors are views, not copies. torch.load(weights_only=True) reads it back. torch.distributed.checkpoint keeps
+        all ranks' apart, and loads them on as many ranks.
 
         Raises:
-            RuntimeError: between backward() and step(): what was sent would be in neither the residual nor the model;
-                or torch.distributed.checkpoint calls it.
+            RuntimeError: between backward() and step(): what was sent would be in neither the residual nor the model.
             FloatingPointError, PayloadError: on a GPU, what the next step() would have raised.
         """
-        if sys._getframe(1).f_globals.get("__name__", "").startswith("torch.distributed.checkpoint"):
-            raise RuntimeError(
-                "torch.distributed.checkpoint: expected model and optimizer without the DGCState. It keeps one of the "
-                "entries that all ranks have by the same name, and so one rank's residual of all. Write "
-                "dgc.checkpoint.save(state, dir), and dgc.checkpoint.load(state, dir)"
-            )
+        return shares.wrap({self.exchange.rank: self._own()})
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """Returns on rank 0 what load_state_dict() takes on any number of ranks, and {} elsewhere; a collective.
+
+        For frameworks where rank 0 writes one file. Tensors are copies on the CPU, 8 bytes a parameter and rank.
+
+        Raises:
+            RuntimeError, FloatingPointError, PayloadError: as state_dict().
+        """
+        own = self._own()
+        if self.exchange.changed:
+            self.regroup()
+        return shares.gather(self.exchange, self.memory, own)
+
+    def _own(self) -> dict[str, Any]:
         self._settle_between_steps("state_dict")
-        return {"version": shares.VERSION, **asdict(self._share()), **self.memory.state_dict()}
+        return {**asdict(self._share()), **self.memory.state_dict()}
 
     def _share(self) -> Share:
         memory, exchange = self.memory, self.exchange
         return Share(
             *(exchange.rank, exchange.world_size, self.step, self._dense),
-            *(sorted(memory.diverged), memory.momentum is not None),
+            *(sorted(memory.diverged), memory.momentum is not None, self._density),
         )
 
     def load_state_dict(
@@ -476,9 +670,9 @@ class DGCState:
         """Takes up where state_dict() was saved. Changes nothing unless all of it fits.
 
         Args:
-            state_dict: this rank's; or those of all ranks, for another number of ranks. Then this rank takes over its
-                part of what waited, so that the mean over the ranks, what is still to come, is what it was
-                (docs/reliability.md).
+            state_dict: this rank's; or that of all ranks (full_state_dict(), or a list of theirs), for any number of
+                ranks. Then this rank takes over its part of what waited, so that the mean over the ranks, what is
+                still to come, is what it was (docs/reliability.md).
             allow_missing_ranks: goes on without the shares of ranks whose state_dict is not there, and logs what is
                 lost.
 
@@ -487,8 +681,9 @@ class DGCState:
                 lists what differs.
         """
         state_dicts = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict or ())
+        parts = [share for one in state_dicts for share in shares.unwrap(one)]
         place = self.exchange.rank, self.exchange.world_size
-        self.take_up(shares.choose(self.memory, state_dicts, *place, allow_missing_ranks))
+        self.take_up(shares.choose(self.memory, parts, *place, allow_missing_ranks))
 
     def take_up(self, choice: shares.Choice) -> None:
         """Takes up where a run stood, with what has been chosen for this rank; what was outstanding is forgotten."""
@@ -499,7 +694,37 @@ class DGCState:
             shares.log_lost(choice.missing, share.world_size)
         self.joined = True
         self.step, self._dense = share.step, share.dense
+        self._use_density(share.density)
+        self._told.add("residual")
         self._buckets.leave()
         self._pass = Backward(self.step, stage=Stage.OVER)
         self._error = None
         self._stats = replace(self._stats, steps=self.step)
+
+    # Copies of the whole object.
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what pickles: all but the process group, which is found again; between steps.
+
+        Pickled together, model, optimizer and state belong together again: torch.save({"model": ddp, ...}).
+        """
+        share = self._own()
+        for kind in ("momentum", "residual"):
+            share[kind] = {name: tensor.clone() for name, tensor in share[kind].items()}
+        if not isinstance(self._exchange, DistributedExchange):
+            raise TypeError(
+                "DGCState: expected torch.distributed's ranks to pickle it, got Horovod's. Use state_dict()"
+            )
+        arguments = {"config": self._config, "grad_scaler": self.grad_scaler, "average": self._average}
+        return {"named": self.parameters.by_name, "optimizer": self.optimizer, "arguments": arguments, "share": share}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        """Makes a state that agrees with the other ranks at its first backward pass."""
+        DGCState.__init__(self, saved["named"].items(), saved["optimizer"], **saved["arguments"])
+        share = Share.of(saved["share"])
+        self.take_up(shares.Choice(share, [(1.0, saved["share"])], []))
+        self._exchange.roll_back(share.rank, share.world_size)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Copy:
+        """Returns no second u and v: who copies a model that carries the hook, as for an average of it, wants none."""
+        return Copy()

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -28,20 +24,12 @@ class Stats:
     compression_ratio: float = 1.0
     """The paper's: bytes of the whole gradient over bytes of one payload and the dense gradients. It counts what one
     worker sends once, and says nothing of the N-fold receive; for that compare bytes_received with bytes_dense."""
-    dense: Mapping[str, str] = field(default_factory=dict)
+    dense: dict[str, str] = field(default_factory=dict)
     """Parameters that were not compressed, with the reason."""
     total_bytes_sent: int = 0
     """Bytes sent since the state was made, warm-up included."""
     skipped: int = 0
     """Backward passes that were left out: non-finite, or discarded."""
-    _residual: Tensor | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def residual_norm(self) -> float:
-        """Euclidean norm of everything that waits in v, now. Reads all of v: not for every step."""
-        if self._residual is None:
-            return 0.0
-        return float(torch.linalg.vector_norm(self._residual, dtype=torch.float64))
 
 
 def traffic(payload_bytes: int, dense_bytes: int, world_size: int) -> int:

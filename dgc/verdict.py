@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from .bucket import Bucket
 
@@ -16,18 +17,25 @@ class Verdict:
     host. It is read at the next backward pass, when the device has the next forward pass left to do.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], step: int) -> None:
+    def __init__(
+        self, buckets: Sequence[Bucket], step: int, probed: Sequence[str] = (), changed: Tensor | None = None
+    ) -> None:
         """Collects the reports, once all buckets have been received.
 
         Args:
             buckets: of one backward pass; on a GPU, this stream has to be behind them.
             step: for messages.
+            probed: names of parameters that were looked at.
+            changed: bool [probed] on the device: whether somebody has changed their gradient since.
         """
         self.buckets = buckets
         self.step = step
+        self._probed = probed
         reports = torch.cat([bucket.report for bucket in buckets])
         self.bad = (reports != 0).any().to(torch.uint8)
         """uint8 scalar on the device: 1 where nothing of this step may be applied."""
+        if changed is not None:
+            reports = torch.cat([reports, changed.to(reports.dtype)])
         self._copied: torch.cuda.Event | None = None
         if reports.is_cuda:
             # Pinned, or the copy would wait.
@@ -52,3 +60,13 @@ class Verdict:
             found |= bucket.findings(reports[: len(bucket.report)])
             del reports[: len(bucket.report)]
         return sorted(found)
+
+    @property
+    def changed(self) -> list[str]:
+        """Names of parameters whose gradient somebody has changed; on a GPU, waits as findings() does."""
+        if not self._probed:
+            return []
+        if self._copied is not None:
+            self._copied.synchronize()
+        marks = self._reports[-len(self._probed) :].tolist()
+        return [name for name, mark in zip(self._probed, marks, strict=True) if mark]

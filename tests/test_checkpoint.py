@@ -274,7 +274,7 @@ def test_a_directory_is_replaced_when_the_new_one_is_complete(saved):
     two = alone()
     dgc.checkpoint.load(two.state, saved)
     assert two.state.step == two.state.stats.steps == 4
-    assert two.state.stats.residual_norm == one.state.stats.residual_norm > 1
+    assert two.state.residual_norm == one.state.residual_norm > 1
     assert torch.equal(two.state.memory.residual, one.state.memory.residual)
     assert [p.name for p in saved.parent.iterdir()] == ["dgc"]
     assert sorted(p.name for p in saved.iterdir()) == [".metadata", "__0_0.distcp"]
@@ -287,13 +287,29 @@ def test_saving_between_backward_and_step_is_refused(tmp_path):
         dgc.checkpoint.save(one.state, tmp_path / "dgc")
 
 
-def test_dcp_itself_is_refused_with_the_right_call(tmp_path):
-    one = alone()
-    with pytest.raises(Exception, match=r"dgc\.checkpoint\.save\(state, dir\)"):
-        dcp.save({"dgc": one.state}, checkpoint_id=tmp_path / "a", no_dist=True)
-    dgc.checkpoint.save(one.state, tmp_path / "dgc")
-    with pytest.raises(Exception, match=r"dgc\.checkpoint\.load\(state, dir\)"):
-        dcp.load({"dgc": one.state}, checkpoint_id=tmp_path / "dgc", no_dist=True)
+def dcp_itself(rank, world_size, folder):
+    run = Run(CONFIG, **SGD)
+    for step in range(3):
+        run.train(normals(SHAPES, seed_of(step, rank)))
+    dcp.save({"dgc": run.state, "as dict": run.state.state_dict()}, checkpoint_id=f"{folder}/both")
+    fresh, other = Run(CONFIG, **SGD), Run(CONFIG, **SGD)
+    dcp.load({"dgc": fresh.state}, checkpoint_id=f"{folder}/both")
+    loaded = {"as dict": other.state.state_dict()}
+    dcp.load(loaded, checkpoint_id=f"{folder}/both")
+    other.state.load_state_dict(loaded["as dict"])
+    saved = run.result()
+    for resumed in (fresh.result(), other.result()):
+        assert resumed["step"] == saved["step"] == 3
+        for kind in ("residual", "momentum"):
+            for name, tensor in saved[kind].items():
+                assert torch.equal(tensor, resumed[kind][name]), (kind, name)
+    return saved["residual"]["a"]
+
+
+def test_dcp_keeps_every_rank_s_residual(tmp_path):
+    # It keeps one of the entries that ranks have by equal names: so they must not have any.
+    one, other = run_ranks(2, dcp_itself, str(tmp_path))
+    assert not torch.equal(one, other)
 
 
 def test_a_slash_at_the_end_and_a_relative_path_mean_the_same(saved, monkeypatch):
@@ -343,7 +359,7 @@ def test_momentum_that_differs_between_ranks_is_averaged_in_a_dense_phase_after_
         one.train(normals(SHAPES, step))
     other = alone()
     other.train(normals(SHAPES, 2))
-    loaded = {**other.state.state_dict(), "dense": True}
+    loaded = {"version": 1, **other.state.state_dict()["ranks"]["0"], "dense": True}
     assert set(loaded["diverged"]) == LARGE
     one.state.load_state_dict(loaded)
     one.train(normals(SHAPES, 3))
@@ -391,7 +407,7 @@ def load_while_under_way(rank, world_size):
     run = Run(dgc.DGCConfig(density=0.01), ddp={"find_unused_parameters": True, "bucket_cap_mb": 0.02})
     for step in range(3):
         run.train(normals(SHAPES, seed_of(step, rank)))
-    saved = {k: copy.deepcopy(v) for k, v in run.state.state_dict().items()}
+    saved = copy.deepcopy(run.state.state_dict())
     torch.distributed.barrier()
     if rank == 1:
         time.sleep(1)
@@ -405,7 +421,7 @@ def load_while_under_way(rank, world_size):
     run.state.load_state_dict(saved)
     after = run.state.memory.residual.clone()
     time.sleep(2 - rank)
-    return bool((after == run.state.memory.residual).all()), len(saved["residual"])
+    return bool((after == run.state.memory.residual).all()), len(saved["ranks"][str(rank)]["residual"])
 
 
 def test_what_is_under_way_while_a_state_is_loaded_does_not_come_later():

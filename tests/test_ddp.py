@@ -36,7 +36,7 @@ class Run:
         self.ddp = DistributedDataParallel(self.net, **{"bucket_cap_mb": 0.05, **(ddp or {})})
         self.optimizer = dgc.SGD(self.ddp.parameters(), **{"lr": 0.5, "momentum": 0.5, **sgd})
         self.state = dgc.DGCState(self.ddp.named_parameters(), self.optimizer, self.config)
-        self.ddp.register_comm_hook(self.state, dgc.dgc_hook)
+        self.state.register(self.ddp)
 
     def train(self, *inputs):
         self.optimizer.zero_grad()
@@ -415,7 +415,7 @@ def differ(rank, world_size, what):
         scaler = GradScaler("cpu") if rank == 1 and what == "loss scaling" else None
         if rank == 1 and what == "dgc: ":
             dgc.__version__ = "0.0.9"
-        dgc.DGCState(named, optimizer, config, grad_scaler=scaler)
+        dgc.DGCState(named, optimizer, config, grad_scaler=scaler, process_group=dist.group.WORLD)
     except ValueError as error:
         return str(error)
     return "no error"
@@ -441,7 +441,7 @@ def skip_a_step(rank, world_size):
     try:
         run.train(normals({"a": (200, 100)}, 9))
     except RuntimeError as error:
-        run.state.discard()
+        run.state.discard(drop_gradient=False)
         return str(error), torch.equal(before, run.net.a.detach()), run.state.memory.residual_of("a").count_nonzero()
     return "no error"
 
@@ -464,7 +464,7 @@ def fall_behind(rank, world_size, where, folder):
         if where == "backward":
             run.train(normals(SHAPES, rank))
         else:
-            dgc.DGCState(run.net.named_parameters(), run.optimizer)
+            dgc.DGCState(run.net.named_parameters(), run.optimizer).register(run.ddp)
     except RuntimeError as error:
         outcome = str(error)
     torch.save((outcome, time.monotonic() - begin), f"{folder}/outcome{rank}.pt")

@@ -202,7 +202,7 @@ def commit_and_restore():
         other.commit()
     except RuntimeError as error:
         message = str(error)
-    run.state.discard()
+    run.state.discard(drop_gradient=False)
     return results, fresh, message
 
 

@@ -409,7 +409,7 @@ def by_hand():
     # A step that is left out on purpose: its gradient stays.
     other.net(normals(SHAPES, 7)).backward()
     other.optimizer.synchronize()
-    other.state.discard()
+    other.state.discard(drop_gradient=False)
     other.optimizer.zero_grad()
     notes["steps"] = other.state.step
     results = ordinary.result(), other.result()
@@ -555,12 +555,12 @@ def breaks_off(way_out):
         assert run.state._pass.sent
         if way_out == "synchronize":  # gradients that are there are exchanged, for the others it is zero
             run.optimizer.synchronize()
-            run.state.discard()
+            run.state.discard(drop_gradient=False)
         else:
             run.optimizer._start_afresh()  # as after an exception of ours
             with pytest.raises(RuntimeError, match=r"it broke off.*Call state.discard\(\)"):
                 run.net(integers(SHAPES, 0)).backward()
-            run.state.discard()
+            run.state.discard(drop_gradient=False)
             # What has been sent by now is in the residual; the rest never got there.
             there = {m.name for b in run.state._pass.buckets for m in (*b.compressed, *b.dense)}
             for name in SHAPES.keys() - there:
@@ -590,7 +590,7 @@ def discarded_too_early():
             continue
         # c never gets a gradient, so its group is sent in step() only, after what the others sent is taken back.
         run.net({n: g[n] for n in ("a", "e")}).backward()
-        run.state.discard()
+        run.state.discard(drop_gradient=False)
         with pytest.raises(RuntimeError, match="this pass has been discarded"):
             run.optimizer.step()
     total["c"].zero_()
@@ -874,7 +874,7 @@ def another_step():
         run.optimizer.synchronize()
         return "no error"
     except dgc.PayloadError as error:
-        run.state.discard()
+        run.state.discard(drop_gradient=False)
         waiting = run.state.memory.residual_of("a").count_nonzero()
         unchanged = torch.equal(before, run.net.a.detach())
         run.state.step -= hvd.rank()
@@ -900,7 +900,7 @@ def another_phase():
     run.net(integers(shapes, 2 + hvd.rank())).backward()
     with pytest.raises(RuntimeError) as caught:
         run.optimizer.step()
-    run.state.discard()
+    run.state.discard(drop_gradient=False)
     run.state.step -= hvd.rank()
     run.train(integers(shapes, 4 + hvd.rank()))
     total = sum(integers(shapes, 2 * step + hvd.rank())["a"] for step in range(3))

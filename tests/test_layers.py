@@ -6,16 +6,16 @@ from pathlib import Path
 import dgc
 
 LAYERS = [
-    {"config", "wire"},
+    {"config", "wire", "advice", "foreign", "copied"},
     {"reference", "cuda", "schedule", "clip", "stats", "exchange", "memory"},
-    {"kernels"},
+    {"kernels", "probes"},
     {"jit"},
     {"ops", "phase", "share", "horovod_exchange"},
     {"optim", "bucket"},
     {"parameters", "report", "verdict"},
-    {"buckets", "backward"},
+    {"buckets", "backward", "ddp"},
     {"state"},
-    {"ddp", "horovod_elastic", "checkpoint"},
+    {"horovod_elastic", "checkpoint"},
     {"horovod"},
     {"__init__"},
 ]

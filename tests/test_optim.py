@@ -1,8 +1,12 @@
 """dgc.SGD against torch.optim.SGD, and what it refuses."""
 
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
-from alone import Alone
+from alone import Alone, reduce
 from models import Given, normals
 
 import dgc
@@ -55,36 +59,94 @@ def test_weight_decay_of_a_compressed_parameter_is_dense():
     torch.testing.assert_close(one.parameter("w").double(), p, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [("dampening", 0.1), ("maximize", True), ("differentiable", True), ("fused", True)],
-)
-def test_arguments_that_cannot_be_honoured_are_refused(argument, value):
-    with pytest.raises(ValueError, match=f"^{argument}: .*{value}"):
-        dgc.SGD(Given(SHAPES).parameters(), lr=0.1, **{argument: value})
+UNSUPPORTED = [("dampening", 0.1), ("maximize", True), ("differentiable", True), ("fused", True)]
+OUT_OF_RANGE = [
+    ("lr", -1.0),
+    ("lr", float("nan")),
+    ("lr", float("inf")),
+    ("lr", torch.tensor(0.1)),
+    ("lr", None),
+    ("momentum", -0.5),
+    ("momentum", float("nan")),
+    ("weight_decay", -1e-4),
+]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        ({"lr": -1.0}, "lr"),
-        ({"lr": float("nan")}, "lr"),
-        ({"lr": torch.tensor(0.1)}, "lr"),
-        ({"momentum": -0.5}, "momentum"),
-        ({"weight_decay": -1e-4}, "weight_decay"),
-        ({"nesterov": True}, "momentum"),
-    ],
-)
-def test_values_out_of_range_are_refused(arguments, named):
-    with pytest.raises(ValueError, match=f"^{named}: expected"):
-        dgc.SGD(Given(SHAPES).parameters(), **{"lr": 0.1, **arguments})
+@pytest.mark.parametrize(("name", "value"), UNSUPPORTED + OUT_OF_RANGE)
+class TestRefused:
+    def test_in_the_constructor(self, name, value):
+        right = torch.optim.SGD([torch.zeros(1)]).defaults[name]
+        for group in ({}, {name: right}):  # a default is refused where no group uses it too
+            with pytest.raises(ValueError, match=f"^{name}: expected"):
+                dgc.SGD([{"params": Given(SHAPES).parameters(), **group}], **{"lr": 0.1, name: value})
+
+    def test_in_a_group(self, name, value):
+        model = Given(SHAPES)
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            dgc.SGD([{"params": [model.weight]}, {"params": [model.bias], name: value}], lr=0.1)
+
+    def test_in_a_group_that_is_added(self, name, value):
+        model = Given(SHAPES)
+        optimizer = dgc.SGD([model.weight], lr=0.1)
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            optimizer.add_param_group({"params": [model.bias], name: value})
+        assert [group["params"] for group in optimizer.param_groups] == [[model.weight]]
+
+    def test_in_a_state_dict_which_changes_nothing(self, name, value):
+        one, other = (Alone(SHAPES, dgc.DGCConfig(), lr=0.1, momentum=0.9, weight_decay=0.1) for _ in range(2))
+        one.train(normals(SHAPES, 0))
+        other.train(normals(SHAPES, 1))
+        before, saved = copy.deepcopy(one.optimizer.state_dict()), other.optimizer.state_dict()
+        saved["param_groups"][0].update({"lr": 0.5, name: value})
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            one.optimizer.load_state_dict(saved)
+        torch.testing.assert_close(one.optimizer.state_dict(), before, rtol=0, atol=0)
+
+    def test_in_a_group_that_is_changed_in_place(self, name, value):
+        one = Alone(SHAPES, dgc.DGCConfig(density=1.0), lr=0.25, momentum=0.9)
+        before, g = one.parameter("weight").clone(), normals(SHAPES, 0)
+        one.backward(g)
+        group = one.optimizer.param_groups[0]
+        right, group[name] = group[name], value
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            one.optimizer.step()
+        assert torch.equal(one.parameter("weight"), before)
+        assert not one.optimizer.state
+        group[name] = right  # nothing was taken: the same step can still be made
+        one.optimizer.step()
+        assert torch.equal(one.parameter("weight"), before - 0.25 * g["weight"])
+
+
+def test_nesterov_without_momentum_is_refused():
+    with pytest.raises(ValueError, match=r"^momentum: expected"):
+        dgc.SGD(Given(SHAPES).parameters(), lr=0.1, nesterov=True)
+
+
+def test_nesterov_whose_momentum_comes_to_zero_is_plain_sgd_bit_for_bit():
+    for ours, theirs in run_both(lr=0.1, momentum=0.9, nesterov=True, momentum_at=lambda s: 0.0 if s == 5 else 0.9):
+        assert torch.equal(ours, theirs)
+
+
+def test_nesterov_of_one_group_only_is_refused():
+    model = Given(SHAPES)
+    optimizer = dgc.SGD([{"params": [p]} for p in model.parameters()], lr=0.1, momentum=0.9)
+    saved = optimizer.state_dict()
+    saved["param_groups"][1]["nesterov"] = True
+    with pytest.raises(ValueError, match=r"^nesterov: expected the same"):
+        optimizer.load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"^nesterov: expected the same"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))], "nesterov": True})
+    optimizer.step()
+    optimizer.param_groups[1]["nesterov"] = True
+    with pytest.raises(ValueError, match=r"^nesterov: expected the same"):
+        optimizer.step()
 
 
 def test_momentum_without_a_state_is_refused():
     model = Given(SHAPES)
     optimizer = dgc.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model(normals(SHAPES, 0)).backward()
-    with pytest.raises(RuntimeError, match="register_comm_hook"):
+    with pytest.raises(RuntimeError, match=r"state\.register"):
         optimizer.step()
 
 
@@ -160,18 +222,95 @@ def test_bfloat16_parameters_keep_float32_momentum():
     torch.testing.assert_close(one.state.memory.momentum_of("bias"), expected)
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_a_step_on_zero_gradients_makes_the_state_that_other_steps_make(weight_decay):
+def test_a_step_on_zero_gradients_makes_the_state_that_other_steps_make():
     # hvd.broadcast_optimizer_state() needs the same on all ranks, whether they have taken a step or not.
-    sgd = {"lr": 0.1, "momentum": 0.9, "weight_decay": weight_decay}
-    used, fresh = (Alone(SHAPES, dgc.DGCConfig(), **sgd) for _ in range(2))
+    used, fresh = (given_groups({"weight_decay": 0.1}, {}, {"momentum": 0.0, "weight_decay": 0.1}) for _ in range(2))
     for step in range(3):
-        used.train(normals(SHAPES, step))
-    before = [p.detach().clone() for p in fresh.model.parameters()]
-    for p in fresh.model.parameters():
+        train_given(*used, step)
+    model, optimizer, _ = fresh
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    fresh.optimizer.step()
-    assert all(torch.equal(p, q) for p, q in zip(fresh.model.parameters(), before, strict=True))
-    ours, theirs = used.optimizer.state_dict()["state"], fresh.optimizer.state_dict()["state"]
-    assert {i: list(s) for i, s in ours.items()} == {i: list(s) for i, s in theirs.items()}
-    assert (ours[0]["step"].item(), theirs[0]["step"].item()) == (3, 0)
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    ours, theirs = used[1].state_dict()["state"], optimizer.state_dict()["state"]
+    assert {i: {name: u.shape for name, u in s.items()} for i, s in ours.items()} == {
+        i: {name: u.shape for name, u in s.items()} for i, s in theirs.items()
+    }
+    assert [s["decay_momentum"].numel() for s in ours.values()] == [64 * 33, 0, 0]
+    assert [(ours[i]["step"].item(), theirs[i]["step"].item()) for i in range(3)] == [(3, 0)] * 3
+    assert (used[1].steps, optimizer.steps) == (3, 0)
+
+
+def given_groups(*groups):
+    """Returns a model, an optimizer with a group for each parameter, and the DGCState."""
+    model = Given(SHAPES)
+    groups = [{"params": [p], **group} for p, group in zip(model.parameters(), groups, strict=True)]
+    optimizer = dgc.SGD(groups, lr=0.1, momentum=0.9)
+    return model, optimizer, dgc.DGCState(model.named_parameters(), optimizer, dgc.DGCConfig(density=1.0))
+
+
+def train_given(model, optimizer, state, seed):
+    optimizer.zero_grad()
+    model(normals(SHAPES, seed)).backward()
+    reduce(state, model)
+    optimizer.step()
+
+
+def test_steps_are_counted_of_every_parameter_that_gets_one():
+    model = Given(SHAPES)
+    optimizer = dgc.SGD(model.parameters(), lr=0.1)
+    assert optimizer.steps == 0
+    for names in (["weight"], ["weight", "bias"]):
+        optimizer.zero_grad()
+        model({name: normals(SHAPES, 0)[name] for name in names}).backward()
+        optimizer.step()
+    steps = {name: optimizer.state[p]["step"] for name, p in model.named_parameters() if p in optimizer.state}
+    assert {name: step.item() for name, step in steps.items()} == {"weight": 2, "bias": 1}
+    assert all((step.dtype, step.shape, step.device.type) == (torch.float32, (), "cpu") for step in steps.values())
+    assert optimizer.steps == 2
+
+
+def test_a_first_group_may_be_empty_or_gone():
+    model = Given(SHAPES)
+    before = model.weight.detach().clone()
+    optimizer = dgc.SGD([{"params": []}, {"params": model.parameters()}], lr=0.5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model({"weight": torch.ones(64, 33)}).backward()
+        optimizer.step()
+        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+    assert torch.equal(model.weight.detach(), before - 1)
+    optimizer.param_groups.pop(0)
+    optimizer.step()
+    assert torch.equal(model.weight.detach(), before - 1)
+    assert optimizer.steps == 2
+
+
+def test_the_optimizer_does_not_keep_its_state_alive():
+    one = Alone(SHAPES, dgc.DGCConfig(), lr=0.1, momentum=0.9)
+    one.train(normals(SHAPES, 0))
+    memory = weakref.ref(one.state.memory)
+    gc.disable()
+    try:
+        del one.state
+        assert memory() is None
+    finally:
+        gc.enable()
+    one.optimizer.zero_grad()
+    one.model(normals(SHAPES, 1)).backward()
+    before = one.parameter("bias").clone()
+    with pytest.raises(RuntimeError, match="expected a DGCState to have reduced"):
+        one.optimizer.step()
+    assert torch.equal(one.parameter("bias"), before)
+
+
+def test_a_copy_has_no_state_and_says_so():
+    one = Alone(SHAPES, dgc.DGCConfig(), lr=0.1, momentum=0.9)
+    one.train(normals(SHAPES, 0))
+    optimizer = copy.deepcopy(one.optimizer)
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="expected a DGCState to have reduced"):
+        optimizer.step()
+    assert optimizer.steps == one.optimizer.steps == 1

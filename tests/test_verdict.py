@@ -109,7 +109,7 @@ def test_state_dict_waits_for_the_verdict():
     gradients = normals(SHAPES, 1)
     gradients["big"][0, 0] = math.nan
     one.train(gradients)
-    assert one.state.state_dict()["step"] == 0
+    assert one.state.state_dict()["ranks"]["0"]["step"] == 0
 
 
 def test_other_optimizers_cannot_skip_so_the_host_waits():
@@ -131,7 +131,7 @@ def test_loading_a_state_forgets_the_verdict_on_the_step_before():
     one = Alone(SHAPES, dgc.DGCConfig(density=0.01), lr=0.5)
     one.state._late = True
     one.train(normals(SHAPES, 0))
-    saved = {**one.state.state_dict(), "step": 7}
+    saved = {"version": 1, **one.state.state_dict()["ranks"]["0"], "step": 7}
     gradients = normals(SHAPES, 1)
     gradients["big"][0, 0] = math.nan
     one.train(gradients)
@@ -163,7 +163,7 @@ def test_discard_waits_for_what_is_still_under_way():
     gradients = Gradients(parameters, [p.grad.view(-1) for p in parameters], [(i, 0) for i in range(len(parameters))])
     one.state.reduce(gradients, first=True, last=False)  # a backward pass that breaks off
     assert not arrived
-    one.state.discard()
+    one.state.discard(drop_gradient=False)
     assert arrived
     assert torch.equal(one.state.memory.residual_of("big"), normals(SHAPES, 0)["big"])
 

@@ -53,7 +53,7 @@ class Trainer:
                 self.scaler.scale(self.model(given)).backward()
         self.scaler.scale(self.model(last)).backward()
         if event.discarded:
-            self.state.discard()
+            self.state.discard(drop_gradient=False)
             return
         self.scaler.step(self.optimizer)
         self.scaler.update()
