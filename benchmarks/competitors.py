@@ -113,7 +113,7 @@ def competitor(name: str, module: nn.Module, loss: Callable[[nn.Module], Tensor]
     if name == "dgc":
         optimizer = dgc.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
         state = dgc.DGCState(model.named_parameters(), optimizer, dgc.DGCConfig(density=DENSITY))
-        model.register_comm_hook(state, dgc.dgc_hook)
+        state.register(model)
     elif name == "topk":
         optimizer = torch.optim.SGD(model.parameters(), lr=LR)  # momentum is in what it sends
         model.register_comm_hook(TopK(), topk_hook)

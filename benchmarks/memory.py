@@ -45,7 +45,7 @@ def worker(rank: int, world_size: int, folder: str, density: float | None, warmu
         optimizer = dgc.SGD(model.parameters(), lr=1e-3, momentum=0.9)
         config = dgc.DGCConfig(density=density, warmup_steps=warmup)
         state = dgc.DGCState(model.named_parameters(), optimizer, config)
-        model.register_comm_hook(state, dgc.dgc_hook)
+        state.register(model)
     x = torch.randn(2, WIDTH)
     for step in range(warmup + 6):
         if step == warmup + 2:

@@ -2,7 +2,7 @@
 
 optimizer = dgc.SGD(model.parameters(), lr=0.1, momentum=0.9)
 state = dgc.DGCState(model.named_parameters(), optimizer, dgc.DGCConfig(density=0.001, warmup_steps=2000))
-model.register_comm_hook(state, dgc.dgc_hook)
+state.register(model)
 """
 
 from typing import TYPE_CHECKING, Any

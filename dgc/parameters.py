@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer
 
 from . import advice
 from .config import DGCConfig
-from .optim import SGD, all_zero
+from .optim import SGD, all_zero, check_groups
 
 SUPPORTED = (torch.float32, torch.bfloat16, torch.float16)
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
@@ -72,13 +72,17 @@ class Parameters:
         Raises:
             ValueError: named_parameters did not have it.
         """
-        name = self._names.get(id(parameter))
+        name = self.name_or_none(parameter)
         if name is None:
             raise ValueError(
                 f"DGCState: expected the parameters of named_parameters, got a gradient for another one, of shape "
                 f"{tuple(parameter.shape)}. Pass named_parameters() of the model that the hook is registered on"
             )
         return name
+
+    def name_or_none(self, parameter: Tensor) -> str | None:
+        """Returns a parameter's name; None where named_parameters did not have it, or it was frozen."""
+        return self._names.get(id(parameter))
 
     def momentum(self, name: str) -> float:
         """Returns a parameter's momentum factor now; 0 where the optimizer knows none."""
@@ -276,8 +280,7 @@ def check_momentum(optimizer: Optimizer) -> None:
         ValueError: it is not, from the start or since a schedule or load_state_dict() has changed the groups.
     """
     if isinstance(optimizer, SGD):
-        if len({bool(group["nesterov"]) for group in optimizer.param_groups}) > 1:
-            raise ValueError("nesterov: expected the same in all parameter groups, got both True and False")
+        check_groups(optimizer.param_groups)
     elif any(group.get("momentum", 0) for group in optimizer.param_groups):
         raise ValueError(
             f"optimizer: expected dgc.SGD, got {type(optimizer).__name__} with momentum > 0. DGC applies momentum "

@@ -289,7 +289,8 @@ class DGCState:
         """Takes over what a dense run has left in the optimizer."""
         if isinstance(self.optimizer, SGD):
             for p, buffer in self.optimizer.take_momentum().items():
-                self.memory.set_momentum(self.parameters.name(p), buffer)
+                if (name := self.parameters.name_or_none(p)) is not None:  # not what is frozen by now
+                    self.memory.set_momentum(name, buffer)
 
     def _look_for_a_lost_residual(self) -> None:
         if self.step == 0 and "residual" not in self._told:
@@ -648,10 +649,9 @@ class DGCState:
         Raises:
             RuntimeError, FloatingPointError, PayloadError: as state_dict().
         """
-        own = self._own()
         if self.exchange.changed:
             self.regroup()
-        return shares.gather(self.exchange, self.memory, own)
+        return shares.gather(self.exchange, self.memory, self._own())
 
     def _own(self) -> dict[str, Any]:
         self._settle_between_steps("state_dict")

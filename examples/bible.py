@@ -108,7 +108,7 @@ def main() -> None:
         config = dgc.DGCConfig(args.density, warmup_steps, clip_norm=args.clip, momentum_masking=False)
         optimizer = dgc.SGD(model.parameters(), **recipe)
         state = dgc.DGCState(model.named_parameters(), optimizer, config)
-        model.register_comm_hook(state, dgc.dgc_hook)
+        state.register(model)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
 
     bar = tqdm(total=args.steps, desc="dense" if args.dense else "DGC", unit="step", disable=rank != 0)

@@ -60,7 +60,7 @@ def train(args: Namespace, device: torch.device) -> None:
     model = DistributedDataParallel(convnet().to(device))
     optimizer = dgc.SGD(model.parameters(), lr=args.lr, **RECIPE)
     state = dgc.DGCState(model.named_parameters(), optimizer, dgc_config(args, steps))
-    model.register_comm_hook(state, dgc.dgc_hook)
+    state.register(model)
 
     run = Run(args, steps, rank)
     checkpoint = newest(args.folder)
@@ -177,8 +177,7 @@ def check_options(args: Namespace, saved: dict[str, object]) -> None:
 
 def waiting(state: dgc.DGCState) -> str:
     """Returns how much waits in this rank's residual, in words."""
-    norm = math.hypot(*(tensor.norm().item() for tensor in state.state_dict()["residual"].values()))
-    return f"residual {norm:.6g}"
+    return f"residual {state.residual_norm:.6g}"
 
 
 if __name__ == "__main__":

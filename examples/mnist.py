@@ -35,7 +35,7 @@ def main() -> None:
     else:
         optimizer = dgc.SGD(model.parameters(), lr=args.lr, **RECIPE)
         state = dgc.DGCState(model.named_parameters(), optimizer, dgc_config(args, steps))
-        model.register_comm_hook(state, dgc.dgc_hook)
+        state.register(model)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
 
     run = Run(args, steps, rank)

@@ -40,7 +40,7 @@ class Trainer:
         self.optimizer = dgc.SGD(groups, lr=0.25)
         self.scaler = GradScaler("cpu", init_scale=INIT_SCALE, growth_interval=GROWTH_INTERVAL)
         self.state = dgc.DGCState(self.model.named_parameters(), self.optimizer, run.config, grad_scaler=self.scaler)
-        self.model.register_comm_hook(self.state, dgc.dgc_hook)
+        self.state.register(self.model)
 
     def step(self, step: int) -> None:
         """Does what event_of() says."""
@@ -60,7 +60,7 @@ class Trainer:
 
     def save(self, finished: int) -> None:
         """Saves after so many steps, and keeps the two latest."""
-        own = self.state.state_dict()
+        own = self.state.state_dict()["ranks"][str(self.rank)]
         snapshot = {
             "u": own["momentum"]["momentum"].clone(),  # a view of all
             "v": own["residual"]["momentum"].clone(),
@@ -155,7 +155,7 @@ def worker(rank: int, attempt: int, run: Run, folder: Path, resume: int, progres
         torch.save(
             {
                 "parameters": trainer.net.state_dict(),
-                "residual": trainer.state.state_dict()["residual"],
+                "residual": trainer.state.state_dict()["ranks"][str(rank)]["residual"],
                 "applied": trainer.state.step,
                 "scale": trainer.scaler.get_scale(),
             },
