@@ -594,11 +594,29 @@ def tensors(draw: st.DrawFn) -> Tensor:
 
 values = st.one_of(scalars, tensors(), st.lists(scalars, max_size=3), st.dictionaries(st.text(max_size=2), tensors()))
 names = st.one_of(st.sampled_from([*STATE_SHAPES, "z"]), st.integers(0, 3))
-KEYS = ["version", "rank", "world_size", "step", "dense", "diverged", "momentum", "residual", "other"]
+KEYS = [
+    "version",
+    "ranks",
+    "rank",
+    "world_size",
+    "step",
+    "dense",
+    "density",
+    "diverged",
+    "momentum",
+    "residual",
+    "other",
+]
 # A key, the name below it or none, and what stands there then; without a value it is deleted.
 some_edits = st.lists(
     st.tuples(st.sampled_from(KEYS), st.one_of(st.none(), names), st.one_of(st.just(...), values)), max_size=3
 )
+
+
+def own(state: dgc.DGCState) -> dict[str, Any]:
+    """Returns the share of the only rank."""
+    share: dict[str, Any] = state.state_dict()["ranks"]["0"]
+    return share
 
 
 def edit(state_dict: dict[str, Any], key: str, name: Any, value: Any) -> None:
@@ -621,18 +639,19 @@ def test_a_damaged_state_dict_is_refused_or_fits():
     seen: Counter[str] = Counter()
 
     @fuzz(max_examples=1500)
-    @given(st.lists(some_edits, min_size=1, max_size=3))
-    def run(edits_by_rank):
+    @given(st.lists(some_edits, min_size=1, max_size=3), st.booleans())
+    def run(edits_by_rank, as_before):
         state_dicts = []
         for rank, edits in enumerate(edits_by_rank):
-            state_dict = trained.state.state_dict()
-            state_dict.update(rank=rank, world_size=len(edits_by_rank))
+            share = dict(own(trained.state))
+            share.update(rank=rank, world_size=len(edits_by_rank))
             for key in ("momentum", "residual"):
-                state_dict[key] = {name: t.clone() for name, t in state_dict[key].items()}
+                share[key] = {name: t.clone() for name, t in share[key].items()}
+            state_dict = {"version": 1, **share} if as_before else {"version": 2, "ranks": {str(rank): share}}
             for key, name, value in edits:
-                edit(state_dict, key, name, value)
+                edit(state_dict if as_before or key in ("version", "ranks") else share, key, name, value)
             state_dicts.append(state_dict)
-        before = one.state.state_dict()
+        before = own(one.state)
         before = {k: {n: t.clone() for n, t in v.items()} if isinstance(v, dict) else v for k, v in before.items()}
         error = None
         try:
@@ -642,7 +661,7 @@ def test_a_damaged_state_dict_is_refused_or_fits():
         seen["loaded" if error is None else "refused"] += 1
         if error is not None:
             assert error.startswith("state_dict")
-            after = one.state.state_dict()
+            after = own(one.state)
             for key, value in before.items():
                 if isinstance(value, dict):
                     assert all(same_bits(after[key][n].contiguous(), t.contiguous()) for n, t in value.items())

@@ -558,7 +558,7 @@ def breaks_off(way_out):
             run.state.discard(drop_gradient=False)
         else:
             run.optimizer._start_afresh()  # as after an exception of ours
-            with pytest.raises(RuntimeError, match=r"it broke off.*Call state.discard\(\)"):
+            with pytest.raises(RuntimeError, match=r"it broke off.*Call state\.discard\(drop_gradient=False\)"):
                 run.net(integers(SHAPES, 0)).backward()
             run.state.discard(drop_gradient=False)
             # What has been sent by now is in the residual; the rest never got there.

@@ -23,6 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from training import LARGE, SHAPES, assert_replicas_equal, seed_of
 
 import dgc
+from dgc import ops, reference
+from dgc.bucket import Gradients
 
 WIDE = {"a": (200, 100), "b": (130, 130), "bias": (50,)}
 CONFIG = dgc.DGCConfig(density=0.01, dense_below=1000)
@@ -110,8 +112,6 @@ def test_a_broken_off_pass_can_be_dropped_too():
     alone.train(normals(WIDE, 0))
     before = memory_of(alone.state)
     alone.model(normals(WIDE, 1)).backward()
-    from dgc.bucket import Gradients
-
     half = Gradients([alone.model.a], [alone.model.a.grad.view(-1)], [(0, 0)])
     alone.state.reduce(half, first=True, last=False)
     assert not torch.equal(alone.state.memory.residual, before[0])
@@ -343,6 +343,7 @@ def again(rank, world_size, registered):
         run.ddp.register_comm_hook(run.state, dgc.dgc_hook)
     for i in range(4, 8):
         run.train(integers(SHAPES, seed_of(i, rank)))
+    assert run.state.exchange.group is run.ddp.process_group
     return run.result()
 
 
@@ -355,6 +356,34 @@ def test_after_another_initialisation_the_run_goes_on(registered):
         total = sum(integers(SHAPES, seed_of(i, r))[name] for i in range(8) for r in range(2))
         moved = start[name].detach() - results[0]["parameters"][name]
         assert torch.equal(8 * moved + sum(r["residual"][name] for r in results), total), name
+
+
+def newcomer(rank, world_size):
+    """Rank 0 trains alone, at another density; then rank 1 joins."""
+    store = dist.distributed_c10d._get_default_store()
+    dist.destroy_process_group()
+    net = Given(SHAPES)
+    optimizer = dgc.SGD(net.parameters(), lr=0.25, momentum=0.5)
+    state = dgc.DGCState(net.named_parameters(), optimizer, dgc.DGCConfig(density=0.008))
+    if rank == 0:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        alone = DistributedDataParallel(net)
+        state.register(alone)
+        step(alone, optimizer, normals(SHAPES, 0))
+        state.set_density(0.05)
+        dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.PrefixStore("again", store), rank=rank, world_size=world_size)
+    ddp = DistributedDataParallel(net)
+    state.register(ddp)
+    assert (state.step, state.density) == (1, 0.05)
+    step(ddp, optimizer, normals(SHAPES, rank))
+    return {"parameters": {n: p.detach() for n, p in net.named_parameters()}, "density": state.stats.density}
+
+
+def test_a_newcomer_goes_by_what_was_set_before():
+    results = run_ranks(2, newcomer)
+    assert_replicas_equal(results)
+    assert [r["density"] for r in results] == [0.05, 0.05]
 
 
 def trained_alone(rank, world_size):
@@ -409,24 +438,21 @@ def normals_float32(seed):
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_the_default_device_is_not_memory_s(gloo, native, monkeypatch):
+def test_the_default_device_is_not_memory_s(native, monkeypatch):
     if not native:
-        from dgc import ops, reference
-
         for name in ("compress_", "unpack", "restore_", "subtract_"):
             monkeypatch.setattr(ops, name, getattr(reference, name))
-    model, optimizer, state = one(dataclasses.replace(CONFIG, clip_norm=5.0, droppable=True))
+    config = dataclasses.replace(CONFIG, clip_norm=5.0, droppable=True)
     gradients = [normals(WIDE, i) for i in range(3)]
+    alone, straight = Alone(WIDE, config, lr=0.5, momentum=0.5), Alone(WIDE, config, lr=0.5, momentum=0.5)
     with torch.device("meta"):
-        optimizer.zero_grad()
-        model(gradients[0]).backward()
-        optimizer.step()
-        state.set_density(0.5)
-        for g in gradients[1:]:
-            optimizer.zero_grad()
-            model(g).backward()
-            optimizer.step()
-    assert state.stats.sent_density == 0.5
+        state = dgc.DGCState(alone.model.named_parameters(), alone.optimizer, config)
+        alone.state = state
+        for g in gradients:
+            alone.train(g)
+    for g in gradients:
+        straight.train(g)
+    assert_same(memory_of(state), memory_of(straight.state))
     assert state.memory.residual.device.type == "cpu"
 
 
@@ -562,7 +588,10 @@ def test_groups_in_another_order_keep_their_momentum(gloo):
         state.register(model)
         for i in range(4):
             if reverse and i == 2:
-                optimizer.param_groups.reverse()
+                optimizer.param_groups[:] = [dict(group) for group in reversed(optimizer.param_groups)]
+            if i == 2:  # as a schedule does
+                for group in optimizer.param_groups:
+                    group["momentum"] *= 0.5
             step(model, optimizer, normals(WIDE, i))
         return memory_of(state)
 
