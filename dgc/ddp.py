@@ -35,7 +35,7 @@ class Reducer(Protocol):
     def steps_alone_matter(self) -> bool:
         """Whether the optimizer keeps something between steps that a rank without step() would not have."""
 
-    def bind(self, model: DistributedDataParallel) -> None:
+    def bind(self, model: nn.Module) -> None:
         """Takes the group of a DDP module, and checks its parameters."""
 
     def reduce(self, gradients: Gradients, *, first: bool, last: bool, shadow: bool = False) -> Future[Tensor]:

@@ -65,6 +65,8 @@ class Parameters:
             )
         self._groups = {name: group_of[id(p)] for name, p in self.by_name.items()}
         check_momentum(self.optimizer)
+        self.nesterov = any(group.get("nesterov", False) for group in self._groups.values())
+        """Whether momentum is Nesterov's; the same in all groups."""
 
     def name(self, parameter: Tensor) -> str:
         """Returns a parameter's name.
@@ -94,11 +96,6 @@ class Parameters:
     def any_momentum(self) -> bool:
         """Whether any parameter has momentum now."""
         return any(map(self.momentum, self.by_name))
-
-    @property
-    def nesterov(self) -> bool:
-        """Whether momentum is Nesterov's."""
-        return isinstance(self.optimizer, SGD) and any(group["nesterov"] for group in self._groups.values())
 
     @property
     def steps_alone_matter(self) -> bool:

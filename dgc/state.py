@@ -77,7 +77,8 @@ class DGCState:
             raise TypeError(
                 f"config: expected a DGCConfig or None, got {type(config).__name__}: dgc.DGCConfig(**values)"
             )
-        self._config = config or DGCConfig()
+        self._made_with = config or DGCConfig()
+        self._config = self._made_with
         self._density: float | None = None  # what set_density() has set
         if grad_scaler is not None and not isinstance(grad_scaler, GradScaler):
             raise TypeError(f"grad_scaler: expected a torch.amp.GradScaler or None, got {type(grad_scaler).__name__}")
@@ -129,21 +130,21 @@ class DGCState:
             TypeError: it is no DDP module.
             ValueError: it has other parameters, or another group than process_group; or ranks differ.
         """
-        self.bind(ddp.check_module(model, self.parameters.by_name))
+        self.bind(model)
         if self.exchange.changed:
             self.regroup()
         ddp.register(self, model)
 
-    def bind(self, model: DistributedDataParallel) -> None:
+    def bind(self, model: nn.Module) -> None:
         """Takes the group of the DDP module that this state reduces for, and checks its parameters.
 
         Raises:
-            ValueError: as register().
+            TypeError, ValueError: as register().
         """
-        ddp.check_module(model, self.parameters.by_name)
+        module = ddp.check_module(model, self.parameters.by_name)
         if isinstance(self._exchange, DistributedExchange):
-            self._exchange.bind(model.process_group)
-        self._model = weakref.ref(model)
+            self._exchange.bind(module.process_group)
+        self._model = weakref.ref(module)
 
     @property
     def model(self) -> DistributedDataParallel | None:
@@ -166,7 +167,7 @@ class DGCState:
     @property
     def config(self) -> DGCConfig:
         """The configuration that is in force, with the density of set_density()."""
-        return self._config if self._density is None else replace(self._config, density=self._density)
+        return self._config
 
     @config.setter
     def config(self, _: DGCConfig) -> None:
@@ -207,7 +208,7 @@ class DGCState:
         self._exchange.refresh()
         try:
             scaled = self.grad_scaler is not None
-            self._exchange.agree(report.description(self._config, self.optimizer, self.parameters.by_name, scaled))
+            self._exchange.agree(report.description(self._made_with, self.optimizer, self.parameters.by_name, scaled))
             share = shares.regroup(self._exchange, self.memory, mine)
         except Exception:
             self._exchange.roll_back(*before)  # it is still that group's share
@@ -587,17 +588,18 @@ class DGCState:
             ValueError: it is out of range, or ranks differ; then nothing has changed.
             RuntimeError: an update is outstanding.
         """
-        config = replace(self._config, density=density)
+        density = replace(self._made_with, density=density).density  # checks it
         self._settle_between_steps("set_density")
         if self.exchange.changed:
             self.regroup()
-        self.exchange.agree({"density": config.density})
-        self._use_density(config.density)
+        self.exchange.agree({"density": density})
+        self._use_density(density)
 
     def _use_density(self, density: float | None) -> None:
         if density != self._density:
             self._density = density
-            self._buckets.use(self.config)
+            self._config = self._made_with if density is None else replace(self._made_with, density=density)
+            self._buckets.use(self._config)
 
     @property
     def steps_alone_matter(self) -> bool:
@@ -715,7 +717,7 @@ class DGCState:
             raise TypeError(
                 "DGCState: expected torch.distributed's ranks to pickle it, got Horovod's. Use state_dict()"
             )
-        arguments = {"config": self._config, "grad_scaler": self.grad_scaler, "average": self._average}
+        arguments = {"config": self._made_with, "grad_scaler": self.grad_scaler, "average": self._average}
         return {"named": self.parameters.by_name, "optimizer": self.optimizer, "arguments": arguments, "share": share}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:

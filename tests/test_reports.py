@@ -358,6 +358,19 @@ def test_after_another_initialisation_the_run_goes_on(registered):
         assert torch.equal(8 * moved + sum(r["residual"][name] for r in results), total), name
 
 
+def differ_unregistered(rank, world_size):
+    ddp = DistributedDataParallel(Given(SHAPES))
+    optimizer = dgc.SGD(ddp.parameters(), lr=0.1)
+    state = dgc.DGCState(ddp.named_parameters(), optimizer, dgc.DGCConfig(density=0.01 * (1 + rank)))
+    ddp.register_comm_hook(state, dgc.dgc_hook)
+    with pytest.raises(ValueError, match=r"density: rank 0 has 0\.01, rank 1 has 0\.02"):
+        ddp(normals(SHAPES, rank)).backward()
+
+
+def test_ranks_that_differ_are_found_in_the_first_pass_without_register():
+    run_ranks(2, differ_unregistered)
+
+
 def newcomer(rank, world_size):
     """Rank 0 trains alone, at another density; then rank 1 joins."""
     store = dist.distributed_c10d._get_default_store()
