@@ -35,7 +35,7 @@ class Reducer(Protocol):
     def steps_alone_matter(self) -> bool:
         """Whether the optimizer keeps something between steps that a rank without step() would not have."""
 
-    def bind(self, model: nn.Module) -> None:
+    def bind(self, model: nn.Module) -> DistributedDataParallel:
         """Takes the group of a DDP module, and checks its parameters."""
 
     def reduce(self, gradients: Gradients, *, first: bool, last: bool, shadow: bool = False) -> Future[Tensor]:
@@ -100,21 +100,24 @@ def _reduce(state: Reducer, bucket: dist.GradBucket) -> Future[Tensor]:
     return state.reduce(gradients, first=first, last=bucket.is_last(), shadow=shadow)
 
 
-def register(state: Reducer, model: nn.Module) -> None:
-    """Registers the hook on a DDP module; see DGCState.register."""
-    model.register_comm_hook(state, dgc_hook)  # type: ignore[operator]
+def register(state: Reducer, model: DistributedDataParallel) -> None:
+    """Registers the hook on a DDP module, once; see DGCState.register."""
+    if all(its_state is not state for _, its_state in model._comm_hooks):
+        model.register_comm_hook(state, dgc_hook)
 
 
-def check_module(model: object, parameters: Mapping[str, Tensor]) -> DistributedDataParallel:
+def check_module(state: object, model: object, parameters: Mapping[str, Tensor]) -> DistributedDataParallel:
     """Returns a DDP module whose gradients a state can reduce.
 
     Args:
+        state: the DGCState.
         model: what the user calls his model.
         parameters: the state's, by name.
 
     Raises:
         TypeError: it is no DDP module.
-        ValueError: DDP does not hand the gradient of each of the parameters, and of no other, to a hook.
+        ValueError: DDP does not hand the gradient of each of the parameters, and of no other, to a hook; or has another
+            hook.
     """
     if not isinstance(model, DistributedDataParallel):
         compiled = getattr(model, "_orig_mod", None)
@@ -124,6 +127,11 @@ def check_module(model: object, parameters: Mapping[str, Tensor]) -> Distributed
             else ("Wrap it first: model = DistributedDataParallel(net). FSDP and DataParallel are not supported")
         )
         raise TypeError(f"register: expected a DistributedDataParallel module, got {type(model).__name__}. {hint}")
+    if others := [hook.__qualname__ for hook, its_state in model._comm_hooks if its_state is not state]:
+        raise ValueError(
+            f"register: expected a DDP module without a hook, got one with {others[0]} and a state of its own, and DDP "
+            "takes one hook only. Wrap the module in DistributedDataParallel again"
+        )
     inside = {id(p) for p in model.module.parameters()}
     ignored = {id(p) for name, p in model.module.named_parameters() if name in model.parameters_to_ignore}
     reasons = {

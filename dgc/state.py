@@ -128,23 +128,24 @@ class DGCState:
 
         Raises:
             TypeError: it is no DDP module.
-            ValueError: it has other parameters, or another group than process_group; or ranks differ.
+            ValueError: it has other parameters, another hook, or another group than process_group; or ranks differ.
         """
-        self.bind(model)
+        module = self.bind(model)
         if self.exchange.changed:
             self.regroup()
-        ddp.register(self, model)
+        ddp.register(self, module)
 
-    def bind(self, model: nn.Module) -> None:
-        """Takes the group of the DDP module that this state reduces for, and checks its parameters.
+    def bind(self, model: nn.Module) -> DistributedDataParallel:
+        """Takes the group of the DDP module that this state reduces for, and checks its parameters; returns it.
 
         Raises:
             TypeError, ValueError: as register().
         """
-        module = ddp.check_module(model, self.parameters.by_name)
+        module = ddp.check_module(self, model, self.parameters.by_name)
         if isinstance(self._exchange, DistributedExchange):
             self._exchange.bind(module.process_group)
         self._model = weakref.ref(module)
+        return module
 
     @property
     def model(self) -> DistributedDataParallel | None:

@@ -464,7 +464,7 @@ def fall_behind(rank, world_size, where, folder):
         if where == "backward":
             run.train(normals(SHAPES, rank))
         else:
-            dgc.DGCState(run.net.named_parameters(), run.optimizer).register(run.ddp)
+            dgc.DGCState(run.net.named_parameters(), run.optimizer, process_group=dist.group.WORLD)
     except RuntimeError as error:
         outcome = str(error)
     torch.save((outcome, time.monotonic() - begin), f"{folder}/outcome{rank}.pt")

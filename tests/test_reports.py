@@ -972,6 +972,16 @@ def test_a_submodule_may_be_called_module(gloo):
         assert set(state.parameters.by_name) == expected
 
 
+def test_one_hook_on_one_module(gloo):
+    model, optimizer, state = one()
+    state.register(model)  # again: it is there
+    step(model, optimizer, normals(WIDE, 0))
+    assert state.step == 1
+    other = dgc.DGCState(model.named_parameters(), optimizer, CONFIG)
+    with pytest.raises(ValueError, match="register: expected a DDP module without a hook, got one with dgc_hook"):
+        other.register(model)
+
+
 def test_several_modules_and_several_optimizers_are_told_what_to_do(gloo):
     nets = [DistributedDataParallel(Given(WIDE, seed=i)) for i in range(2)]
     both = [(f"{i}.{name}", p) for i, net in enumerate(nets) for name, p in net.named_parameters()]
