@@ -27,10 +27,20 @@ def second_pass() -> str:
         "DGCState: expected optimizer.step() after the last backward pass, got another backward pass. Three ways on:\n"
         "To accumulate over several passes, run all but the last without exchange (Horovod: "
         f"backward_passes_per_step):\n{NO_SYNC}\n"
-        "Where this model only hands gradients on, as a GAN's discriminator does in the generator's step, run that "
+        "Where this model's own gradients are not wanted, as a GAN's discriminator's in the generator's step, run that "
         "pass without its exchange, in the same way, and call zero_grad() as always.\n"
-        "To leave an update out on purpose, make the state with DGCConfig(droppable=True) and call "
-        "state.discard(drop_gradient=True) and zero_grad()"
+        "To leave an update out on purpose, make the state with DGCConfig(droppable=True) and, in place of step(), "
+        "call state.discard(drop_gradient=True) and zero_grad().\n"
+        "If step() was called: it has to find gradients, and be that of the optimizer that DGCState was made with"
+    )
+
+
+def loaded_too_early() -> str:
+    """Says that residuals were divided among other ranks than DDP's."""
+    return (
+        "DGCState: expected load_state_dict() after register(), got it before, and DDP has another process group than "
+        "the default one among whose ranks the residual was divided. Make the state again, call state.register(model), "
+        "then load; or make it with process_group="
     )
 
 
@@ -43,6 +53,12 @@ def second_module() -> str:
     )
 
 
+GO_ON = (
+    "DDP cannot go on after such a pass: call state.discard(drop_gradient=False) and zero_grad(), delete the DDP "
+    "model, wrap the module again and call state.register(model); or restart from a checkpoint"
+)
+
+
 def incomplete(missing: Sequence[str]) -> str:
     """Says that a backward pass is not complete.
 
@@ -51,10 +67,9 @@ def incomplete(missing: Sequence[str]) -> str:
     """
     which = f"got none of {names(missing)}" if missing else "got only some"
     return (
-        f"DGCState: expected gradients of all parameters from the backward pass, {which}. DDP waits for them, and has "
-        "reduced nothing, or only a part. Wrap the model with DistributedDataParallel(..., "
-        "find_unused_parameters=True), or set requires_grad=False, before wrapping, on what is never used. To go on "
-        "after an exception in backward(), call state.discard(drop_gradient=False) and zero_grad()"
+        f"DGCState: expected gradients of all parameters from the backward pass, {which}. DDP is still waiting for "
+        "them. Wrap the model with DistributedDataParallel(..., find_unused_parameters=True), or freeze what is "
+        f"never used, requires_grad_(False), before DDP wraps it. {GO_ON}"
     )
 
 
@@ -63,8 +78,8 @@ def broke_off(missing: Sequence[str]) -> str:
     which = f" without {names(missing)}" if missing else ""
     return (
         f"DGCState: expected the last backward pass to be complete, but it broke off{which}, and what it sent is in "
-        "neither the residual nor the model. Call state.discard(drop_gradient=False), which takes it back, and "
-        "zero_grad(). If no exception ended it, parameters were unused: find_unused_parameters=True"
+        f"neither the residual nor the model. If no exception ended it, parameters were unused: "
+        f"find_unused_parameters=True. {GO_ON}"
     )
 
 
@@ -101,7 +116,8 @@ def thrown_away(without: Sequence[str]) -> str:
         f"optimizer: expected the gradient of every compressed parameter, got None for {names(without)}. What was sent "
         "for it would be lost, and what it has accumulated would come later. To freeze parameters in this way, name "
         "them in DGCConfig(dense_parameters=...), which costs their bytes, or set DGCConfig(droppable=True), which "
-        "drops this pass for them and costs memory and time. To leave out the whole step, call state.discard()"
+        "drops this pass for them and costs memory and time. To leave out the whole step: "
+        "state.discard(drop_gradient=...) and zero_grad(), in place of step()"
     )
 
 
@@ -129,16 +145,19 @@ def changed(which: Sequence[str]) -> str:
         f"dgc: expected gradients as backward() left them, got others for {names(which)} in step(). Clipping, weight "
         "decay or noise there acts on the few entries that were sent, which are sums of many steps, and what it cuts "
         "is lost. Take it out (a Trainer's max_grad_norm or gradient_clip_val: set it to 0) and write instead: "
-        "DGCConfig(clip_norm=...) to clip, dgc.SGD(weight_decay=...) to decay. Other changes belong before the "
-        'exchange, into the loss. DGCConfig(on_changed_gradient="ignore") says that it is meant'
+        "DGCConfig(clip_norm=...) to clip, dgc.SGD(weight_decay=...) to decay. A backward() after the exchanged "
+        "one adds this rank's gradient alone: add the losses, and call backward() once. To freeze a layer: "
+        "p.grad = None, not zeros, with droppable. "
+        'If the change is intended: DGCConfig(on_changed_gradient="ignore")'
     )
 
 
 def residual_missing(steps: int) -> str:
     """Says that an optimizer goes on, and its DGCState does not."""
     return (
-        f"dgc: the optimizer has taken {steps} steps, and this DGCState none: what the run had not sent yet is gone, "
-        "and warm-up begins again. Save and load the state too: dgc.checkpoint.save(state, dir) and "
-        "dgc.checkpoint.load(state, dir) on all ranks; or, where rank 0 writes one file, state.full_state_dict() and "
-        "state.load_state_dict(). To begin anew on purpose, ignore this"
+        f"dgc: the optimizer has taken {steps} steps, and this DGCState none: if the run trained with DGC "
+        "before, what it had not sent is gone, and warm-up begins again. Save and load the state too: "
+        "dgc.checkpoint.save(state, dir) and dgc.checkpoint.load(state, dir) on all ranks; or, "
+        "where rank 0 writes one file, state.full_state_dict() and state.load_state_dict(). If it was "
+        "dense until now, all is well"
     )

@@ -157,6 +157,11 @@ def check_module(state: object, model: object, parameters: Mapping[str, Tensor])
     return model
 
 
+def ranks_of(model: DistributedDataParallel) -> list[int]:
+    """Returns the ranks of a DDP module's group, by their numbers in the default group."""
+    return dist.get_process_group_ranks(model.process_group)
+
+
 def registered_on(state: object) -> list[DistributedDataParallel]:
     """Returns the DDP modules on which a hook with this state is registered.
 

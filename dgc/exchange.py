@@ -237,6 +237,11 @@ class DistributedExchange(Exchange):
             raise ValueError("process_group: expected one that this process is in, got one of other processes")
         return rank, world_size
 
+    @property
+    def ranks(self) -> list[int]:
+        """The group's ranks, by their numbers in the default group; [0] where torch.distributed is not initialised."""
+        return [0] if _default_group() is None else dist.get_process_group_ranks(self.group)
+
     def roll_back(self, rank: int, world_size: int) -> None:
         """Returns to an earlier group, until refresh() looks again."""
         super().roll_back(rank, world_size)

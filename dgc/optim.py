@@ -172,9 +172,9 @@ class SGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not parameters:
-            return loss
         reducer = self._reducer
+        if not parameters and not (reducer is not None and reducer.pending):
+            return loss
         if not (reducer is not None and reducer.pending) and all_zero(p.grad for p in parameters):
             self._allocate()
             return loss
@@ -190,7 +190,8 @@ class SGD(Optimizer):
                 "torch.optim.SGD"
             )
         # A tensor, which each addition would make of a number again.
-        torch._foreach_add_([self._state(p)["step"] for p in parameters], _count(1), alpha=1)
+        if parameters:
+            torch._foreach_add_([self._state(p)["step"] for p in parameters], _count(1), alpha=1)
         for group in self.param_groups:
             self._step_group(group, reducer)
         return loss

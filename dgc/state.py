@@ -102,6 +102,7 @@ class DGCState:
         self._dense = False
         self._model: weakref.ref[DistributedDataParallel] | None = None
         self._told: set[str] = set()  # what was warned of, once
+        self._loaded_for: list[int] | None = None  # the ranks for which shares were chosen, before DDP's were known
         self._buckets = Buckets(self._config, self.parameters, self.memory, self._exchange)
         self._pass = Backward(0, stage=Stage.OVER)  # the last one
         self._late = device.type == "cuda"  # reading the device's verdict at once would wait for it
@@ -142,6 +143,9 @@ class DGCState:
             TypeError, ValueError: as register().
         """
         module = ddp.check_module(self, model, self.parameters.by_name)
+        loaded_alone = self.joined and self._loaded_for is not None
+        if loaded_alone and ddp.ranks_of(module) != self._loaded_for:
+            raise RuntimeError(advice.loaded_too_early())
         if isinstance(self._exchange, DistributedExchange):
             self._exchange.bind(module.process_group)
         self._model = weakref.ref(module)
@@ -218,6 +222,7 @@ class DGCState:
             self.step, self._dense = share.step, share.dense
             self._use_density(share.density)
         self.joined = True
+        self._loaded_for = None
         self._buckets.leave()
 
     # One backward pass, in the order in which a gradient meets it.
@@ -396,7 +401,8 @@ class DGCState:
         self._drop_what_is_thrown_away()
         verdict = self._pass.judge(self.parameters.by_name)
         if not self._late:
-            self._look_at_changes(verdict.changed)
+            if not verdict.findings():  # else the step is left out, whatever its gradients hold
+                self._look_at_changes(verdict.changed)
             self._pass.stage = Stage.TAKEN
             return self._settle()
         self._pass.stage = Stage.TAKEN
@@ -426,7 +432,7 @@ class DGCState:
             if self.pending:
                 self.discard(drop_gradient=False)
             raise RuntimeError(advice.changed(changed))
-        if "changed" not in self._told and self.exchange.rank == 0:
+        if "changed" not in self._told:  # on every rank: what one changes alone, the others do not see
             warnings.warn(advice.changed(changed), stacklevel=2)
         self._told.add("changed")
 
@@ -692,6 +698,8 @@ class DGCState:
         """Takes up where a run stood, with what has been chosen for this rank; what was outstanding is forgotten."""
         self._pass.abandon(self.exchange)
         share = choice.share
+        if self.exchange.changed and not self.joined and isinstance(self._exchange, DistributedExchange):
+            self._loaded_for = self._exchange.ranks
         self.memory.load(choice.parts, share.diverged)
         if choice.missing:
             shares.log_lost(choice.missing, share.world_size)

@@ -210,13 +210,27 @@ def gan(rank, world_size, kind, quiet):
 
 
 def test_a_gan_gets_the_exact_lines_and_they_work():
-    with pytest.raises(Exception, match="discriminator does in the generator's step") as caught:
+    with pytest.raises(Exception, match="a GAN's discriminator's in the generator's step") as caught:
         run_ranks(2, gan, dgc.SGD, False)
     assert "with model.no_sync():  # the forward pass as well" in str(caught.value)
     ours, theirs = run_ranks(2, gan, dgc.SGD, True), run_ranks(2, gan, torch.optim.SGD, False)
     for p, q, expected in zip(*ours, theirs[0], strict=True):
         assert torch.equal(p, q)
         torch.testing.assert_close(p, expected)
+
+
+def test_step_without_any_gradient_left_is_not_silent(gloo):
+    for config in (CONFIG, DROPPABLE):
+        model, optimizer, state = one(config)
+        step(model, optimizer, normals(WIDE, 0))
+        before = memory_of(state)
+        if config.droppable:
+            step(model, optimizer, normals(WIDE, 1), lambda m=model: m.zero_grad())
+            assert_same(memory_of(state), before)
+            step(model, optimizer, normals(WIDE, 2))
+        else:
+            with pytest.raises(RuntimeError, match="got None for"):
+                step(model, optimizer, normals(WIDE, 1), lambda m=model: m.zero_grad())
 
 
 # 2: parameters that the hook never gets
@@ -318,6 +332,31 @@ def test_ddp_in_a_subgroup_is_reduced_in_that_group(registered):
         for name, p in result.items():
             mean = sum(integers(SHAPES, r)[name] for r in pair) / 2
             assert torch.equal(p, start[name].detach() - 0.25 * mean), name
+
+
+def loaded_before_register(rank, world_size, early):
+    groups = [dist.new_group([r]) for r in range(2)]
+    ddp = DistributedDataParallel(Given(SHAPES), process_group=groups[rank])
+    optimizer = dgc.SGD(ddp.parameters(), lr=0.25)
+    state = dgc.DGCState(ddp.named_parameters(), optimizer, dgc.DGCConfig(density=0.008))
+    state.register(ddp)
+    step(ddp, optimizer, normals(SHAPES, rank))
+    saved = copy.deepcopy(state.state_dict())
+    ddp = DistributedDataParallel(ddp.module, process_group=groups[rank])
+    fresh = dgc.DGCState(ddp.named_parameters(), optimizer, dgc.DGCConfig(density=0.008))
+    if early:
+        fresh.load_state_dict(saved)
+        with pytest.raises(RuntimeError, match=r"expected load_state_dict\(\) after register\(\)"):
+            fresh.register(ddp)
+    else:
+        fresh.register(ddp)
+        fresh.load_state_dict(saved)
+        assert torch.equal(fresh.memory.residual, state.memory.residual)
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_residual_is_not_divided_among_other_ranks_than_ddp_s(early):
+    run_ranks(2, loaded_before_register, early)
 
 
 def test_another_group_than_ddp_s_is_refused(gloo):
@@ -542,6 +581,16 @@ def test_what_changes_no_value_is_no_change(gloo):
     clip(net)
     with pytest.warns(UserWarning, match="clip_norm"):  # unscaled and clipped is changed
         scaler.step(optimizer)
+
+
+def test_a_step_that_is_left_out_is_not_compared(gloo):
+    config = dataclasses.replace(CONFIG, on_nonfinite="skip", on_changed_gradient="raise")
+    model, optimizer, state = one(config)
+    bad = normals(WIDE, 1)
+    bad["a"][0, 0] = float("nan")
+    step(model, optimizer, normals(WIDE, 0))
+    step(model, optimizer, bad, lambda: nn.utils.clip_grad_norm_(model.parameters(), 1e9))  # to log the norm: NaN
+    assert (state.step, state.stats.skipped) == (1, 1)
 
 
 # 7: settings that are changed in a run
