@@ -53,33 +53,36 @@ def second_module() -> str:
     )
 
 
-GO_ON = (
-    "DDP cannot go on after such a pass: call state.discard(drop_gradient=False) and zero_grad(), delete the DDP "
-    "model, wrap the module again and call state.register(model); or restart from a checkpoint"
-)
+def displaced() -> str:
+    """Says that an optimizer has got another state since."""
+    return (
+        "DGCState: expected to be its optimizer's only one, got a gradient while another DGCState, which was made "
+        "later, serves the same optimizer. Make one DGCState an optimizer; to start again, delete the first one, wrap "
+        "the module in DistributedDataParallel again and register the new one"
+    )
 
 
-def incomplete(missing: Sequence[str]) -> str:
+def incomplete(missing: Sequence[str], go_on: str) -> str:
     """Says that a backward pass is not complete.
 
     Args:
         missing: parameters that have no gradient; perhaps none.
+        go_on: the exchange's way on.
     """
     which = f"got none of {names(missing)}" if missing else "got only some"
     return (
         f"DGCState: expected gradients of all parameters from the backward pass, {which}. DDP is still waiting for "
         "them. Wrap the model with DistributedDataParallel(..., find_unused_parameters=True), or freeze what is "
-        f"never used, requires_grad_(False), before DDP wraps it. {GO_ON}"
+        f"never used, requires_grad_(False), before DDP wraps it. {go_on}"
     )
 
 
-def broke_off(missing: Sequence[str]) -> str:
-    """Says that the pass before this one was not complete."""
+def broke_off(missing: Sequence[str], go_on: str) -> str:
+    """Says that the pass before this one was not complete; arguments as for incomplete()."""
     which = f" without {names(missing)}" if missing else ""
     return (
         f"DGCState: expected the last backward pass to be complete, but it broke off{which}, and what it sent is in "
-        f"neither the residual nor the model. If no exception ended it, parameters were unused: "
-        f"find_unused_parameters=True. {GO_ON}"
+        f"neither the residual nor the model. {go_on}"
     )
 
 
@@ -88,11 +91,13 @@ def nothing_reduced(registered: bool) -> str:
     if registered:
         return (
             "DGCState: expected a backward pass since the last step(), got none that was exchanged. If it ran under "
-            "no_sync(), run the last one before step() outside of it, forward pass included"
+            "no_sync(), run the last one before step() outside of it, forward pass included. If it was discarded, "
+            "leave step() out and call zero_grad()"
         )
     return (
         "DGCState: expected a backward pass since the last step(), got none, since no model has this state registered. "
-        f"Write\n{REGISTER}"
+        "Call state.register(model), with DDP's module, before the first backward pass, and again when the module was "
+        f"wrapped, loaded or unpickled anew. All of it:\n{REGISTER}"
     )
 
 
@@ -106,15 +111,16 @@ def not_reduced(local: Sequence[str]) -> str:
         f"optimizer: expected gradients that were exchanged, got this rank's own of {names(local)}, which the backward "
         "pass did not hand to DGC. DDP does not reduce what was frozen when it wrapped the model, is outside of that "
         "model (a loss with weights of its own), is on its ignore list or delayed, or was added later. Wrap one module "
-        "that holds all of them, trainable, and make optimizer and DGCState again; or take them out of this optimizer"
+        "that holds all of them, trainable, and make optimizer and DGCState again; or give them an optimizer of their "
+        "own and average their gradients yourself"
     )
 
 
 def thrown_away(without: Sequence[str]) -> str:
     """Says that compressed parameters have lost their gradient between backward() and step()."""
     return (
-        f"optimizer: expected the gradient of every compressed parameter, got None for {names(without)}. What was sent "
-        "for it would be lost, and what it has accumulated would come later. To freeze parameters in this way, name "
+        f"optimizer: expected the gradient of every compressed parameter, got None or zeros for {names(without)}. What "
+        "was sent for it would be lost, and what it has accumulated would come later. To freeze parameters so, name "
         "them in DGCConfig(dense_parameters=...), which costs their bytes, or set DGCConfig(droppable=True), which "
         "drops this pass for them and costs memory and time. To leave out the whole step: "
         "state.discard(drop_gradient=...) and zero_grad(), in place of step()"
@@ -125,8 +131,9 @@ def not_droppable() -> str:
     """Says that nothing was kept to return to."""
     return (
         "DGCState.discard: expected DGCConfig(droppable=True) with drop_gradient=True, got False: u and v as they were "
-        "before the pass are not kept, since that costs 8 bytes a parameter and a copy at every pass. "
-        "discard(drop_gradient=False) keeps the gradient in u and v, for later steps"
+        "before the pass are not kept, since that costs 8 bytes a parameter and a copy at every pass. Make the state "
+        "with it to drop passes; discard(drop_gradient=False) takes back what this pass sent, and keeps its gradient "
+        "in u and v, for later steps"
     )
 
 
@@ -146,8 +153,7 @@ def changed(which: Sequence[str]) -> str:
         "decay or noise there acts on the few entries that were sent, which are sums of many steps, and what it cuts "
         "is lost. Take it out (a Trainer's max_grad_norm or gradient_clip_val: set it to 0) and write instead: "
         "DGCConfig(clip_norm=...) to clip, dgc.SGD(weight_decay=...) to decay. A backward() after the exchanged "
-        "one adds this rank's gradient alone: add the losses, and call backward() once. To freeze a layer: "
-        "p.grad = None, not zeros, with droppable. "
+        "one adds this rank's gradient alone: add the losses, and call backward() once. "
         'If the change is intended: DGCConfig(on_changed_gradient="ignore")'
     )
 

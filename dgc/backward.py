@@ -33,13 +33,20 @@ class Stage(Enum):
 class Backward:
     """One backward pass: its gradients on their way, its buckets, and whether a step may apply them."""
 
-    def __init__(self, step: int, loss_scale: Tensor | None = None, stage: Stage = Stage.OPEN) -> None:
+    def __init__(
+        self,
+        step: int,
+        loss_scale: Tensor | None = None,
+        stage: Stage = Stage.OPEN,
+        look_for_changes: bool = False,
+    ) -> None:
         """Begins a pass.
 
         Args:
             step: which it is, without those that were left out.
             loss_scale: float32 [1], what its gradients are multiplied with; None for 1.
             stage: OVER for one that stands for none.
+            look_for_changes: whether gradients that are changed before step() are to be noticed.
         """
         self.step = step
         self.loss_scale = loss_scale
@@ -51,8 +58,8 @@ class Backward:
         self.buckets: list[Bucket] = []
         self.reduced: set[int] = set()
         """Ids of the parameters whose gradients came."""
-        self.probes: Probes | None = None
-        """Where somebody looks whether gradients are changed before step()."""
+        self.probes = Probes(look_for_changes)
+        """What its gradients were when they were handed back."""
         self.verdict: Verdict | None = None
 
     @property
@@ -91,10 +98,11 @@ class Backward:
         Args:
             parameters: by name, where the probes are to be compared with their gradients.
         """
-        if self.probes is None or parameters is None:
+        if parameters is None:
             self.verdict = Verdict(self.buckets, self.step)
         else:
-            self.verdict = Verdict(self.buckets, self.step, *self.probes.compare(parameters, self.unscale))
+            zeroed, changed = self.probes.zeroed(parameters), self.probes.compare(parameters, self.unscale)
+            self.verdict = Verdict(self.buckets, self.step, zeroed, changed)
         return self.verdict
 
     def take_back(self, memory: Memory) -> None:

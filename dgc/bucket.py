@@ -100,6 +100,7 @@ class Bucket:
             text = repr((layout, world_size, asdict(config)))
             self.fingerprint = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
             self.step_in_header = wire.stamp(self.payload, self.fingerprint)
+            self.stamped = self.fingerprint
             masked = masking and memory.momentum is not None
             self.sent_momentum = torch.zeros(self.entries, dtype=torch.float32, device=device) if masked else None
             self.momentum_factors: list[float] = []
@@ -133,19 +134,24 @@ class Bucket:
         """Bytes of the tensor that is all-reduced."""
         return self.flat_numel * self.flat_dtype.itemsize
 
-    def stamp(self, step: int, loss_scale: Tensor | None) -> None:
+    def stamp(self, step: int, loss_scale: Tensor | None, dropped: int = 0) -> None:
         """Writes into the header what changes from step to step, and has to be the same on all ranks.
 
         Args:
             step: of this pass.
             loss_scale: float32 [1], or None. Ranks that scale differently would judge differently what overflows.
+            dropped: a number for the gradients that were thrown away before the last step(), 0 where none were.
         """
         if self.payload is None:
             return
         self.step_in_header.fill_(step)
+        fingerprint = self.fingerprint ^ dropped
+        fingerprint_in_header = wire.header(self.payload)[2:3]
         if loss_scale is not None:
-            fingerprint_in_header = wire.header(self.payload)[2:3]
-            fingerprint_in_header.copy_(loss_scale.view(torch.int32).long() ^ self.fingerprint)
+            fingerprint_in_header.copy_(loss_scale.view(torch.int32).long() ^ fingerprint)
+        elif fingerprint != self.stamped:
+            fingerprint_in_header.fill_(fingerprint)
+            self.stamped = fingerprint
 
     def compress(
         self,
@@ -307,6 +313,40 @@ class Bucket:
         rows = [row for row, m in enumerate(self.compressed) if names is None or m.name in names]
         memory.put_back([memory.span(self.compressed[row].name) for row in rows])
         self.taken[rows] = 0
+
+    def give_up(self, memory: Memory, which: Tensor) -> None:
+        """Drops the chosen parameters' part of the pass where DGCConfig.droppable is set, and restores it where not.
+
+        Args:
+            memory: u and v.
+            which: uint8 [compressed], 1 for each whose gradient was thrown away.
+        """
+        if not self.droppable:
+            self.restore(memory, which)
+            return
+        memory.put_back([memory.span(m.name) for m in self.compressed], which)
+        self.taken *= 1 - which
+
+    def witnesses(self, gradients: Gradients, unscale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns an element of each compressed parameter that this rank sent, and whether its average is not zero.
+
+        Args:
+            gradients: the bucket, reduced.
+            unscale: float32 [1]: what a GradScaler is going to multiply gradients with.
+
+        Returns:
+            int64 [compressed], elements of the flat parameters; bool [compressed].
+        """
+        assert self.payload is not None
+        first = wire.first_indices(self.payload, self.segments, wire.wire_layout(self.segments, self.wire_dtype))
+        if len(gradients.buffers) == 1:
+            averages = gradients.buffers[0].view(-1)[first + self.segments[:, 1].to(first.device)]
+        else:
+            flat = [gradients.of(m.index) for m in self.compressed]
+            averages = torch.cat([g.index_select(0, i).float() for g, i in zip(flat, first.split(1), strict=True)])
+        if unscale is not None:
+            averages = (averages.float() * unscale).to(averages.dtype)
+        return first, averages != 0
 
     def thrown_away(self, parameters: Mapping[str, Tensor]) -> list[str]:
         """Returns compressed parameters that have lost their .grad since, and with it what was sent for them.

@@ -109,7 +109,7 @@ class DGCConfig:
             "float32, bfloat16 or float16 (the torch type, or its name)",
         )
         self._expect("on_nonfinite", _is_one_of(self.on_nonfinite, "raise", "skip"), '"raise" or "skip"')
-        self._expect("droppable", isinstance(self.droppable, bool), "True or False (without quotes)")
+        self._expect("droppable", isinstance(self.droppable, bool), "True or False (in JSON and YAML true, false)")
         self._expect(
             "on_changed_gradient",
             _is_one_of(self.on_changed_gradient, "warn", "raise", "ignore"),
@@ -156,6 +156,8 @@ def _is_one_of(value: object, *choices: str) -> bool:
 
 def _way_out(got: object, number: type[int] | type[float]) -> str:
     """Returns what to do about a number that came as a string; nothing where none did."""
+    if got == "None":
+        return ". 'None' is a string: write null in JSON and YAML, None in Python, without quotes"
     for text in got if isinstance(got, (tuple, list)) else [got]:
         try:
             value = float(text) if isinstance(text, str) else math.nan

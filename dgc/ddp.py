@@ -17,6 +17,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from .bucket import Gradients
+from .copied import Copy
 from .exchange import Exchange, is_alive
 
 
@@ -181,9 +182,9 @@ def _check_join(state: Reducer, shadow: bool) -> None:
     joining = model is not None and model._join_config.enable and not model._join_config.throw_on_early_termination
     if (shadow or joining) and state.steps_alone_matter:
         raise ValueError(
-            "DistributedDataParallel.join: expected an optimizer that keeps nothing between steps, got one with "
-            "momentum: a rank that runs out of data takes no step, so its momentum of dense parameters stays behind "
-            "and replicas part. Give every rank as many batches (DistributedSampler does), use "
+            "DistributedDataParallel.join: expected an optimizer that keeps nothing between steps, got one that keeps "
+            "momentum or other state: a rank that runs out of data takes no step, so its state of dense parameters "
+            "stays behind and replicas part. Give every rank as many batches (DistributedSampler does), use "
             "join(throw_on_early_termination=True), or dgc.SGD without momentum"
         )
 
@@ -194,6 +195,8 @@ def _check_arguments(state: Any, bucket: Any, rest: tuple[object, ...]) -> None:
     Raises:
         TypeError: it does not; the message says who does, and the way out.
     """
+    if isinstance(state, Copy):
+        state.reduce  # noqa: B018  (says what to do)
     if not (callable(getattr(state, "reduce", None)) and callable(getattr(state, "bind", None))):
         raise TypeError(
             f"dgc_hook: expected a DGCState, got {type(state).__name__}. Write\n"

@@ -39,6 +39,7 @@ class Exchange(ABC):
         rank: of this process, among those that exchange.
         world_size: how many these are.
         reducible: types that the all-reduce takes; gradients of another travel as float32.
+        go_on: what to do after a backward pass that broke off, for messages.
         changed: whether ranks, or the group, may be others than when refresh() was called last. DGCState agrees with
             the other ranks at the beginning of the next backward pass then, and not already when it is made.
     """
@@ -46,6 +47,7 @@ class Exchange(ABC):
     rank: int
     world_size: int
     reducible: Collection[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16)
+    go_on = "Call state.discard(drop_gradient=False) and zero_grad(); or restart from a checkpoint"
     changed = False
 
     @abstractmethod
@@ -174,6 +176,12 @@ class DistributedTransfer:
 class DistributedExchange(Exchange):
     """A process group; one rank by itself where torch.distributed is not initialised."""
 
+    go_on = (
+        "If no exception ended it, parameters were unused: find_unused_parameters=True. DDP cannot go on after such a "
+        "pass: call state.discard(drop_gradient=False) and zero_grad(), delete the DDP model, wrap the module again "
+        "and call state.register(model); or restart from a checkpoint"
+    )
+
     def __init__(self, device: torch.device, process_group: dist.ProcessGroup | None = None) -> None:
         """Takes a group for good, or for the time being the default group, until bind() names DDP's.
 
@@ -207,8 +215,8 @@ class DistributedExchange(Exchange):
             return
         if self._given:
             raise ValueError(
-                f"process_group: expected DDP's, of ranks {dist.get_process_group_ranks(group)}, got another one. "
-                "Leave process_group out: state.register(model) takes it from DDP"
+                f"process_group: expected DDP's, of ranks {dist.get_process_group_ranks(group)}, got one of ranks "
+                f"{self.ranks}. Leave process_group out: state.register(model) takes it from DDP"
             )
         self.group = group
         self._settled = False

@@ -51,6 +51,11 @@ class Memory:
             self.momentum = torch.zeros(self.numel, dtype=torch.float32, device=self.device)
         return self.momentum
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing has been accumulated; reads all of u and v."""
+        return not any(flat is not None and bool(flat.any()) for flat in (self.residual, self.momentum))
+
     def set_momentum(self, name: str, buffer: Tensor) -> None:
         """Sets u of one parameter to what is the same on all ranks: the momentum of a dense run."""
         self._view(self.allocate_momentum(), name).copy_(buffer)
@@ -84,11 +89,17 @@ class Memory:
             for start, end in spans:
                 kept[start:end].copy_(now[start:end])
 
-    def put_back(self, spans: Sequence[tuple[int, int]]) -> None:
-        """Returns u and v to what keep() found there, bit for bit."""
+    def put_back(self, spans: Sequence[tuple[int, int]], which: Tensor | None = None) -> None:
+        """Returns u and v to what keep() found there, bit for bit.
+
+        Args:
+            spans: of the parameters.
+            which: on the device, [spans], not 0 for those that are returned; None for all.
+        """
         for now, kept in self._with_kept():
-            for start, end in spans:
-                now[start:end].copy_(kept[start:end])
+            for i, (start, end) in enumerate(spans):
+                part = kept[start:end]
+                now[start:end].copy_(part if which is None else torch.where(which[i] != 0, part, now[start:end]))
 
     def _with_kept(self) -> Iterator[tuple[Tensor, Tensor]]:
         for what, now in (("residual", self.residual), ("momentum", self.momentum)):

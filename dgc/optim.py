@@ -66,7 +66,7 @@ class SGD(Optimizer):
 
     # Weak, or a DGCState that is dropped keeps its memory until the garbage collector comes. Of the class too, so that
     # a copy without a DGCState says what is missing.
-    _attached: weakref.ref[Reducer] | None = None
+    _attached: tuple[weakref.ref[Reducer], ...] = ()
 
     def __init__(
         self,
@@ -118,12 +118,12 @@ class SGD(Optimizer):
 
     def attach(self, reducer: Reducer) -> None:
         """Names the DGCState that reduces the gradients, without keeping it alive; DGCState calls this itself."""
-        self._attached = weakref.ref(reducer)
+        self._attached = (*(one for one in self._attached if one() is not None), weakref.ref(reducer))
 
     @property
-    def _reducer(self) -> Reducer | None:
-        """The DGCState that reduces the gradients; None without one, or where it is gone."""
-        return None if self._attached is None else self._attached()
+    def reducer(self) -> Reducer | None:
+        """The DGCState that reduces the gradients: the last one that was made and is not gone; None without one."""
+        return next((reducer for one in reversed(self._attached) if (reducer := one()) is not None), None)
 
     @property
     def steps(self) -> int:
@@ -146,7 +146,7 @@ class SGD(Optimizer):
         Raises:
             RuntimeError: the DGCState does not know of the loss scale, and has accumulated scaled gradients.
         """
-        reducer = self._reducer
+        reducer = self.reducer
         if reducer is not None and not reducer.unscales:
             raise RuntimeError(
                 "GradScaler.step: expected a DGCState that knows of the loss scale, got one that has accumulated "
@@ -172,7 +172,7 @@ class SGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        reducer = self._reducer
+        reducer = self.reducer
         if not parameters and not (reducer is not None and reducer.pending):
             return loss
         if not (reducer is not None and reducer.pending) and all_zero(p.grad for p in parameters):
@@ -271,7 +271,8 @@ def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
             if group.get(name):
                 raise ValueError(
                     f"{name}: expected it unset, got {group[name]!r}: dgc.SGD does not support it. Leave it out, or "
-                    f"set it to {unset!r} in the parameter group"
+                    f"set it to {unset!r} in the parameter group; in a state_dict that is to be loaded, in each of "
+                    'state_dict["param_groups"], if the run may go on without it'
                 )
     if len({bool(group.get("nesterov")) for group in groups}) > 1:
         raise ValueError("nesterov: expected the same in all parameter groups, got both True and False")
@@ -320,7 +321,7 @@ def _fits(name: str, u: object, p: Tensor) -> bool:
 def _foreign(expected: str, got: str) -> ValueError:
     return ValueError(
         f"state_dict: this is not the state of dgc.SGD or torch.optim.SGD: expected {expected}, got {got}. Load it "
-        "into an optimizer of the kind that saved it"
+        "into an optimizer of the kind that saved it; or load the model alone, and begin with a fresh dgc.SGD"
     )
 
 

@@ -60,8 +60,8 @@ class Parameters:
             raise ValueError(
                 f"optimizer: expected it to hold every parameter, but not {', '.join(not_held)}: their gradients would "
                 "be reduced and never applied. Pass them to the optimizer, in groups of one optimizer where they "
-                "differ; or set requires_grad=False before DDP and DGCState are made. To freeze them later, set the "
-                "group's lr to 0 and leave it there"
+                "differ; or set requires_grad=False before DDP and DGCState are made. To freeze them later, keep their "
+                "group in the optimizer, with lr = 0"
             )
         self._groups = {name: group_of[id(p)] for name, p in self.by_name.items()}
         check_momentum(self.optimizer)
@@ -75,6 +75,12 @@ class Parameters:
             ValueError: named_parameters did not have it.
         """
         name = self.name_or_none(parameter)
+        if name is None and not parameter.requires_grad:
+            raise ValueError(
+                f"DGCState: expected gradients of trainable parameters, got one of shape {tuple(parameter.shape)} that "
+                "was frozen, requires_grad_(False), after DDP had wrapped the model: DDP goes on reducing it. Freeze "
+                "it before DDP wraps the model, or leave it trainable, in a parameter group with lr = 0"
+            )
         if name is None:
             raise ValueError(
                 f"DGCState: expected the parameters of named_parameters, got a gradient for another one, of shape "
@@ -213,16 +219,24 @@ def unwrapped(optimizer: object) -> Optimizer:
     Raises:
         TypeError: it is none, and holds none.
     """
+    attributes = getattr(optimizer, "__dict__", {})
     for attribute in ("_optimizer", "optimizer", "base_optimizer"):
-        inner = getattr(optimizer, "__dict__", {}).get(attribute)
+        inner = attributes.get(attribute)
         if isinstance(inner, Optimizer) and inner is not optimizer:
             return unwrapped(inner)
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"optimizer: expected dgc.SGD or another torch optimizer, got {type(optimizer).__name__}. Write "
-            "DGCState(model.named_parameters(), optimizer, config)"
-        )
-    return optimizer
+    if isinstance(optimizer, Optimizer):
+        return optimizer
+    held = list(attributes.values())
+    held += [one for several in held if isinstance(several, (list, tuple)) for one in several]
+    inside = list({id(one): one for one in held if isinstance(one, Optimizer)}.values())
+    if len(inside) == 1:
+        return unwrapped(inside[0])
+    got = f"{type(optimizer).__name__}" + (f", which holds {len(inside)} optimizers" if inside else "")
+    raise TypeError(
+        f"optimizer: expected dgc.SGD or another torch optimizer, got {got}. Write "
+        "DGCState(model.named_parameters(), optimizer, config), with the optimizer that is inside of what wraps it: "
+        "one DGCState serves one"
+    )
 
 
 def check_names(parameters: Mapping[str, Tensor], optimizer: Optimizer) -> None:

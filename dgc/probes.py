@@ -1,4 +1,4 @@
-"""Probes: a few stretches of the reduced gradients, to notice who changes them between backward() and step()."""
+"""Probes: what is remembered of the reduced gradients, to notice who changes or zeroes them before step()."""
 
 from __future__ import annotations
 
@@ -17,20 +17,36 @@ what is done to one comes to light when its turn comes."""
 
 
 class Probes:
-    """Copies of stretches of the gradients that one backward pass has handed back."""
+    """What one backward pass has handed back: of every gradient one element, of some a stretch.
 
-    def __init__(self) -> None:
-        """Starts with none."""
+    A changed gradient is looked for in the stretches. A gradient of zeros has been thrown away where the one element
+    was not zero.
+    """
+
+    def __init__(self, stretches: bool) -> None:
+        """Starts with nothing.
+
+        Args:
+            stretches: whether changes are looked for.
+        """
+        self._with_stretches = stretches
         self._stretches: list[tuple[str, int, Tensor]] = []
+        self._witnesses: list[tuple[Sequence[str], Tensor, Tensor]] = []
 
-    def take(self, names: Sequence[str], gradients: Sequence[Tensor], step: int) -> None:
-        """Copies stretches of one bucket's compressed gradients.
+    def take(
+        self, names: Sequence[str], gradients: Sequence[Tensor], witnesses: tuple[Tensor, Tensor], step: int
+    ) -> None:
+        """Remembers one bucket's compressed gradients.
 
         Args:
             names: of the parameters.
             gradients: theirs, flat, in the order in which they lie in memory.
+            witnesses: an element of each, int64 [names], and whether it is not zero, bool [names].
             step: of this pass. Parameters and stretches take turns by it.
         """
+        self._witnesses.append((names, *witnesses))
+        if not self._with_stretches:
+            return
         for turn in range(min(PER_BUCKET, len(names))):
             i = (step * PER_BUCKET + turn) % len(names)
             gradient = gradients[i]
@@ -38,26 +54,52 @@ class Probes:
             start = (step % stretches) * LENGTH
             self._stretches.append((names[i], start, gradient[start : start + LENGTH].clone()))
 
-    def compare(self, parameters: Mapping[str, Tensor], unscale: Tensor | None) -> tuple[list[str], Tensor | None]:
-        """Compares the copies with what .grad holds now; on a GPU without waiting for it.
+    def zeroed(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns which gradients consist of zeros now, and did not before; on a GPU without waiting for it.
+
+        Args:
+            parameters: by name. Those without .grad are left out.
+
+        Returns:
+            By name, for those that may: a bool scalar on the device.
+        """
+        found: dict[str, Tensor] = {}
+        for names, first, nonzero in self._witnesses:
+            flat = {
+                i: g
+                for i, n in enumerate(names)
+                if (g := _stretch(parameters[n], 0, parameters[n].numel())) is not None
+            }
+            if first.is_cuda:
+                # All of it: which element to look at is known to the device alone.
+                for i, norm in zip(flat, torch._foreach_norm(list(flat.values()), torch.inf), strict=True):
+                    found[names[i]] = (norm == 0) & nonzero[i]
+                continue
+            elements, marks = first.tolist(), nonzero.tolist()
+            for i, gradient in flat.items():
+                if marks[i] and not gradient[elements[i]] and not gradient.any():
+                    found[names[i]] = nonzero[i]
+        return found
+
+    def compare(self, parameters: Mapping[str, Tensor], unscale: Tensor | None) -> dict[str, Tensor]:
+        """Compares the stretches with what .grad holds now; on a GPU without waiting for it.
 
         Args:
             parameters: by name. Those without .grad are left out.
             unscale: float32 [1]: what a GradScaler may have multiplied gradients with.
 
         Returns:
-            Names, and a bool for each on the device: whether its gradient has changed. None where there are none.
+            By name, for those that were looked at: whether the gradient has changed, a bool scalar on the device.
         """
-        names, changed = [], []
+        changed: dict[str, Tensor] = {}
         for name, start, before in self._stretches:
             now = _stretch(parameters[name], start, before.numel())
             if now is not None:
                 same = _same(now, before)
                 if unscale is not None:
                     same |= _same(now, (before.float() * unscale).to(before.dtype))
-                names.append(name)
-                changed.append(~same)
-        return names, torch.stack(changed) if changed else None
+                changed[name] = ~same
+        return changed
 
 
 def _stretch(p: Tensor, start: int, numel: int) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -35,6 +36,11 @@ def description(
         "number of parameters": len(parameters),
         **{f"parameter {name}": (tuple(p.shape), p.dtype) for name, p in parameters.items()},
     }
+
+
+def fingerprint(names: Iterable[str]) -> int:
+    """Returns a number for a set of names: the same on all ranks, and 0 for none of any size that is met."""
+    return int.from_bytes(hashlib.blake2b("\n".join(sorted(names)).encode(), digest_size=7).digest(), "little")
 
 
 def bytes_sent(buckets: Iterable[Bucket], world_size: int) -> int:

@@ -20,6 +20,13 @@ class DensitySchedule:
         """Density after the warm-up; DGCState.set_density() changes it."""
         return self._config.density
 
+    @final.setter
+    def final(self, _: float) -> None:
+        raise AttributeError(
+            "DensitySchedule.final: expected to be read, got an assignment, on which ranks could not agree. Call "
+            "state.set_density(density) on all ranks"
+        )
+
     @property
     def warmup_steps(self) -> int:
         """Steps of the warm-up."""

@@ -103,6 +103,11 @@ def unwrap(state_dict: object) -> list[Mapping[str, Any]]:
     """
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"state_dict: expected that of a DGCState, got {type(state_dict).__name__}")
+    if not state_dict:
+        raise ValueError(
+            "state_dict: expected that of a DGCState, got an empty one: full_state_dict() returns {} on all ranks but "
+            "0. Have every rank read the file that rank 0 wrote"
+        )
     if "version" not in state_dict:
         raise ValueError(
             f"state_dict: expected a DGCState's, with a version, got one of {', '.join(map(str, state_dict))}"
@@ -190,11 +195,11 @@ def choose(
     missing = sorted(wanted.keys() - by_rank.keys())
     if missing and not allow_missing_ranks:
         raise ValueError(
-            f"state_dict: expected that of rank {_ranks(missing)} of {one.world_size}, whose residual rank {rank} of "
-            f"{world_size} takes over, got that of rank {_ranks(sorted(by_rank))} of {one.world_size}. Give each rank "
-            "what it saved; for another number of ranks load_state_dict([...]) takes those of all ranks, and "
-            "dgc.checkpoint finds them by itself. Or go on without what that rank had not sent: "
-            "allow_missing_ranks=True"
+            f"state_dict: rank {rank} of {world_size} takes over the residual of rank {_ranks(missing)} of "
+            f"{one.world_size}, which is missing: expected its state_dict, got that of rank {_ranks(sorted(by_rank))}. "
+            "Give each rank what it saved; on another number of ranks load_state_dict([...]) takes those of all ranks, "
+            "and dgc.checkpoint finds them by itself. If the number of ranks is wrong, load after "
+            "init_process_group(). To go on without what that rank had not sent: allow_missing_ranks=True"
         )
     # Where none is there, any rank's will do for the momentum that is the same on all.
     chosen = sorted(wanted.keys() & by_rank.keys()) or sorted(by_rank)[:1]
@@ -251,8 +256,8 @@ def regroup(exchange: Exchange, memory: Memory, mine: Share | None) -> Share | N
         raise RuntimeError(
             "DGCState: expected each rank to bring a share of its own, but "
             + "; ".join(f"{who} was rank {share.rank} of {share.world_size}" for who, share in survivors.items())
-            + ". States that were trained, loaded or unpickled alone cannot be joined: make the process group first, "
-            "and load state_dict() of each rank, or dgc.checkpoint"
+            + ". What ranks have trained, loaded or unpickled each by itself cannot be put together: call "
+            "init_process_group() first, then load on each rank the state_dict() that it saved, or dgc.checkpoint"
         )
     if differ := differences(survivors):
         raise RuntimeError(

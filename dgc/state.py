@@ -30,7 +30,6 @@ from .exchange import DistributedExchange, Exchange, Transfer
 from .memory import Memory
 from .optim import SGD, all_zero
 from .parameters import Parameters
-from .probes import Probes
 from .schedule import DensitySchedule
 from .share import Share
 from .stats import Stats
@@ -74,9 +73,8 @@ class DGCState:
     ) -> None:
         """Checks everything, agrees with the other ranks, and allocates v (and u, where there is momentum)."""
         if config is not None and not isinstance(config, DGCConfig):
-            raise TypeError(
-                f"config: expected a DGCConfig or None, got {type(config).__name__}: dgc.DGCConfig(**values)"
-            )
+            write = "dgc.DGCConfig(**values)" if isinstance(config, Mapping) else "dgc.DGCConfig(density=0.001)"
+            raise TypeError(f"config: expected a DGCConfig or None, got {type(config).__name__}: write {write}")
         self._made_with = config or DGCConfig()
         self._config = self._made_with
         self._density: float | None = None  # what set_density() has set
@@ -107,6 +105,7 @@ class DGCState:
         self._pass = Backward(0, stage=Stage.OVER)  # the last one
         self._late = device.type == "cuda"  # reading the device's verdict at once would wait for it
         self._error: Exception | None = None  # what was found late, until step() raises it
+        self._dropped = 0  # a number for the gradients that were thrown away before the last step()
         self._stats = Stats()
         self._total_bytes = 0
         if not self._exchange.changed:
@@ -177,8 +176,8 @@ class DGCState:
     @config.setter
     def config(self, _: DGCConfig) -> None:
         raise AttributeError(
-            "DGCState.config: expected to be read, got an assignment, on which ranks could not agree. Call "
-            "state.set_density(density) on all ranks; for another field, make a new DGCState, between "
+            "DGCState.config: expected to be read, got an assignment. It is read-only, since all ranks have to agree "
+            "on it. Call state.set_density(density) on all ranks; for another field, make a new DGCState, between "
             "state.state_dict() and load_state_dict()"
         )
 
@@ -208,7 +207,9 @@ class DGCState:
             FloatingPointError, PayloadError: on a GPU, what the next step() would have raised.
         """
         self._settle_between_steps("regroup")
-        mine = self._share() if self.joined else None
+        # What one rank has made alone, as by set_density() before the process group is there, joins as if new.
+        nothing = self.step == 0 and self._exchange.world_size == 1 and self.memory.empty
+        mine = self._share() if self.joined and not nothing else None
         before = self._exchange.rank, self._exchange.world_size
         self._exchange.refresh()
         try:
@@ -221,8 +222,11 @@ class DGCState:
         if share is not None:
             self.step, self._dense = share.step, share.dense
             self._use_density(share.density)
+        if share is None:  # all ranks are new
+            self._exchange.agree({"density of set_density()": self._density})
         self.joined = True
         self._loaded_for = None
+        self._dropped = 0
         self._buckets.leave()
 
     # One backward pass, in the order in which a gradient meets it.
@@ -266,7 +270,11 @@ class DGCState:
 
     def _begin(self, gradients: Gradients) -> None:
         if self._pass.stage is Stage.OPEN:
-            raise RuntimeError(advice.broke_off(self.parameters.without_gradient(self._pass.reduced)))
+            raise RuntimeError(
+                advice.broke_off(self.parameters.without_gradient(self._pass.reduced), self._exchange.go_on)
+            )
+        if isinstance(self.optimizer, SGD) and self.optimizer.reducer is not self:
+            raise RuntimeError(advice.displaced())
         self._forget_skipped()
         if self._pass.stage is Stage.REDUCED:
             same_module = any(id(p) in self._pass.reduced for p in gradients.parameters)
@@ -282,11 +290,12 @@ class DGCState:
         self._look_for_a_lost_residual()
         # The scaler's public way to its scale that does not wait for the device.
         one = torch.ones(1, dtype=torch.float32, device=self._device)
-        self._pass = Backward(self.step, None if self.grad_scaler is None else self.grad_scaler.scale(one))
-        if self.config.on_changed_gradient == "raise" or (
-            self.config.on_changed_gradient == "warn" and "changed" not in self._told
-        ):
-            self._pass.probes = Probes()
+        self._pass = Backward(
+            self.step,
+            None if self.grad_scaler is None else self.grad_scaler.scale(one),
+            look_for_changes=self.config.on_changed_gradient == "raise"
+            or (self.config.on_changed_gradient == "warn" and "changed" not in self._told),
+        )
         if self.parameters.any_momentum:
             self.memory.allocate_momentum()
         if self._buckets.enter(self.step, self._dense) and self.exchange.rank == 0:
@@ -328,7 +337,7 @@ class DGCState:
         self._pass.buckets.append(bucket)
         with record_function("dgc.accumulate_select_pack"):
             factors = [self.parameters.momentum(m.name) for m in bucket.compressed]
-            bucket.stamp(self.step, self._pass.loss_scale)
+            bucket.stamp(self.step, self._pass.loss_scale, self._dropped)
             bucket.compress(gradients, self.memory, factors, scale, self.parameters.nesterov)
             if self.memory.momentum is not None:
                 self.memory.diverged.update(m.name for m in bucket.compressed)
@@ -337,31 +346,29 @@ class DGCState:
             transfer = self.exchange.start(bucket.name, bucket.payload, bucket.gathered, dense)
         self._pass.sent.append(future)
         # Runs in the backend's thread, or in exchange.finish(): local work only, it must never wait.
-        loss_scale, probes = self._pass.loss_scale, self._pass.probes
-        transfer.done.add_done_callback(
-            lambda _: self._receive(bucket, gradients, loss_scale, probes, transfer, future)
-        )
+        its_pass = self._pass
+        transfer.done.add_done_callback(lambda _: self._receive(bucket, gradients, its_pass, transfer, future))
 
     def _receive(
         self,
         bucket: Bucket,
         gradients: Gradients,
-        loss_scale: Tensor | None,
-        probes: Probes | None,
+        its_pass: Backward,
         transfer: Transfer,
         future: Future[Tensor],
     ) -> None:
         try:
             with transfer.arrived(), record_function("dgc.unpack"):
-                bucket.unpack(gradients, self.exchange.rank, loss_scale)
+                bucket.unpack(gradients, self.exchange.rank, its_pass.loss_scale)
                 if not self._late:
                     bucket.findings(bucket.report.tolist())  # raises where a payload is wrong
                 bucket.restore_unused(self.memory)
-                bucket.store_dense(gradients, self.memory, loss_scale)
+                bucket.store_dense(gradients, self.memory, its_pass.loss_scale)
                 self.memory.diverged.difference_update(m.name for m in bucket.averaged)
-                if probes is not None:
+                if bucket.compressed:
                     reduced = [gradients.of(m.index) for m in bucket.compressed]
-                    probes.take([m.name for m in bucket.compressed], reduced, self.step)
+                    witnesses = bucket.witnesses(gradients, its_pass.unscale)
+                    its_pass.probes.take([m.name for m in bucket.compressed], reduced, witnesses, its_pass.step)
                 future.set_result(gradients.buffers[0])
         except Exception as error:
             # Left to itself, an exception in a callback would leave backward() waiting past every timeout.
@@ -398,15 +405,19 @@ class DGCState:
             raise error
         self.parameters.check_gradients(self._pass.reduced)
         self._pass.finish(self.exchange)
-        self._drop_what_is_thrown_away()
         verdict = self._pass.judge(self.parameters.by_name)
-        if not self._late:
-            if not verdict.findings():  # else the step is left out, whatever its gradients hold
-                self._look_at_changes(verdict.changed)
-            self._pass.stage = Stage.TAKEN
-            return self._settle()
+        thrown = [name for bucket in self._pass.buckets for name in bucket.thrown_away(self.parameters.by_name)]
+        if not self._late and not verdict.findings():  # else the step is left out, whatever its gradients hold
+            self._give_up([*thrown, *verdict.zeroed])
+            self._look_at_changes(verdict.changed)
+        else:
+            self._give_up(thrown)
         self._pass.stage = Stage.TAKEN
+        if not self._late:
+            return self._settle()
         for bucket in self._pass.buckets:
+            if (which := verdict.thrown_away(bucket)) is not None:
+                bucket.give_up(self.memory, which)
             bucket.restore(self.memory, verdict.bad)
         return True
 
@@ -414,16 +425,17 @@ class DGCState:
         opened = self._pass.stage is Stage.OPEN
         missing = self.parameters.without_gradient(self._pass.reduced if opened else ())
         if opened or 0 < len(missing) < len(self.parameters.by_name):
-            return advice.incomplete(missing)
+            return advice.incomplete(missing, self._exchange.go_on)
         return advice.nothing_reduced(self.model is not None or bool(ddp.registered_on(self)))
 
-    def _drop_what_is_thrown_away(self) -> None:
-        thrown = [name for bucket in self._pass.buckets for name in bucket.thrown_away(self.parameters.by_name)]
+    def _give_up(self, thrown: list[str]) -> None:
+        """Drops this pass for parameters whose gradient is not there any more."""
         if thrown and not self.config.droppable:
             raise RuntimeError(advice.thrown_away(thrown))
-        if thrown:
-            for bucket in self._pass.buckets:
-                bucket.drop(self.memory, thrown)
+        # The next header tells, so that a rank that does it alone is noticed before replicas part further.
+        self._dropped = report.fingerprint(thrown) if thrown else 0
+        for bucket in self._pass.buckets if thrown else ():
+            bucket.drop(self.memory, thrown)
 
     def _look_at_changes(self, changed: list[str]) -> None:
         if not changed:
@@ -463,6 +475,8 @@ class DGCState:
         found = verdict.findings()
         if not found:
             if self._late:
+                if verdict.zeroed and not self.config.droppable:
+                    raise RuntimeError(advice.thrown_away(verdict.zeroed))
                 self._look_at_changes(verdict.changed)
             return True
         if shadow or not self._late:
@@ -477,7 +491,7 @@ class DGCState:
         raise FloatingPointError(
             f"DGCState: expected finite gradients, got Inf or NaN: {'; '.join(found)}, step {verdict.step}. Nothing "
             "was applied, and what was sent is back in the residual. Look at the loss; or leave such steps out: "
-            'DGCConfig(on_nonfinite="skip"), with loss scaling DGCState(grad_scaler=scaler)'
+            'DGCConfig(on_nonfinite="skip"), which takes dgc.SGD; with loss scaling DGCState(grad_scaler=scaler)'
         )
 
     def _forget_skipped(self) -> None:
@@ -497,8 +511,9 @@ class DGCState:
         self._forget_skipped()
         if self._pass.outstanding:
             raise RuntimeError(
-                f"DGCState.{method}: expected to be called between optimizer.step() and the next backward(), got a "
-                "call with an update outstanding: call step() first, or state.discard()"
+                f"DGCState.{method}: expected to be called after optimizer.step() and before the next backward(), got "
+                "a call between backward() and step(): call step() first, or, to leave this update out, "
+                "state.discard(drop_gradient=False)"
             )
         self._settle()
         self._take_momentum()
@@ -526,7 +541,11 @@ class DGCState:
             return
         self.parameters.refresh()  # a schedule may have given it momentum
         if not (self.take() and self._settle()):  # it knows nothing of `skip`, and cannot leave the step out
-            raise FloatingPointError("DGCState: expected finite gradients, got a residual that overflows")
+            raise FloatingPointError(
+                "DGCState: expected finite gradients, got some whose average or residual overflows, so this step must "
+                f"not be applied, and {type(self.optimizer).__name__} cannot leave one out: lower the loss scale or "
+                "the learning rate, clip with DGCConfig(clip_norm=...), or use dgc.SGD"
+            )
 
     def discard(self, *, drop_gradient: bool | None = None) -> None:
         """Gives up the update of the last backward pass, for a loop that leaves step() out on all ranks alike.
@@ -706,10 +725,13 @@ class DGCState:
         self.joined = True
         self.step, self._dense = share.step, share.dense
         self._use_density(share.density)
+        if isinstance(self.optimizer, SGD):
+            self.optimizer.take_momentum()  # of a dense run before; the momentum that counts has just been loaded
         self._told.add("residual")
         self._buckets.leave()
         self._pass = Backward(self.step, stage=Stage.OVER)
         self._error = None
+        self._dropped = 0
         self._stats = replace(self._stats, steps=self.step)
 
     # Copies of the whole object.

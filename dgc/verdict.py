@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,24 +18,28 @@ class Verdict:
     """
 
     def __init__(
-        self, buckets: Sequence[Bucket], step: int, probed: Sequence[str] = (), changed: Tensor | None = None
+        self,
+        buckets: Sequence[Bucket],
+        step: int,
+        zeroed: Mapping[str, Tensor] | None = None,
+        changed: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Collects the reports, once all buckets have been received.
 
         Args:
             buckets: of one backward pass; on a GPU, this stream has to be behind them.
             step: for messages.
-            probed: names of parameters that were looked at.
-            changed: bool [probed] on the device: whether somebody has changed their gradient since.
+            zeroed: by name, a bool scalar on the device: whether the gradient has been set to zero since.
+            changed: the same, whether it is another one for whatever reason.
         """
         self.buckets = buckets
         self.step = step
-        self._probed = probed
+        self._zeroed, self._changed = zeroed or {}, changed or {}
         reports = torch.cat([bucket.report for bucket in buckets])
         self.bad = (reports != 0).any().to(torch.uint8)
         """uint8 scalar on the device: 1 where nothing of this step may be applied."""
-        if changed is not None:
-            reports = torch.cat([reports, changed.to(reports.dtype)])
+        if probed := [*self._zeroed.values(), *self._changed.values()]:
+            reports = torch.cat([reports, torch.stack(probed).to(reports.dtype)])
         self._copied: torch.cuda.Event | None = None
         if reports.is_cuda:
             # Pinned, or the copy would wait.
@@ -61,12 +65,27 @@ class Verdict:
             del reports[: len(bucket.report)]
         return sorted(found)
 
+    def thrown_away(self, bucket: Bucket) -> Tensor | None:
+        """Returns which gradients of a bucket were set to zero, uint8 [compressed] on the device; None for none."""
+        marks = [self._zeroed.get(m.name) for m in bucket.compressed]
+        if not any(mark is not None for mark in marks):
+            return None
+        never = torch.zeros((), dtype=torch.bool, device=self.bad.device)
+        return torch.stack([never if mark is None else mark for mark in marks]).to(torch.uint8)
+
+    @property
+    def zeroed(self) -> list[str]:
+        """Names of parameters whose gradient has been set to zero; on a GPU, waits as findings() does."""
+        return self._marked(self._zeroed, len(self._zeroed) + len(self._changed))
+
     @property
     def changed(self) -> list[str]:
-        """Names of parameters whose gradient somebody has changed; on a GPU, waits as findings() does."""
-        if not self._probed:
-            return []
+        """Names of those whose gradient has been changed otherwise; on a GPU, waits as findings() does."""
+        zeroed = self.zeroed
+        return [name for name in self._marked(self._changed, len(self._changed)) if name not in zeroed]
+
+    def _marked(self, probed: Mapping[str, Tensor], from_the_end: int) -> list[str]:
         if self._copied is not None:
             self._copied.synchronize()
-        marks = self._reports[-len(self._probed) :].tolist()
-        return [name for name, mark in zip(self._probed, marks, strict=True) if mark]
+        marks = self._reports[len(self._reports) - from_the_end :][: len(probed)].tolist()
+        return [name for name, mark in zip(probed, marks, strict=True) if mark]

@@ -34,7 +34,8 @@ NON_FINITE_STATUS = 256
 STATUS = {
     1: "these are not bytes of this version of dgc",
     2: "it is at another step: a rank skipped a backward pass or ran one more",
-    3: "its parameters, their order, its DGC configuration or its loss scale differ",
+    3: "its parameters, their order, its DGC configuration or its loss scale differ, or it alone has thrown a "
+    "gradient away before its last step",
     4: "its tile table contradicts itself",
     5: "an index is out of bounds or out of order",
     6: "a value is not finite",
@@ -48,6 +49,11 @@ class PayloadError(RuntimeError):
 def div_up(a: int, b: int) -> int:
     """Returns a / b, rounded up."""
     return -(-a // b)
+
+
+def div_up_all(a: Tensor, b: int) -> Tensor:
+    """Returns a / b, rounded up, of integers."""
+    return (a + b - 1) // b
 
 
 def align_up(nbytes: int, to: int = ALIGN) -> int:
@@ -97,6 +103,23 @@ def stamp(payload: Tensor, fingerprint: int) -> Tensor:
     words[0] = MAGIC
     words[2] = fingerprint
     return words[1:2]
+
+
+def first_indices(payload: Tensor, segments: Tensor, layout: WireLayout) -> Tensor:
+    """Returns where the first entry of each parameter in a payload is: int64 [segments], an element of the parameter.
+
+    Args:
+        payload: uint8 [bytes], this rank's own.
+        segments: int64 [segments, 5], rows as in SEGMENT_COLUMNS.
+        layout: of this payload.
+    """
+    tiles = div_up_all(segments[:, 3], TILE)
+    first = (segments[:, 4].cumsum(0) - segments[:, 4]).to(payload.device)
+    first_tile = (tiles.cumsum(0) - tiles).to(payload.device)
+    ends = payload[layout.ends : layout.ends + 4 * int(tiles.sum())].view(torch.int32)
+    tile = torch.searchsorted(ends, first.to(torch.int32), right=True)
+    inside = payload[layout.indices : layout.values].view(torch.int16)[first].long() & 0xFFFF
+    return (tile - first_tile) * TILE + inside
 
 
 def check_status(codes: Sequence[int], payloads: Tensor) -> list[int]:

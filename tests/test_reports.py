@@ -158,7 +158,7 @@ def test_a_compressed_parameter_without_its_gradient_is_an_error_else(gloo):
     model, optimizer, state = one()
     step(model, optimizer, normals(WIDE, 0))
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(RuntimeError, match=r"got None for a\. .*dense_parameters=.*droppable=True"):
+    with pytest.raises(RuntimeError, match=r"got None or zeros for a\. .*dense_parameters=.*droppable=True"):
         step(model, optimizer, normals(WIDE, 1), lambda: setattr(model.module.a, "grad", None))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert state.pending  # nothing is lost
@@ -219,6 +219,96 @@ def test_a_gan_gets_the_exact_lines_and_they_work():
         torch.testing.assert_close(p, expected)
 
 
+def zero_in_place(model, optimizer):
+    model.module.a.grad.zero_()
+
+
+def zero_data(model, optimizer):
+    model.module.a.grad.data.mul_(0)
+
+
+def zero_all(model, optimizer):
+    optimizer.zero_grad(set_to_none=False)
+
+
+@pytest.mark.parametrize("zero", [zero_in_place, zero_data, zero_all])
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("droppable", [False, True])
+def test_a_gradient_that_is_zeroed_is_thrown_away(gloo, zero, late, droppable):
+    config = dataclasses.replace(CONFIG, droppable=droppable, on_changed_gradient="ignore")
+    model, optimizer, state = one(config)
+    state._late = late  # as on a GPU
+    step(model, optimizer, normals(WIDE, 0))
+    before = memory_of(state)
+    kept = state.memory.residual_of("a") + 0.5 * state.memory.momentum_of("a") + normals(WIDE, 1)["a"]
+
+    def between():
+        zero(model, optimizer)
+
+    if droppable:
+        step(model, optimizer, normals(WIDE, 1), between)
+        start, end = state.memory.span("a")
+        assert torch.equal(state.memory.residual[start:end], before[0][start:end])
+        assert torch.equal(state.memory.momentum[start:end], before[1][start:end])
+        start, end = state.memory.span("b")
+        assert torch.equal(state.memory.residual[start:end], before[0][start:end]) == (zero is zero_all)
+        step(model, optimizer, normals(WIDE, 2))
+        return
+    if late:
+        step(model, optimizer, normals(WIDE, 1), between)
+        torch.testing.assert_close(state.memory.residual_of("a"), kept)  # it is back at once, the error comes later
+        gradients, between = normals(WIDE, 2), (lambda: None)
+    else:
+        gradients = normals(WIDE, 1)
+    with pytest.raises(RuntimeError, match=r"got None or zeros for .*a"):
+        step(model, optimizer, gradients, between)
+    state.discard(drop_gradient=False)
+    if not late:
+        torch.testing.assert_close(state.memory.residual_of("a"), kept)
+    step(model, optimizer, normals(WIDE, 3))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_zeros_that_were_reduced_are_not_thrown_away(gloo, late):
+    """An average of zero, and a mask that leaves something."""
+    config = dataclasses.replace(CONFIG, on_changed_gradient="ignore")
+    model, optimizer, state = one(config)
+    state._late = late
+    gradients = {**normals(WIDE, 0), "a": torch.zeros(WIDE["a"])}
+    gradients["a"][0, 0] = 1
+    step(model, optimizer, gradients)
+    step(model, optimizer, {**normals(WIDE, 1), "a": torch.zeros(WIDE["a"])})
+
+    def mask():
+        model.module.b.grad.view(-1)[:16000] = 0
+
+    step(model, optimizer, normals(WIDE, 2), mask)
+    step(model, optimizer, normals(WIDE, 3))
+    assert state.step == 4
+
+
+def cancel(rank, world_size):
+    """What the two ranks send adds up to zero; then one of them drops a gradient alone."""
+    run = Run(dgc.DGCConfig(density=0.008, droppable=True))
+    g = integers(SHAPES, 0)
+    run.train({name: x if rank == 0 else -x for name, x in g.items()})
+    after = run.state.memory.residual_of("a").clone()
+    run.optimizer.zero_grad()
+    run.ddp(integers(SHAPES, seed_of(1, rank))).backward()
+    if rank == 0:
+        run.net.a.grad = None
+    run.optimizer.step()
+    with pytest.raises(RuntimeError, match="payload of rank .*it alone has thrown a gradient away"):
+        run.train(integers(SHAPES, seed_of(2, rank)))
+    return after
+
+
+def test_averages_that_cancel_are_applied_and_dropping_alone_is_noticed():
+    results = run_ranks(2, cancel)
+    assert torch.equal(results[0], -results[1])
+    assert (results[0] == 0).sum() > (integers(SHAPES, 0)["a"] == 0).sum()  # what was sent is not back
+
+
 def test_step_without_any_gradient_left_is_not_silent(gloo):
     for config in (CONFIG, DROPPABLE):
         model, optimizer, state = one(config)
@@ -229,7 +319,7 @@ def test_step_without_any_gradient_left_is_not_silent(gloo):
             assert_same(memory_of(state), before)
             step(model, optimizer, normals(WIDE, 2))
         else:
-            with pytest.raises(RuntimeError, match="got None for"):
+            with pytest.raises(RuntimeError, match="got None or zeros for"):
                 step(model, optimizer, normals(WIDE, 1), lambda m=model: m.zero_grad())
 
 
@@ -279,6 +369,17 @@ def test_a_parameter_that_is_not_reduced_is_named(gloo, how):
             optimizer.step()
     after = (*model.parameters(), *outside.parameters())
     assert all(torch.equal(p, q) for p, q in zip(after, before, strict=True))
+
+
+def test_what_is_frozen_after_ddp_is_named(gloo):
+    net = Given(WIDE)
+    model = DistributedDataParallel(net, find_unused_parameters=True)
+    net.b.requires_grad_(False)
+    optimizer = dgc.SGD([p for p in net.parameters() if p.requires_grad], lr=0.5)
+    state = dgc.DGCState(net.named_parameters(), optimizer, CONFIG)
+    state.register(model)
+    with pytest.raises(ValueError, match=r"\(130, 130\) that was frozen.*Freeze it before DDP wraps"):
+        model(normals(WIDE, 0)).backward()
 
 
 # 3: rank, world size and group
@@ -459,6 +560,32 @@ def trained_alone(rank, world_size):
 
 def test_rank_0_s_state_on_every_rank_is_refused():
     run_ranks(2, trained_alone)
+
+
+def density_first(rank, world_size, densities, folder):
+    dist.destroy_process_group()
+    net = Given(SHAPES)
+    optimizer = dgc.SGD(net.parameters(), lr=0.25)
+    state = dgc.DGCState(net.named_parameters(), optimizer, dgc.DGCConfig(density=0.1))
+    state.set_density(densities[rank])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/again", rank=rank, world_size=world_size)
+    model = DistributedDataParallel(net)
+    if densities[0] != densities[1]:
+        with pytest.raises(ValueError, match=r"density of set_density\(\): rank 0 has 0\.01, rank 1 has 0\.02"):
+            state.register(model)
+        return None
+    state.register(model)
+    for i in range(2):
+        step(model, optimizer, normals(SHAPES, seed_of(i, rank)))
+    return state.density, state.step, {name: p.detach().clone() for name, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("densities", [(0.01, 0.01), (0.01, 0.02)], ids=["alike", "apart"])
+def test_a_density_set_before_the_process_group_holds_in_it(tmp_path, densities):
+    results = run_ranks(2, density_first, densities, str(tmp_path))
+    if densities[0] == densities[1]:
+        assert [r[:2] for r in results] == [(0.01, 2)] * 2
+        assert all(torch.equal(results[0][2][n], results[1][2][n]) for n in SHAPES)
 
 
 # 4: torch's defaults
@@ -697,7 +824,7 @@ def uneven(rank, world_size, registered, optimizer):
             for i in range(2 + rank):
                 step(ddp, optimizer, normals(SHAPES, seed_of(i, rank)))
 
-    with pytest.raises(ValueError, match="momentum of dense parameters stays behind") as caught:
+    with pytest.raises(ValueError, match="state of dense parameters stays behind") as caught:
         epoch()
     return str(caught.value), state.step
 
@@ -982,7 +1109,33 @@ class Lookahead:
         self.step, self.zero_grad = optimizer.step, optimizer.zero_grad
 
 
-@pytest.mark.parametrize("wrappers", [[Accelerated], [Imitation], [Lookahead], [Imitation, Accelerated]])
+class Trainer:
+    """Holds optimizers in a list."""
+
+    def __init__(self, optimizer):
+        self.optims = [optimizer]
+        self.step, self.zero_grad = optimizer.step, optimizer.zero_grad
+
+
+class Noam:
+    """Holds it under a name of its own, as the schedulers of many tutorials do."""
+
+    def __init__(self, optimizer):
+        self.optim, self.warmup = optimizer, 100
+        self.step, self.zero_grad = optimizer.step, optimizer.zero_grad
+
+
+def test_which_of_several_optimizers_is_meant_is_asked(gloo):
+    model, optimizer, _ = one()
+    several = Trainer(optimizer)
+    several.optims.append(torch.optim.SGD(model.parameters(), lr=1))
+    with pytest.raises(TypeError, match="got Trainer, which holds 2 optimizers"):
+        dgc.DGCState(model.named_parameters(), several)
+
+
+@pytest.mark.parametrize(
+    "wrappers", [[Accelerated], [Imitation], [Lookahead], [Imitation, Accelerated], [Trainer], [Accelerated, Noam]]
+)
 def test_wrapped_optimizers_are_unwrapped(gloo, wrappers):
     def run(wrappers):
         model = DistributedDataParallel(Given(WIDE))
@@ -1076,3 +1229,29 @@ def test_stats_are_plain_numbers(gloo):
     figures = dataclasses.asdict(state.stats)
     assert len(pickle.dumps(figures)) < 2000
     assert state.residual_norm == pytest.approx(float(state.memory.residual.double().norm()))
+
+
+def test_a_second_state_of_an_optimizer_is_noticed_and_a_dropped_one_is_not(gloo):
+    model, optimizer, state = one()
+    step(model, optimizer, normals(WIDE, 0))
+    second = dgc.DGCState(model.named_parameters(), optimizer, CONFIG)
+    with pytest.raises(RuntimeError, match="another DGCState, which was made later"):
+        model(normals(WIDE, 1)).backward()
+    del second
+    model = DistributedDataParallel(model.module)
+    state.register(model)
+    step(model, optimizer, normals(WIDE, 2))
+    assert state.step == 2
+
+
+def test_loading_a_state_forgets_the_momentum_of_a_dense_run(gloo):
+    """The optimizer's file is of a dense run, the state's of a later one with DGC: the later one counts."""
+    model, optimizer, state = one()
+    step(model, optimizer, normals(WIDE, 0))
+    saved = copy.deepcopy(state.state_dict())
+    dense = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.5)
+    model.module.a.grad = normals(WIDE, 7)["a"]
+    dense.step()
+    optimizer.load_state_dict(dense.state_dict())
+    state.load_state_dict(saved)
+    assert torch.equal(state.state_dict()["ranks"]["0"]["momentum"]["a"], saved["ranks"]["0"]["momentum"]["a"])

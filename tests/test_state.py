@@ -327,7 +327,7 @@ def test_plain_optimizers_get_plain_accumulation():
 def test_a_state_dict_in_the_middle_of_a_step_is_refused():
     one = alone()
     one.backward(normals(SHAPES, 0))
-    with pytest.raises(RuntimeError, match=r"between optimizer\.step"):
+    with pytest.raises(RuntimeError, match=r"after optimizer\.step\(\) and before the next backward"):
         one.state.state_dict()
     one.optimizer.step()
     assert own(one.state)["step"] == 1
@@ -340,10 +340,10 @@ def test_a_state_dict_in_the_middle_of_a_step_is_refused():
         (lambda s: s.update(version=99), r"state_dict\['version'\]: expected 1 or 2, got 99"),
         (lambda s: s.update(version="1"), r"state_dict\['version'\]: expected 1 or 2, got '1'"),
         (lambda s: s.update(rank=1), r"state_dict\['rank'\]: expected a rank of 1, got 1"),
-        (lambda s: s.update(rank=1, world_size=4), r"expected that of rank 0, 2, 3 of 4, .* got that of rank 1 of 4"),
+        (lambda s: s.update(rank=1, world_size=4), r"residual of rank 0, 2, 3 of 4, .* got that of rank 1"),
         (lambda s: s.update(world_size=True), r"\['world_size'\]: expected a number of ranks up to .*, got True"),
         (lambda s: s.update(world_size=2**31 - 1), r"\['world_size'\]: expected .* up to 1048576, got 2147483647"),
-        (lambda s: s.update(world_size=2**20), r"expected that of rank 1, 2, 3, .*, 20 and 1048555 more of 1048576"),
+        (lambda s: s.update(world_size=2**20), r"residual of rank 1, 2, 3, .*, 20 and 1048555 more of 1048576"),
         (lambda s: s.update(step=-1), r"state_dict\['step'\]: expected a number of steps, got -1"),
         (lambda s: s.update(step=torch.ones(1)), r"state_dict\['step'\]: expected a number of steps, got tensor"),
         (lambda s: s.update(dense=1), r"state_dict\['dense'\]: expected True or False, got 1"),
@@ -370,7 +370,7 @@ def test_a_state_dict_that_does_not_fit_changes_nothing(change, message):
     [
         (lambda states: [], "expected at least one, got none"),
         (lambda states: [states[0]] * 2, "expected one of each rank, got those of rank 0, 0"),
-        (lambda states: states[1:], "expected that of rank 0 of 2, whose residual rank 0 of 1 takes over, got that of"),
+        (lambda states: states[1:], "rank 0 of 1 takes over the residual of rank 0 of 2, .* got that of rank 1"),
         (lambda states: [states[0], {**states[1], "step": 5}], "state_dict 1 was rank 1 of 2 at step 5"),
         (lambda states: [states[0], {**states[1], "world_size": 3}], "state_dict 1 was rank 1 of 3 at step 1"),
         (lambda states: [states[0], {**states[1], "momentum": {}}], "of one group at one step"),
