@@ -298,7 +298,7 @@ def cancel(rank, world_size):
     if rank == 0:
         run.net.a.grad = None
     run.optimizer.step()
-    with pytest.raises(RuntimeError, match="payload of rank .*it alone has thrown a gradient away"):
+    with pytest.raises(RuntimeError, match=r"payload of rank .*it alone has thrown a gradient away"):
         run.train(integers(SHAPES, seed_of(2, rank)))
     return after
 
