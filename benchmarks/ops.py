@@ -28,8 +28,9 @@ from torch import Tensor
 from torch.utils import cpp_extension
 from tqdm import tqdm
 
-from dgc import ops, wire
-from dgc.schedule import entries
+from dgc import ops
+from dgc.ops import wire
+from dgc.step.schedule import entries
 
 MU = 0.9
 

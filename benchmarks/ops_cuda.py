@@ -46,8 +46,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dgc
-from dgc import ops, reference, wire
-from dgc.schedule import entries
+from dgc import ops
+from dgc.ops import reference, wire
+from dgc.step.schedule import entries
 
 RANKS = 8
 LAYERED = 100_000_000

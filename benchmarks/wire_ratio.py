@@ -27,9 +27,9 @@ from torch.futures import Future
 from tqdm import tqdm
 
 import dgc
-from dgc.bucket import Gradients
-from dgc.exchange import Exchange
+from dgc.exchange.base import Exchange
 from dgc.stats import traffic
+from dgc.step.bucket import Gradients
 
 PAPER = {"ResNet-50": 277, "AlexNet": 597, "PTB LSTM": 462}
 """Compression ratios of Lin et al., tables 3 and 4."""

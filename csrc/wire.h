@@ -1,5 +1,5 @@
 // The wire format, free of torch and of the standard library: the CPU and the CUDA code include it, so that both write
-// the same bytes. dgc/wire.py is its twin in Python, docs/wire.md the description.
+// the same bytes. dgc/ops/wire.py is its twin in Python, docs/wire.md the description.
 #pragma once
 
 #include "portable.h"

@@ -7,15 +7,13 @@ state.register(model)
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
+from ._version import __version__
 from .config import DGCConfig
 from .ddp import dgc_hook
-from .ops import backend
+from .ops import PayloadError, backend
 from .optim import SGD
 from .state import DGCState
 from .stats import Stats
-from .wire import PayloadError
 
 if TYPE_CHECKING:
     from . import checkpoint

@@ -28,8 +28,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
-from . import share as shares
-from .exchange import DistributedExchange
+from .exchange.base import DistributedExchange
+from .memory import share as shares
 from .state import DGCState
 
 _KINDS = ("momentum", "residual")

@@ -29,12 +29,12 @@ from torch.futures import Future
 from torch.optim.optimizer import Optimizer
 
 from . import horovod_elastic
-from .bucket import Gradients
 from .config import DGCConfig
-from .horovod_exchange import HorovodExchange
-from .memory import dense_strides
-from .optim import SGD
+from .exchange.horovod import HorovodExchange
+from .memory.memory import dense_strides
+from .optim.sgd import SGD
 from .state import DGCState
+from .step.bucket import Gradients
 
 MAX_GROUP = 256
 """Parameters in one group: the kernels for a GPU take no more gradient tensors at once."""

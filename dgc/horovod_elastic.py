@@ -14,7 +14,7 @@ from horovod.torch.elastic.state import (
 )
 from horovod.torch.functions import broadcast_optimizer_state
 
-from .horovod_exchange import HorovodExchange
+from .exchange.horovod import HorovodExchange
 from .state import DGCState
 
 _handled: weakref.WeakSet[DGCState] = weakref.WeakSet()

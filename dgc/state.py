@@ -18,21 +18,23 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 from torch.profiler import record_function
 
-from . import advice, ddp, foreign, report
-from . import share as shares
-from .backward import Backward, Stage
-from .bucket import Bucket, Gradients
-from .buckets import Buckets
-from .clip import clip_scale, squared_norm
+from . import ddp
 from .config import DGCConfig
-from .copied import Copy
-from .exchange import DistributedExchange, Exchange, Transfer
-from .memory import Memory
-from .optim import SGD, all_zero
-from .parameters import Parameters
-from .schedule import DensitySchedule
-from .share import Share
+from .exchange.base import DistributedExchange, Exchange, Transfer
+from .memory import share as shares
+from .memory.memory import Memory
+from .memory.parameters import Parameters
+from .memory.share import Share
+from .optim import foreign
+from .optim.sgd import SGD, all_zero
 from .stats import Stats
+from .step import advice
+from .step import log as report
+from .step.bucket import Bucket, Gradients
+from .step.clip import clip_scale, squared_norm
+from .step.layouts import Buckets
+from .step.lifecycle import Backward, Stage
+from .step.schedule import DensitySchedule
 
 logger = logging.getLogger("dgc")
 
@@ -403,7 +405,8 @@ class DGCState:
             error, self._error = self._error, None
             self.discard(drop_gradient=False)
             raise error
-        self.parameters.check_gradients(self._pass.reduced)
+        if local := self.parameters.not_reduced(self._pass.reduced):
+            raise ValueError(advice.not_reduced(local))
         self._pass.finish(self.exchange)
         verdict = self._pass.judge(self.parameters.by_name)
         thrown = [name for bucket in self._pass.buckets for name in bucket.thrown_away(self.parameters.by_name)]
@@ -511,8 +514,8 @@ class DGCState:
         self._forget_skipped()
         if self._pass.outstanding:
             raise RuntimeError(
-                f"DGCState.{method}: expected to be called after optimizer.step() and before the next backward(), got "
-                "a call between backward() and step(): call step() first, or, to leave this update out, "
+                f"DGCState.{method}: expected to be called between optimizer.step() and the next backward(), got a "
+                "call between backward() and step(): call step() first, or, to leave this update out, "
                 "state.discard(drop_gradient=False)"
             )
         self._settle()
@@ -758,6 +761,6 @@ class DGCState:
         self.take_up(shares.Choice(share, [(1.0, saved["share"])], []))
         self._exchange.roll_back(share.rank, share.world_size)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Copy:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ddp.Copy:
         """Returns no second u and v: who copies a model that carries the hook, as for an average of it, wants none."""
-        return Copy()
+        return ddp.Copy()

@@ -10,7 +10,7 @@ from models import Given
 from torch import Tensor
 
 import dgc
-from dgc.bucket import Gradients
+from dgc.step.bucket import Gradients
 
 
 def reduce(state: dgc.DGCState, model: torch.nn.Module, shadow: bool = False) -> None:

@@ -10,7 +10,7 @@ import torch
 from roads import ops
 from torch import Tensor
 
-from dgc import wire
+from dgc.ops import wire
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 native     the native library, on the CPU
 built      csrc/cuda as setup.py builds it, ops.cpp and launch.cu, on the emulator of tests/emulator
-jit        csrc/cuda as CuPy compiles it, launched by dgc/kernels.py, on the emulator
+jit        csrc/cuda as CuPy compiles it, launched by dgc/ops/launch.py, on the emulator
 cuda       a real GPU, by the road that dgc.backend("cuda") names; arguments travel there and back
 """
 
@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.utils import cpp_extension
 
-from dgc import cuda, kernels
 from dgc import ops as dgc_ops
+from dgc.ops import cuda
+from dgc.ops import launch as kernels
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

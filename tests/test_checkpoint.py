@@ -148,7 +148,7 @@ def test_a_missing_rank_is_an_error_unless_allowed_and_then_what_is_lost_is_logg
         file.unlink()
     results = run_ranks(3, without_a_file, str(tmp_path))
     for rank, (result, message, lines) in enumerate(results):
-        assert "rank 1: ValueError: state_dict: expected that of rank 1 of 3" in message
+        assert "rank 1: ValueError: state_dict: rank 1 of 3 takes over the residual of rank 1 of 3" in message
         assert "allow_missing_ranks=True" in message
         assert "No rank's state has changed" in message
         lost = "dgc: rank 1 of 3 left: what it had not sent is lost, 1/3 of all that waited"

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from dgc.clip import clip_scale, squared_norm
+from dgc.step.clip import clip_scale, squared_norm
 
 
 def test_the_norm_is_that_of_all_gradients_in_float64():

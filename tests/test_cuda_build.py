@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import dgc
-from dgc import cuda, jit
+from dgc.ops import cuda
+from dgc.ops import cupy as jit
 
 ROOT = Path(__file__).parent.parent
 # Where setup.py looks, in its order.

@@ -14,7 +14,8 @@ from buckets import make
 from roads import emulator, ops
 
 import dgc
-from dgc import jit, reference
+from dgc.ops import cupy as jit
+from dgc.ops import reference
 
 compiled = []
 

@@ -158,7 +158,7 @@ def test_regroup_counts_a_step_that_the_device_has_left_out():
 
 def test_regroup_with_an_update_outstanding_is_refused():
     for message, _ in run_ranks(2, disagree, "pending"):
-        assert "call step() first, or state.discard()" in message
+        assert "call step() first, or, to leave this update out, state.discard(drop_gradient=False)" in message
 
 
 # in Horovod

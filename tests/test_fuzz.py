@@ -24,7 +24,7 @@ from roads import ops
 from torch import Tensor
 
 import dgc
-from dgc import reference, wire
+from dgc.ops import reference, wire
 
 fuzz = functools.partial(
     settings, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)

@@ -1,48 +1,157 @@
-"""Imports inside dgc go down only, so that the folder can be read from the bottom up."""
+"""Which file may import which: inside dgc imports go down only, and no file is long; includes of csrc/ go down too."""
 
 import ast
+import re
 from pathlib import Path
+
+import pytest
 
 import dgc
 
-LAYERS = [
-    {"config", "wire", "advice", "foreign", "copied"},
-    {"reference", "cuda", "schedule", "clip", "stats", "exchange", "memory"},
-    {"kernels", "probes"},
-    {"jit"},
-    {"ops", "phase", "share", "horovod_exchange"},
-    {"optim", "bucket"},
-    {"parameters", "report", "verdict"},
-    {"buckets", "backward", "ddp"},
-    {"state"},
-    {"horovod_elastic", "checkpoint"},
-    {"horovod"},
-    {"__init__"},
-]
 FOLDER = Path(dgc.__file__).parent
+CSRC = FOLDER.parent / "csrc"
+
+LEVELS = [
+    {"_version", "config", "stats"},
+    {"ops"},
+    {"exchange", "optim"},
+    {"memory"},
+    {"step"},
+    {"ddp", "state"},
+    {"checkpoint", "horovod", "horovod_elastic", "__init__"},
+]
+"""From the bottom up: each imports from those before it, and from its own level without a circle."""
+ROOMS = {"ops", "exchange", "optim", "memory", "step"}
+"""The folders. Two of one level do not know each other."""
+MOST_LINES = {"state.py": 200}
+MOST_LINES_ELSEWHERE = 300
+
+
+def module_of(path: Path) -> str:
+    """Returns a file's name as it is imported, without "dgc.": "step.bucket", "ops" for a folder, "__init__"."""
+    parts = path.relative_to(FOLDER).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+FILES = {module_of(path): path for path in FOLDER.rglob("*.py")}
+
+
+def imports_of(module: str, source: str) -> set[str]:
+    """Returns the modules of dgc that a source imports, wherever in it, by whatever form."""
+    found = set()
+    package = ["dgc", *module.split(".")]
+    if module not in ROOMS:
+        package = package[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = [*base, *(node.module.split(".") if node.module else [])]
+            names = [".".join([*base, alias.name]) for alias in node.names]
+        elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("dgc."):
+            names = [ast.unparse(node)]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            first = node.args[0]
+            names = ["dgc" + first.value] if isinstance(first, ast.Constant) else []
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] != "dgc":
+                continue
+            # The longest beginning that is a module; a name of the package itself is a module of its own.
+            inside = parts[1:]
+            while inside and ".".join(inside) not in FILES:
+                inside = inside[:-1]
+            found.add(".".join(inside) or "__init__")
+    return found - {module}
 
 
 def level(module: str) -> int:
-    return next(i for i, names in enumerate(LAYERS) if module in names)
+    """Returns how high a module stands, from 0."""
+    first = module.split(".")[0]
+    return next(i for i, names in enumerate(LEVELS) if first in names)
 
 
-def imports_of(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            found |= {node.module} if node.module else {alias.name for alias in node.names}
-    return {name for name in found if (FOLDER / f"{name}.py").exists()}
+def graph() -> dict[str, set[str]]:
+    return {module: imports_of(module, path.read_text()) for module, path in FILES.items()}
 
 
-def test_every_module_has_a_layer():
-    assert {p.stem for p in FOLDER.glob("*.py")} == set().union(*LAYERS)
+def test_every_module_has_its_place():
+    assert {module.split(".")[0] for module in FILES} == set().union(*LEVELS)
+    assert len(LEVELS) <= 7
 
 
 def test_imports_go_down():
     upward = [
-        f"{path.stem} imports {name}"
-        for path in FOLDER.glob("*.py")
-        for name in imports_of(path)
-        if level(name) >= level(path.stem)
+        f"{module} imports {other}"
+        for module, others in graph().items()
+        for other in others
+        if level(other) > level(module)
+        or (level(other) == level(module) and {module.split(".")[0], other.split(".")[0]} == {"exchange", "optim"})
     ]
+    assert upward == []
+
+
+def test_there_are_no_circles():
+    imports = graph()
+    done: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...] = ()) -> None:
+        assert module not in above, f"a circle: {' -> '.join([*above, module])}"
+        if module not in done:
+            for other in imports[module]:
+                visit(other, (*above, module))
+            done.add(module)
+
+    for module in imports:
+        visit(module)
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from dgc.state import DGCState", {"state"}),
+        ("from dgc import state", {"state"}),
+        ("from . import phase", {"step.phase"}),
+        ("import dgc.state as s", {"state"}),
+        ("import dgc\ndef f():\n    return dgc.state.DGCState", {"state", "__init__"}),
+        ("def f():\n    from dgc.step.clip import clip_scale", {"step.clip"}),
+        ("from dgc.ops import compress_", {"ops"}),
+        ("from importlib import import_module\nimport_module('.checkpoint', 'dgc')", {"checkpoint"}),
+        ("import torch\nfrom torch import Tensor", set()),
+    ],
+)
+def test_every_form_of_import_is_seen(source, found):
+    assert imports_of("step.bucket", source) == found
+
+
+def test_no_file_is_long():
+    long = {
+        module: lines
+        for module, path in FILES.items()
+        if (lines := len(path.read_text().splitlines())) > MOST_LINES.get(path.name, MOST_LINES_ELSEWHERE)
+    }
+    assert long == {}
+
+
+CSRC_FLOORS = [{"portable.h"}, {"arithmetic.h", "wire.h"}, {"bucket.h"}, {"bucket.cpp", "cpu", "cuda"}]
+
+
+def csrc_floor(path: Path) -> int:
+    first = path.relative_to(CSRC).parts[0]
+    return next(i for i, names in enumerate(CSRC_FLOORS) if first in names)
+
+
+def test_includes_of_the_kernels_go_down():
+    upward = []
+    sources = [p for p in CSRC.rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    assert len(sources) > 10
+    for path in sources:
+        for name in re.findall(r'^#include "(.*)"', path.read_text(), re.MULTILINE):
+            included = next(p for p in (path.parent / name, CSRC / name) if p.exists()).resolve()
+            same_folder = included.parent == path.parent and path.parent != CSRC
+            if not same_folder and csrc_floor(included) >= csrc_floor(path) and included.stem != path.stem:
+                upward.append(f"{path.relative_to(CSRC)} includes {included.relative_to(CSRC)}")
     assert upward == []

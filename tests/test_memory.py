@@ -4,7 +4,7 @@ import pytest
 import torch
 from models import Given
 
-from dgc.memory import Memory, dense_strides
+from dgc.memory.memory import Memory, dense_strides
 
 SHAPES = {"a": (30, 3), "bias": (7,), "c": (5, 5, 2)}
 

@@ -9,7 +9,7 @@ import torch
 from buckets import Args, make
 from roads import AVAILABLE, ops
 
-from dgc import cuda, reference, wire
+from dgc.ops import cuda, reference, wire
 
 pytestmark = pytest.mark.usefixtures("road")
 # Where much is tried, jit is left out: its kernels are built's.

@@ -23,8 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from training import LARGE, SHAPES, assert_replicas_equal, seed_of
 
 import dgc
-from dgc import ops, reference
-from dgc.bucket import Gradients
+from dgc import ops
+from dgc.ops import reference
+from dgc.step.bucket import Gradients
 
 WIDE = {"a": (200, 100), "b": (130, 130), "bias": (50,)}
 CONFIG = dgc.DGCConfig(density=0.01, dense_below=1000)

@@ -3,7 +3,7 @@ from fractions import Fraction
 import pytest
 
 from dgc.config import DGCConfig
-from dgc.schedule import DensitySchedule, dense_is_cheaper, entries
+from dgc.step.schedule import DensitySchedule, dense_is_cheaper, entries
 
 
 def densities(steps, **fields):

@@ -11,8 +11,8 @@ from alone import Alone
 from models import normals
 
 import dgc
-from dgc import wire
-from dgc.bucket import Gradients
+from dgc.ops import wire
+from dgc.step.bucket import Gradients
 
 SHAPES = {"big": (300, 300), "other": (200, 200), "small": (20, 20), "bias": (300,), "scalar": ()}
 SGD = [

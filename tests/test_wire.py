@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dgc import wire
+from dgc.ops import wire
 
 
 def layout(rows, dtype=torch.float32):

@@ -20,8 +20,8 @@ from torch.futures import Future
 from torch.optim.optimizer import Optimizer
 
 import dgc
-from dgc.bucket import Gradients
-from dgc.exchange import Exchange
+from dgc.exchange.base import Exchange
+from dgc.step.bucket import Gradients
 
 from .tasks import Task, loss_of, measure, schedule_of
 

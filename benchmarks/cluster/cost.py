@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 import dgc
-from dgc.parameters import dense_reasons
-from dgc.phase import phase_at
-from dgc.schedule import entries
-from dgc.wire import wire_layout
+from dgc.memory.parameters import dense_reasons
+from dgc.ops.wire import wire_layout
+from dgc.step.phase import phase_at
+from dgc.step.schedule import entries
 
 from .shapes import Shapes
 

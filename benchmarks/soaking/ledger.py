@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dgc.phase import masks
-from dgc.schedule import DensitySchedule, entries
+from dgc.step.phase import masks
+from dgc.step.schedule import DensitySchedule, entries
 
 from .run import (
     COMPRESSED,

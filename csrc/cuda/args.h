@@ -1,5 +1,5 @@
 // What a kernel is given: plain structs of pointers and counts, passed by value, and where everything stands in the
-// workspace. dgc/kernels.py builds the same structs with ctypes.
+// workspace. dgc/ops/launch.py builds the same structs with ctypes.
 #pragma once
 
 #include "../wire.h"

@@ -1,4 +1,4 @@
-// The launch sequences: which kernel with how many blocks. dgc/kernels.py has the same for the kernels that NVRTC
+// The launch sequences: which kernel with how many blocks. dgc/ops/launch.py has the same for the kernels that NVRTC
 // compiles.
 #include <cuda_runtime.h>
 

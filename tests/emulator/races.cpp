@@ -16,7 +16,7 @@ namespace {
 
 using dgc::kThreads;
 
-// A bucket on the host, as dgc/cuda.py lays it out.
+// A bucket on the host, as dgc/ops/cuda.py lays it out.
 struct Bucket {
   Bucket(const std::vector<int64_t>& sizes, double density, unsigned seed) : random(seed) {
     std::vector<dgc::DeviceSegment> table;

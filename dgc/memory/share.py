@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from .exchange import Exchange
+from dgc.exchange.base import Exchange
+
 from .memory import Memory
 
 logger = logging.getLogger("dgc")

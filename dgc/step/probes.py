@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .memory import dense_strides
+from dgc.memory.memory import dense_strides
 
 LENGTH = 16384
 """Elements of a stretch: at 0.1 % some sixteen of them were sent, so that scaling shows as well as adding does."""

@@ -1,4 +1,4 @@
-"""The ops: schemas, fakes and documentation. Kernels are in csrc/, the same in plain PyTorch in dgc/reference.py.
+"""The ops: schemas, fakes and documentation. Kernels are in csrc/, the same in plain PyTorch in dgc/ops/reference.py.
 
 Importing this module loads the native library, where it was built.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import cuda, jit, reference
+from . import cuda, cupy, reference
 from .wire import GROUP, TILE, WireLayout, div_up, wire_layout
 
 _LIBRARY = torch.library.Library("dgc", "DEF")
@@ -34,7 +34,7 @@ for _name in ("compress_", "unpack", "restore_", "subtract_"):
 
 
 def _load_native() -> bool:
-    library = next(Path(__file__).parent.glob("_native*.so"), None)
+    library = next(Path(__file__).parent.parent.glob("_native*.so"), None)
     if library is None:
         warnings.warn(
             "dgc: the native library was not built, so plain PyTorch is used: correct, but some 25 times slower. "
@@ -49,9 +49,9 @@ def _load_native() -> bool:
 
 _NATIVE = _load_native()
 _NATIVE_CUDA = torch._C._dispatch_has_kernel_for_dispatch_key("dgc::compress_", "CUDA")
-_CUPY = not _NATIVE_CUDA and jit.has_cupy()
+_CUPY = not _NATIVE_CUDA and cupy.has_cupy()
 if _CUPY:
-    jit.register_cupy(_LIBRARY)
+    cupy.register_cupy(_LIBRARY)
 
 
 def backend(device: str | torch.device) -> str:

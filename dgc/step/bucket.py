@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops, wire
-from .config import DGCConfig
-from .memory import Memory
+from dgc import ops
+from dgc.config import DGCConfig
+from dgc.memory.memory import Memory
+from dgc.ops import wire
 
 _OVERFLOW, _DENSE = 1, 2
 """Bits of a report's last number, of which the ops write the first: which averages are not finite."""

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from . import advice
-from .config import DGCConfig
-from .optim import SGD, all_zero, check_groups
+from dgc.config import DGCConfig
+from dgc.optim.sgd import SGD, all_zero, check_groups
 
 SUPPORTED = (torch.float32, torch.bfloat16, torch.float16)
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
@@ -116,21 +115,17 @@ class Parameters:
         counts = [state["step"] for state in self.optimizer.state.values() if "step" in state]
         return int(max(map(float, counts), default=0))
 
-    def check_gradients(self, reduced: Collection[int]) -> None:
-        """Looks whether the optimizer would apply a gradient that was not exchanged.
+    def not_reduced(self, reduced: Collection[int]) -> list[str]:
+        """Returns the names of parameters whose gradient the optimizer would apply, and nobody has exchanged.
 
         Args:
             reduced: ids of the parameters whose gradients came in this pass.
-
-        Raises:
-            ValueError: it would, and the gradient is not zero.
         """
         held = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         local = [p for p in held if id(p) not in reduced]
-        if local and not all_zero(p.grad for p in local):
-            raise ValueError(
-                advice.not_reduced([self._names.get(id(p), f"one of shape {tuple(p.shape)}") for p in local])
-            )
+        if all_zero(p.grad for p in local):
+            return []
+        return [self._names.get(id(p), f"one of shape {tuple(p.shape)}") for p in local]
 
     def without_gradient(self, reduced: Collection[int]) -> list[str]:
         """Returns the names of those that have no gradient, and did not come in this pass."""

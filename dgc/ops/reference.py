@@ -1,6 +1,6 @@
 """Every op in plain PyTorch: the fallback where the native library is missing, and the oracle of its tests.
 
-Signatures and meaning are those of dgc/ops.py. Both give the same bits.
+Signatures and meaning are those of dgc/ops/schema.py. Both give the same bits.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def _positions(payload: Tensor, segments: Tensor, wire_dtype: torch.dtype) -> Te
 
 
 def _check(payload: Tensor, words: list[int], own: list[int], segments: Tensor, wire_dtype: torch.dtype) -> int:
-    """Returns the status code of one payload, from dgc.wire.STATUS; 0 where it is sound."""
+    """Returns the status code of one payload, from dgc.ops.wire.STATUS; 0 where it is sound."""
     for code, (word, expected) in enumerate(zip(words[:3], (MAGIC, *own[1:3]), strict=True), start=1):
         if word != expected:
             return code

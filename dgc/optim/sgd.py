@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import ops
+from dgc import ops
 
 UNSUPPORTED = {"dampening": 0, "maximize": False, "differentiable": False, "fused": None}
 """torch.optim.SGD's settings that DGC cannot honour, and what they are where they are unset."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .config import DGCConfig
+from dgc.config import DGCConfig
 
 
 class DensitySchedule:

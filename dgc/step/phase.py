@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .config import DGCConfig
+from dgc.config import DGCConfig
+
 from .schedule import dense_is_cheaper
 
 MASKED_BELOW = 0.01

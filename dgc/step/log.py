@@ -10,12 +10,14 @@ from dataclasses import asdict
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from . import ops
+from dgc import ops
+from dgc._version import __version__
+from dgc.config import DGCConfig
+from dgc.stats import Stats, traffic
+
 from .bucket import Bucket
-from .config import DGCConfig
 from .phase import Phase
 from .schedule import DensitySchedule
-from .stats import Stats, traffic
 
 logger = logging.getLogger("dgc")
 
@@ -24,8 +26,6 @@ def description(
     config: DGCConfig, optimizer: Optimizer, parameters: Mapping[str, Tensor], loss_scaling: bool
 ) -> dict[str, object]:
     """Returns everything that has to be the same on all ranks."""
-    from . import __version__
-
     groups = [(g.get("momentum", 0), g.get("nesterov", False)) for g in optimizer.param_groups]
     return {
         "dgc": __version__,

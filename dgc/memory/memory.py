@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .wire import GROUP, align_up
+from dgc.ops.wire import GROUP, align_up
 
 
 class Memory:

@@ -9,9 +9,10 @@ from enum import Enum, auto
 from torch import Tensor
 from torch.futures import Future
 
+from dgc.exchange.base import Exchange
+from dgc.memory.memory import Memory
+
 from .bucket import Bucket, Gradients
-from .exchange import Exchange
-from .memory import Memory
 from .probes import Probes
 from .verdict import Verdict
 

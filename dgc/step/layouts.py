@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from dgc.config import DGCConfig
+from dgc.exchange.base import Exchange
+from dgc.memory.memory import Memory, return_free_memory
+from dgc.memory.parameters import Parameters
+
 from .bucket import Bucket, Gradients, Member
-from .config import DGCConfig
-from .exchange import Exchange
-from .memory import Memory, return_free_memory
-from .parameters import Parameters
 from .phase import Phase, phase_at
 from .schedule import DensitySchedule, entries
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .cuda import THREADS
-from .kernels import Kernels
+from .launch import Kernels
 
 
 def has_cupy() -> bool:
@@ -23,8 +23,9 @@ def has_cupy() -> bool:
 
 def source_folder() -> Path:
     """Returns where the kernels' source is: inside an installed package, or beside it in a checkout."""
-    installed = Path(__file__).parent / "csrc"
-    return installed if installed.is_dir() else Path(__file__).parent.parent / "csrc"
+    package = Path(__file__).parent.parent
+    installed = package / "csrc"
+    return installed if installed.is_dir() else package.parent / "csrc"
 
 
 def kernel_source() -> str:

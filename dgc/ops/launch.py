@@ -99,7 +99,7 @@ Launch = Callable[[str, int, int, ctypes.Structure], None]
 
 
 class Kernels:
-    """The ops as sequences of launches. Signatures and meaning are those of dgc/ops.py."""
+    """The ops as sequences of launches. Signatures and meaning are those of dgc/ops/schema.py."""
 
     def __init__(self, launch: Launch) -> None:
         """Takes what queues a kernel on the current stream of the current device."""

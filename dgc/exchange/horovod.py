@@ -14,7 +14,7 @@ from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor
 from torch.futures import Future
 
-from .exchange import Exchange
+from .base import Exchange
 
 
 class HorovodTransfer:

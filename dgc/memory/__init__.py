@@ -1,0 +1,1 @@
+"""What one rank keeps: momentum u and residual v of every parameter, by name."""

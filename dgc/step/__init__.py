@@ -1,0 +1,1 @@
+"""The way of one gradient, top to bottom: reducer.py has its verbs in their order."""
