@@ -1,0 +1,47 @@
+"""One rank without DDP: hands .grad tensors to DGCState as a framework would."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dgc
+from dgc.step.bucket import Gradients
+from support.models import Given
+
+
+def reduce(state: dgc.DGCState, model: torch.nn.Module, shadow: bool = False) -> None:
+    """Reduces all gradients of the model in one bucket."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    gradients = Gradients(parameters, [p.grad.view(-1) for p in parameters], [(i, 0) for i in range(len(parameters))])
+    state.reduce(gradients, first=True, last=True, shadow=shadow).wait()
+
+
+class Alone:
+    """A Given model with its optimizer and state."""
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        config: dgc.DGCConfig,
+        dtype: torch.dtype = torch.float32,
+        **sgd: Any,
+    ) -> None:
+        self.model = Given(shapes, dtype=dtype)
+        self.optimizer = dgc.SGD(self.model.parameters(), **sgd)
+        self.state = dgc.DGCState(self.model.named_parameters(), self.optimizer, config)
+
+    def backward(self, gradients: Mapping[str, Tensor]) -> None:
+        self.optimizer.zero_grad()
+        self.model(gradients).backward()
+        reduce(self.state, self.model)
+
+    def train(self, gradients: Mapping[str, Tensor]) -> None:
+        self.backward(gradients)
+        self.optimizer.step()
+
+    def parameter(self, name: str) -> Tensor:
+        return self.model.get_parameter(name).detach()

@@ -1,0 +1,35 @@
+"""A run behind DDP on one of several gloo ranks, whose gradients the test chooses."""
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import dgc
+from support.models import Given
+from support.training import SHAPES, outcome, seed_of
+
+
+class Run:
+    """One rank's model, optimizer and state behind DDP."""
+
+    def __init__(self, config=None, shapes=SHAPES, module=None, dtype=torch.float32, ddp=None, **sgd):
+        self.config = config or dgc.DGCConfig(density=0.008)
+        self.net = Given(shapes, dtype=dtype) if module is None else module
+        self.ddp = DistributedDataParallel(self.net, **{"bucket_cap_mb": 0.05, **(ddp or {})})
+        self.optimizer = dgc.SGD(self.ddp.parameters(), **{"lr": 0.5, "momentum": 0.5, **sgd})
+        self.state = dgc.DGCState(self.ddp.named_parameters(), self.optimizer, self.config)
+        self.state.register(self.ddp)
+
+    def train(self, *inputs):
+        self.optimizer.zero_grad()
+        self.ddp(*inputs).sum().backward()
+        self.optimizer.step()
+
+    def result(self):
+        return outcome(self.net, self.state)
+
+
+def train_given(rank, world_size, steps, make, kwargs):
+    run = Run(**kwargs)
+    for step in range(steps):
+        run.train(make(SHAPES, seed_of(step, rank)))
+    return run.result()

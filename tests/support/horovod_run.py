@@ -1,0 +1,44 @@
+"""A run behind Horovod in one of its processes, whose gradients the test chooses.
+
+Without Horovod, files that import this are skipped.
+"""
+
+import pytest
+import torch
+
+import dgc
+from support.models import Given
+from support.training import SHAPES, outcome, seed_of
+
+hvd = pytest.importorskip("horovod.torch", reason="needs Horovod: ./launch/install_horovod.sh")
+
+import dgc.horovod as dgc_hvd  # noqa: E402
+
+
+class Run:
+    """One process's model and optimizer behind Horovod."""
+
+    def __init__(self, config=None, shapes=SHAPES, module=None, dtype=torch.float32, horovod=None, cap=0.1, **sgd):
+        self.net = Given(shapes, dtype=dtype) if module is None else module
+        self.optimizer = dgc_hvd.DistributedOptimizer(
+            dgc.SGD(self.net.parameters(), **{"lr": 0.5, "momentum": 0.5, **sgd}),
+            self.net.named_parameters(),
+            dgc_hvd.DGCCompressor(config or dgc.DGCConfig(density=0.008), bucket_cap_mb=cap),
+            **(horovod or {}),
+        )
+        self.state = self.optimizer.dgc_state
+
+    def train(self, *inputs):
+        self.optimizer.zero_grad()
+        self.net(*inputs).sum().backward()
+        self.optimizer.step()
+
+    def result(self):
+        return outcome(self.net, self.state)
+
+
+def train_given(steps, make, kwargs):
+    run = Run(**kwargs)
+    for step in range(steps):
+        run.train(make(SHAPES, seed_of(step, hvd.rank())))
+    return run.result()
