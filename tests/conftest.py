@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
+
 from support.roads import AVAILABLE, ops
 
 
@@ -14,4 +16,14 @@ def road(request: pytest.FixtureRequest) -> Iterator[str]:
     """
     ops.take(request.param)
     yield request.param
+    ops.take("native")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread, since the tensors are small; and roads.ops is native again afterwards."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
     ops.take("native")

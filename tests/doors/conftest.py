@@ -2,6 +2,7 @@
 
 import pytest
 import torch.distributed as dist
+
 from support import horovod_ranks
 
 

@@ -1,3 +1,5 @@
+"""DGCConfig: wrong values and what is said of them, and ways in and out: files, arguments, strings."""
+
 import argparse
 import json
 import re

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+
+import dgc
 from support import horovod_ranks
 from support.alone import Alone, reduce
 from support.messages import Messages
 from support.models import Given, integers, normals
 from support.ranks import run_ranks
 from support.training import LARGE, SHAPES, assert_equal, assert_replicas_equal, outcome, seed_of
-
-import dgc
 
 
 def train(net, optimizer, state, step):

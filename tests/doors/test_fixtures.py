@@ -1,4 +1,4 @@
-"""What an earlier version has saved: it loads, and ten steps later every bit is where that version had it."""
+"""Files that an earlier version saved: they load, and ten steps later every bit is where that version had it."""
 
 import shutil
 import sys
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from support.ranks import run_ranks
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

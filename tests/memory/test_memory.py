@@ -1,10 +1,12 @@
+"""The memory of momentum and residual: where each parameter lies, what is saved, and what does not fit."""
+
 import math
 
 import pytest
 import torch
-from support.models import Given
 
 from dgc.memory.memory import Memory, dense_strides
+from support.models import Given
 
 SHAPES = {"a": (30, 3), "bias": (7,), "c": (5, 5, 2)}
 

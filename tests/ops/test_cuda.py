@@ -1,4 +1,4 @@
-"""On a real GPU: stream order, CUDA graphs, no waiting in the hook, and the same bits as on the CPU.
+"""Tests on a real GPU: stream order, CUDA graphs, no waiting in the hook, and the same bits as on the CPU.
 
 That the kernels are right is tested in tests/ops/kernels, there on every road, this GPU's among them.
 """
@@ -9,13 +9,13 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from support.buckets import make
-from support.models import Given, integers, normals
-from support.ranks import run_ranks
 from torch.nn.parallel import DistributedDataParallel
 
 import dgc
 from dgc import ops
+from support.buckets import make
+from support.models import Given, integers, normals
+from support.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="NOT CHECKED: no GPU. launch/gpu_check.sh runs these on one"

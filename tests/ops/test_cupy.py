@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.buckets import make
-from support.roads import emulator, ops
 
 import dgc
 from dgc.ops import cupy as jit
 from dgc.ops import reference
+from support.buckets import make
+from support.roads import emulator, ops
 
 compiled = []
 

@@ -1,4 +1,4 @@
-"""What only the native library on the CPU has: schemas, threads, and a second choice of instructions."""
+"""The native library on the CPU: schemas, threads, and a second choice of instructions."""
 
 import os
 import subprocess
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.buckets import compress_both, make
 
 from dgc import backend, ops
+from support.buckets import compress_both, make
 
 TESTS = Path(__file__).with_name("kernels")
 

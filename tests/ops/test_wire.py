@@ -1,3 +1,5 @@
+"""The wire format: where sections lie, what an entry costs, the header, and messages for status codes."""
+
 import pytest
 import torch
 

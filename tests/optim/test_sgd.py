@@ -6,10 +6,10 @@ import weakref
 
 import pytest
 import torch
-from support.alone import Alone, reduce
-from support.models import Given, normals
 
 import dgc
+from support.alone import Alone, reduce
+from support.models import Given, normals
 
 SHAPES = {"weight": (64, 33), "bias": (17,), "scalar": ()}
 

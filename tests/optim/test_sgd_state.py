@@ -8,9 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from support.alone import Alone
-from support.models import Given, normals
-from support.ranks import run_ranks
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -22,6 +19,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 
 import dgc
+from support.alone import Alone
+from support.models import Given, normals
+from support.ranks import run_ranks
 
 SHAPES = {"weight": (64, 33), "bias": (17,), "scalar": ()}
 EVERYTHING = dgc.DGCConfig(density=1.0)

@@ -1,4 +1,4 @@
-"""Without the native library: one loud warning, and the same results."""
+"""The package without its native library, or without Horovod: one loud warning and the same results, or an error."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Which file may import which: inside dgc imports go down only, and no file is long; includes of csrc/ go down too."""
+"""Imports inside dgc go down only, and includes of csrc/ too; no file is long, and tests do not import each other."""
 
 import ast
 import re

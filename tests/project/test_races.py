@@ -1,4 +1,4 @@
-"""No two threads of a block touch the same memory, one of them writing, without a barrier in between."""
+"""Races in the CUDA kernels: no thread writes what another of its block touches without a barrier in between."""
 
 import os
 import shutil

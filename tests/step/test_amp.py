@@ -6,16 +6,16 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from support.alone import reduce
-from support.ddp_run import Run
-from support.models import Given, integers, normals
-from support.ranks import run_ranks
-from support.training import LARGE, SHAPES, assert_conserved, assert_replicas_equal, seed_of
 from torch import nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 import dgc
+from support.alone import reduce
+from support.ddp_run import Run
+from support.models import Given, integers, normals
+from support.ranks import run_ranks
+from support.training import LARGE, SHAPES, assert_conserved, assert_replicas_equal, seed_of
 
 
 class Scaled:

@@ -1,3 +1,5 @@
+"""Clipping of local gradients: the norm, the scale for N ranks, and small gradients that stay as they are."""
+
 import math
 
 import pytest

@@ -1,3 +1,5 @@
+"""The density of each step: warm-up, the number of entries, and where all-reduce is cheaper."""
+
 from fractions import Fraction
 
 import pytest

@@ -1,4 +1,4 @@
-"""A GPU's verdict on a step comes one step late. Here the same code runs on the CPU, made to wait as long."""
+"""Verdicts that come one step late, as on a GPU: the same code runs on the CPU, made to wait as long."""
 
 import logging
 import math
@@ -7,12 +7,12 @@ import time
 
 import pytest
 import torch
-from support.alone import Alone
-from support.models import normals
 
 import dgc
 from dgc.ops import wire
 from dgc.step.bucket import Gradients
+from support.alone import Alone
+from support.models import normals
 
 SHAPES = {"big": (300, 300), "other": (200, 200), "small": (20, 20), "bias": (300,), "scalar": ()}
 SGD = [

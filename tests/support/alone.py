@@ -12,6 +12,8 @@ import dgc
 from dgc.step.bucket import Gradients
 from support.models import Given
 
+SHAPES = {"big": (300, 300), "small": (20, 20), "bias": (300,)}
+
 
 def reduce(state: dgc.DGCState, model: torch.nn.Module, shadow: bool = False) -> None:
     """Reduces all gradients of the model in one bucket."""
@@ -45,3 +47,14 @@ class Alone:
 
     def parameter(self, name: str) -> Tensor:
         return self.model.get_parameter(name).detach()
+
+
+def alone(momentum: float = 0.5, lr: float = 0.5, **config: Any) -> Alone:
+    """Returns one with a parameter that is compressed and two that are not."""
+    return Alone(SHAPES, dgc.DGCConfig(**{"density": 0.01, **config}), lr=lr, momentum=momentum)
+
+
+def own(state: dgc.DGCState) -> dict[str, Any]:
+    """Returns the share of the only rank."""
+    share: dict[str, Any] = state.state_dict()["ranks"]["0"]
+    return share
