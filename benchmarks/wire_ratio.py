@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 import dgc
 from dgc.exchange.base import Exchange
+from dgc.memory.slots import Gradients
 from dgc.stats import traffic
-from dgc.step.bucket import Gradients
 
 PAPER = {"ResNet-50": 277, "AlexNet": 597, "PTB LSTM": 462}
 """Compression ratios of Lin et al., tables 3 and 4."""
@@ -104,10 +104,11 @@ def sent(shapes: Shapes, config: dgc.DGCConfig) -> Sent:
     exchange = Counting()
     optimizer = dgc.SGD(parameters.values(), lr=0.1, momentum=0.9)
     state = dgc.DGCState(parameters.items(), optimizer, config, exchange=exchange)
-    for i, parameter in enumerate(parameters.values()):
+    state.begin()
+    for parameter in parameters.values():
         gradient = torch.randn(parameter.shape, generator=generator)
-        bucket = Gradients([parameter], [gradient], [(0, 0)])
-        state.reduce(bucket, first=i == 0, last=i + 1 == len(parameters)).wait()
+        state.reduce(Gradients([state.slot(parameter)], [gradient], [(0, 0)])).wait()
+    state.end()
     return Sent(exchange.payload, exchange.dense)
 
 

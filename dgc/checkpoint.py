@@ -28,12 +28,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
-from .exchange.base import DistributedExchange
+from .exchange.distributed import DistributedExchange
 from .memory import share as shares
 from .state import DGCState
 
-_KINDS = ("momentum", "residual")
-_KEY = re.compile(r"rank(\d+)\.(?:about|momentum\.(.+)|residual\.(.+))", re.DOTALL)
+_KEY = re.compile(r"rank(\d+)\.(?:about|[^.]+\.(.+))", re.DOTALL)
 _IN_METADATA = {
     *(("torch.distributed.checkpoint.metadata", name) for name in dcp.metadata.__all__),
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
@@ -207,10 +206,10 @@ class _Reader(dcp.FileSystemReader):
         expected = about.pop("crc32")
         if damaged := [name for name, tensor in tensors.items() if _crc32(tensor) != expected.get(name)]:
             raise ValueError(f"rank {rank}: {', '.join(damaged)} is not what was saved: the file is damaged")
-        kinds: dict[str, dict[str, Tensor]] = {kind: {} for kind in _KINDS}
+        kinds: dict[str, dict[str, Tensor]] = {"momentum": {}, "residual": {}}
         for key, tensor in tensors.items():
             kind, name = key.split(".", 1)
-            kinds[kind][name] = tensor
+            kinds.setdefault(kind, {})[name] = tensor
         version = about.pop("version", None)
         if version not in (1, shares.VERSION):
             raise ValueError(
@@ -267,8 +266,9 @@ def _raise_on_all(exchange: DistributedExchange, failure: BaseException | None, 
 
 def _entries(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     """Returns a rank's share as tensors alone, by name: DCP would pickle everything else."""
-    tensors = {f"{kind}.{name}": tensor for kind in _KINDS for name, tensor in state_dict[kind].items()}
-    about = {key: value for key, value in state_dict.items() if key not in _KINDS}
+    kinds = {kind: tensors for kind, tensors in state_dict.items() if isinstance(tensors, Mapping)}
+    tensors = {f"{kind}.{name}": tensor for kind, named in kinds.items() for name, tensor in named.items()}
+    about = {key: value for key, value in state_dict.items() if key not in kinds}
     about["version"] = shares.VERSION
     about["crc32"] = {name: _crc32(tensor) for name, tensor in tensors.items()}
     tensors["about"] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)

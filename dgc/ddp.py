@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from .exchange.base import Exchange, is_alive
-from .step.bucket import Gradients
+from .exchange.base import Exchange
+from .exchange.distributed import is_alive
+from .memory.slots import Gradients, Slot
 
 
 class Reducer(Protocol):
@@ -28,18 +29,27 @@ class Reducer(Protocol):
         """How ranks talk."""
 
     @property
-    def model(self) -> DistributedDataParallel | None:
-        """The DDP module whose gradients come, where it is known."""
+    def keeps_state(self) -> bool:
+        """Whether the optimizer keeps something between steps that a rank without step() would not have."""
 
     @property
-    def steps_alone_matter(self) -> bool:
-        """Whether the optimizer keeps something between steps that a rank without step() would not have."""
+    def model(self) -> DistributedDataParallel | None:
+        """The DDP module whose gradients come, where it is known."""
 
     def bind(self, model: nn.Module) -> DistributedDataParallel:
         """Takes the group of a DDP module, and checks its parameters."""
 
-    def reduce(self, gradients: Gradients, *, first: bool, last: bool, shadow: bool = False) -> Future[Tensor]:
+    def slot(self, parameter: Tensor) -> Slot:
+        """Returns where a parameter lies in memory."""
+
+    def begin(self, shadow: bool = False) -> None:
+        """Begins a backward pass."""
+
+    def reduce(self, gradients: Gradients) -> Future[Tensor]:
         """Reduces one bucket of gradients in place."""
+
+    def end(self) -> None:
+        """Ends a backward pass."""
 
 
 class EmptyCopyError(AttributeError, RuntimeError):
@@ -111,15 +121,17 @@ def _reduce(state: Reducer, bucket: dist.GradBucket) -> Future[Tensor]:
     # A rank that has left DDP's join() context early is asked for zero gradients, outside any backward pass. It keeps
     # sending its residual; no step() follows there.
     shadow = torch._C._current_graph_task_id() == -1
-    first = bucket.index() == 0
-    if first:
+    if bucket.index() == 0:
         if state.exchange.changed:
             for model in registered_on(state):
                 if is_alive(model.process_group):
                     state.bind(model)
         _check_join(state, shadow)
-    gradients = Gradients(parameters, [buffer], places)
-    return state.reduce(gradients, first=first, last=bucket.is_last(), shadow=shadow)
+        state.begin(shadow)
+    future = state.reduce(Gradients([state.slot(p) for p in parameters], [buffer], places))
+    if bucket.is_last():
+        state.end()
+    return future
 
 
 def register(state: Reducer, model: DistributedDataParallel) -> None:
@@ -201,7 +213,7 @@ def registered_on(state: object) -> list[DistributedDataParallel]:
 def _check_join(state: Reducer, shadow: bool) -> None:
     model = state.model
     joining = model is not None and model._join_config.enable and not model._join_config.throw_on_early_termination
-    if (shadow or joining) and state.steps_alone_matter:
+    if (shadow or joining) and state.keeps_state:
         raise ValueError(
             "DistributedDataParallel.join: expected an optimizer that keeps nothing between steps, got one that keeps "
             "momentum or other state: a rank that runs out of data takes no step, so its state of dense parameters "

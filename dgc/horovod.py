@@ -31,10 +31,9 @@ from torch.optim.optimizer import Optimizer
 from . import horovod_elastic
 from .config import DGCConfig
 from .exchange.horovod import HorovodExchange
-from .memory.memory import dense_strides
-from .optim.sgd import SGD
+from .memory.slots import Gradients, Slot, has_strides
+from .optim import SGD
 from .state import DGCState
-from .step.bucket import Gradients
 
 MAX_GROUP = 256
 """Parameters in one group: the kernels for a GPU take no more gradient tensors at once."""
@@ -244,18 +243,20 @@ class _Fusion:
         index = self._group_of[p]
         self._missing[index].discard(p)
         if not self._missing[index]:
-            first = self._left == len(self._groups)
+            if self._left == len(self._groups):
+                self._state.begin()
             self._left -= 1
-            last = self._left == 0
             group = self._groups[index]
-            flat = Gradients(group, [_flat_gradient(p) for p in group], [(i, 0) for i in range(len(group))])
-            gradients = {p: p.grad for p in group if p.grad is not None}
-            self._sent[index] = self._state.reduce(flat, first=first, last=last), gradients
-            if last:
+            slots = [self._state.slot(p) for p in group]
+            flat = [_flat_gradient(p, slot) for p, slot in zip(group, slots, strict=True)]
+            future = self._state.reduce(Gradients(slots, flat, [(i, 0) for i in range(len(group))]))
+            self._sent[index] = future, {p: p.grad for p in group if p.grad is not None}
+            if self._left == 0:
+                self._state.end()
                 self.reset()
 
         def reduced() -> Tensor:
-            self._state.exchange.finish()
+            self._state.wait()
             future, gradients = self._sent[index]
             future.wait()
             return gradients[p]  # which p.grad need not be any more
@@ -263,7 +264,7 @@ class _Fusion:
         return reduced
 
 
-def _flat_gradient(p: Tensor) -> Tensor:
+def _flat_gradient(p: Tensor, slot: Slot) -> Tensor:
     """Returns the gradient, flat, in the order of the parameter's memory; changes .grad where that has another."""
     if p.grad is None:  # unused here, but another rank may have one
         p.grad = torch.zeros_like(p)
@@ -271,10 +272,9 @@ def _flat_gradient(p: Tensor) -> Tensor:
         raise ValueError(
             "dgc.horovod: expected dense gradients, got a sparse one (nn.Embedding(sparse=True)?): use sparse=False"
         )
-    strides = dense_strides(p)
-    if any(n > 1 and a != b for n, a, b in zip(p.shape, p.grad.stride(), strides, strict=True)):
-        p.grad = torch.empty_strided(p.shape, strides, dtype=p.dtype, device=p.device).copy_(p.grad)
-    return p.grad.as_strided((p.numel(),), (1,))
+    if not has_strides(p.grad, slot.strides):
+        p.grad = torch.empty_strided(slot.shape, slot.strides, dtype=p.dtype, device=p.device).copy_(p.grad)
+    return p.grad.as_strided((slot.numel,), (1,))
 
 
 def _answer_grad_scaler(optimizer: Any) -> bool:

@@ -14,7 +14,6 @@ from horovod.torch.elastic.state import (
 )
 from horovod.torch.functions import broadcast_optimizer_state
 
-from .exchange.horovod import HorovodExchange
 from .state import DGCState
 
 _handled: weakref.WeakSet[DGCState] = weakref.WeakSet()
@@ -51,12 +50,7 @@ class DGCStateHandler(StateHandler):
 
     def restore(self) -> None:
         """Returns to what was committed, and forgets a step that broke off."""
-        exchange = self.value.exchange
-        assert isinstance(exchange, HorovodExchange)
-        (share,) = self._saved["ranks"].values()
-        exchange.roll_back(share["rank"], share["world_size"])
-        self.value.load_state_dict(self._saved)
-        self.value.joined = self._joined
+        self.value.restore(self._saved, self._joined)
 
     def sync(self) -> None:
         """Takes momentum and residual over into the group of workers that are there now; a collective."""

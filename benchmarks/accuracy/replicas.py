@@ -21,7 +21,7 @@ from torch.optim.optimizer import Optimizer
 
 import dgc
 from dgc.exchange.base import Exchange
-from dgc.step.bucket import Gradients
+from dgc.memory.slots import Gradients
 
 from .tasks import Task, loss_of, measure, schedule_of
 
@@ -133,11 +133,14 @@ class DGC:
             parameters = [*replica.network.parameters()]
             buffer = torch.cat([g.view(-1) for g in gradients(replica.network)])
             starts = accumulate((p.numel() for p in parameters), initial=0)
-            bucket = Gradients(parameters, [buffer], [(0, start) for start, _ in zip(starts, parameters, strict=False)])
-            futures.append((bucket, state.reduce(bucket, first=True, last=True)))
-        for bucket, future in futures:
+            places = [(0, start) for start, _ in zip(starts, parameters, strict=False)]
+            bucket = Gradients([state.slot(p) for p in parameters], [buffer], places)
+            state.begin()
+            futures.append((parameters, bucket, state.reduce(bucket)))
+            state.end()
+        for parameters, bucket, future in futures:
             future.wait()
-            for i, parameter in enumerate(bucket.parameters):
+            for i, parameter in enumerate(parameters):
                 parameter.grad = bucket.of(i).view_as(parameter)
 
 

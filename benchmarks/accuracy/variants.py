@@ -79,9 +79,10 @@ class Variant:
         """Returns that no step is left out."""
         return True
 
-    def dense_momentum(self, parameter: Tensor) -> Tensor | None:
+    def kept_of(self, parameter: Tensor) -> dict[str, Tensor] | None:
         """Returns the momentum that the optimizer is to apply; None where the update has it already."""
-        return self.optimizer_momentum.get(id(parameter))
+        momentum = self.optimizer_momentum.get(id(parameter))
+        return None if momentum is None else {"momentum": momentum}
 
     def reduce(self) -> None:
         """Clips, accumulates, selects and averages."""

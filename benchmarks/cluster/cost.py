@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 
 import dgc
-from dgc.memory.parameters import dense_reasons
+from dgc.memory.refusals import dense_reasons
+from dgc.memory.slots import lay_out
+from dgc.ops.codec import Plain
 from dgc.ops.wire import wire_layout
 from dgc.step.phase import phase_at
 from dgc.step.schedule import entries
@@ -132,7 +134,9 @@ def dgc_traffic(buckets: Sequence[Shapes], workers: int, config: dgc.DGCConfig) 
     shapes = {name: shape for bucket in buckets for name, shape in bucket.items()}
     parameters = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     never = dense_reasons(parameters, config)
-    phase = phase_at(config.density, config, parameters, never, workers, False)
+    slots = lay_out(parameters, [name for name in parameters if name not in never])
+    entry_bytes = Plain(config.wire_dtype).entry_bytes
+    phase = phase_at(config.density, config, slots, never, rows=workers, entry_bytes=entry_bytes, switched_off=False)
     found = []
     for bucket in buckets:
         numel = {name: math.prod(shape) for name, shape in bucket.items()}

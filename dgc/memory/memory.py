@@ -1,9 +1,9 @@
-"""Memory: momentum u and residual v of every parameter, by name."""
+"""Memory: the residual v of every compressed parameter, and whatever the optimizer's rule keeps of each, by name."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,141 +11,157 @@ from torch import Tensor
 
 from dgc.ops.wire import GROUP, align_up
 
+from .slots import Slot
+
+MOMENTUM = "momentum"
+"""The kind of tensor that dgc.SGD keeps: u of the paper."""
+
 
 class Memory:
-    """Holds u and v of all parameters in two flat float32 tensors, so that one op call reaches any bucket's.
+    """Holds all parameters' tensors of a kind in one flat float32 tensor, so that one op call reaches any bucket's.
 
-    Compressed parameters come first and have both; dense ones have only u. float32 whatever the gradient's type: with
-    16 bits, what is added at one step vanishes in what has accumulated. A parameter's elements stand in the order in
-    which they lie in memory; views by name have its shape and strides.
+    "residual" is v; the other kinds are the rule's, as "momentum". Compressed parameters come first and have all kinds;
+    dense ones have no residual. float32 whatever the gradient's type: with 16 bits, what is added at one step vanishes
+    in what has accumulated. A parameter's elements stand in the order in which they lie in memory; views by name have
+    its shape and strides.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], compressed: Sequence[str], device: torch.device) -> None:
-        """Allocates zeros for v; u comes with allocate_momentum()."""
-        self.parameters = parameters
+    def __init__(self, slots: Mapping[str, Slot], compressed: Sequence[str], device: torch.device) -> None:
+        """Allocates zeros for v; the other kinds come with allocate().
+
+        Args:
+            slots: by name, laid out with these compressed parameters first.
+            compressed: names.
+            device: of all tensors.
+        """
+        self.slots = dict(slots)
         self.compressed = tuple(compressed)
         self.device = device
-        self.offset: dict[str, int] = {}
-        self.momentum: Tensor | None = None
+        self.kinds: dict[str, Tensor] = {}
+        """What the rule keeps, flat, by kind."""
         self.diverged: set[str] = set()
-        """Parameters whose u differs between ranks, because they were compressed since u was last averaged."""
-        end = 0
-        for name in compressed:
-            end = self._place(name, end)
+        """Parameters whose kinds differ between ranks, because they were compressed since these were last averaged."""
+        self.numel = _end(self.slots.values())
         # Types are written out everywhere: torch.set_default_dtype(bfloat16) is how some large models are built.
-        self.residual = torch.zeros(end, dtype=torch.float32, device=device)
-        for name in parameters:
-            if name not in self.offset:
-                end = self._place(name, end)
-        self.numel = end
-        self._kept: dict[str, Tensor] = {}
-        """What keep() has copied: "residual", and "momentum" where there is any."""
+        size = _end(self.slots[name] for name in compressed)
+        self.residual = torch.zeros(size, dtype=torch.float32, device=device)
+        self._copies: dict[str, Tensor] = {}
+        """What keep() has copied, by kind."""
 
-    def _place(self, name: str, end: int) -> int:
-        self.offset[name] = end
-        return align_up(end + self.parameters[name].numel(), GROUP)
+    def allocate(self, kinds: Iterable[str]) -> None:
+        """Has zeros for these kinds, where they are not there yet."""
+        for kind in kinds:
+            if kind not in self.kinds:
+                self.kinds[kind] = torch.zeros(self.numel, dtype=torch.float32, device=self.device)
 
-    def allocate_momentum(self) -> Tensor:
-        """Returns u, flat; zeros at the first call."""
-        if self.momentum is None:
-            self.momentum = torch.zeros(self.numel, dtype=torch.float32, device=self.device)
-        return self.momentum
+    @property
+    def momentum(self) -> Tensor | None:
+        """The momentum u, flat; None while nothing has momentum."""
+        return self.kinds.get(MOMENTUM)
 
     @property
     def empty(self) -> bool:
-        """Whether nothing has been accumulated; reads all of u and v."""
-        return not any(flat is not None and bool(flat.any()) for flat in (self.residual, self.momentum))
+        """Whether nothing has been accumulated; reads everything."""
+        return not any(bool(flat.any()) for flat in (self.residual, *self.kinds.values()))
 
-    def set_momentum(self, name: str, buffer: Tensor) -> None:
-        """Sets u of one parameter to what is the same on all ranks: the momentum of a dense run."""
-        self._view(self.allocate_momentum(), name).copy_(buffer)
+    def set(self, kind: str, name: str, value: Tensor) -> None:
+        """Sets one parameter's tensor to what is the same on all ranks, as a dense run leaves it."""
+        self.allocate([kind])
+        self.slots[name].view(self.kinds[kind]).copy_(value)
         self.diverged.discard(name)
+
+    def of(self, name: str) -> dict[str, Tensor]:
+        """Returns what the rule keeps of one parameter: views in its shape, by kind."""
+        return {kind: self.slots[name].view(flat) for kind, flat in self.kinds.items()}
 
     def momentum_of(self, name: str) -> Tensor | None:
         """Returns u of one parameter, a view in its shape; None while nothing has momentum."""
-        return None if self.momentum is None else self._view(self.momentum, name)
-
-    def flat_momentum(self, name: str) -> Tensor:
-        """Returns u of one parameter, flat."""
-        start, end = self.span(name)
-        return self.allocate_momentum()[start:end]
+        return self.of(name).get(MOMENTUM)
 
     def residual_of(self, name: str) -> Tensor | None:
         """Returns v of one parameter, a view in its shape; None for a dense one."""
-        return self._view(self.residual, name) if name in self.compressed else None
+        return self.slots[name].view(self.residual) if name in self.compressed else None
 
-    def _view(self, flat: Tensor, name: str) -> Tensor:
-        parameter = self.parameters[name]
-        return flat.as_strided(parameter.shape, dense_strides(parameter), self.offset[name])
-
-    def span(self, name: str) -> tuple[int, int]:
-        """Returns where a parameter's u and v begin and end in the flat tensors."""
-        start = self.offset[name]
-        return start, start + self.parameters[name].numel()
+    def flat(self, kind: str, name: str) -> Tensor:
+        """Returns one parameter's tensor of a kind, flat."""
+        start, end = self.slots[name].span
+        return self.kinds[kind][start:end]
 
     def keep(self, spans: Sequence[tuple[int, int]]) -> None:
-        """Copies u and v of compressed parameters, for put_back(): 8 bytes an element, allocated at the first call."""
-        for now, kept in self._with_kept():
+        """Copies all kinds of compressed parameters, for put_back(); allocates room at the first call.
+
+        Args:
+            spans: where they begin and end.
+        """
+        for now, kept in self._with_copies():
             for start, end in spans:
                 kept[start:end].copy_(now[start:end])
 
     def put_back(self, spans: Sequence[tuple[int, int]], which: Tensor | None = None) -> None:
-        """Returns u and v to what keep() found there, bit for bit.
+        """Returns all kinds to what keep() found there, bit for bit.
 
         Args:
             spans: of the parameters.
             which: on the device, [spans], not 0 for those that are returned; None for all.
         """
-        for now, kept in self._with_kept():
+        for now, kept in self._with_copies():
             for i, (start, end) in enumerate(spans):
                 part = kept[start:end]
                 now[start:end].copy_(part if which is None else torch.where(which[i] != 0, part, now[start:end]))
 
-    def _with_kept(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for what, now in (("residual", self.residual), ("momentum", self.momentum)):
-            if now is not None:
-                if what not in self._kept:
-                    # Zeros, which u was until it was allocated.
-                    self._kept[what] = torch.zeros_like(self.residual)
-                yield now, self._kept[what]
+    def _with_copies(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for kind, now in {"residual": self.residual, **self.kinds}.items():
+            if kind not in self._copies:
+                self._copies[kind] = torch.zeros_like(self.residual)  # zeros: what a kind is until it is allocated
+            yield now, self._copies[kind]
 
     def scale(self, factor: float) -> None:
-        """Multiplies this rank's share: v, and u where it differs between ranks."""
+        """Multiplies this rank's share: v, and the other kinds where they differ between ranks."""
         self.residual.mul_(factor)
-        for name in self.diverged:
-            self.flat_momentum(name).mul_(factor)
+        for kind in self.kinds:
+            for name in self.diverged:
+                self.flat(kind, name).mul_(factor)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns views of u and v by name; torch.save() saves each flat tensor once."""
-        momentum = {} if self.momentum is None else {n: self._view(self.momentum, n) for n in self.parameters}
-        residual = {name: self._view(self.residual, name) for name in self.compressed}
-        return {"momentum": momentum, "residual": residual}
+        """Returns views by kind and name; torch.save() saves each flat tensor once."""
+        return self._by_name({"residual": self.residual, **self.kinds})
 
-    def state_dict_of(self, residual: Tensor, momentum: Tensor | None = None) -> dict[str, Any]:
-        """Returns another rank's flat tensors by name, each with memory of its own, on the CPU.
+    def state_dict_of(self, flats: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Returns another rank's flat tensors, by kind, as state_dict() does, on the CPU.
 
-        A view pickles with all that it is a view of.
+        Each tensor has memory of its own: a view would pickle with all that it is a view of.
         """
-        flats = {"momentum": (momentum, self.parameters), "residual": (residual, self.compressed)}
         return {
-            kind: {} if flat is None else {name: self._view(flat, name).to("cpu", copy=True) for name in names}
-            for kind, (flat, names) in flats.items()
+            kind: {name: view.to("cpu", copy=True) for name, view in views.items()}
+            for kind, views in self._by_name(flats).items()
         }
 
-    def check(self, state_dicts: Sequence[Mapping[str, object]], diverged: Sequence[str]) -> None:
+    def _by_name(self, flats: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        views: dict[str, dict[str, Tensor]] = {MOMENTUM: {}}  # which earlier versions look for
+        for kind, flat in flats.items():
+            names: Iterable[str] = self.compressed if kind == "residual" else self.slots
+            views[kind] = {name: self.slots[name].view(flat) for name in names}
+        return views
+
+    def check(self, state_dicts: Sequence[Mapping[str, object]], kinds: Sequence[str], diverged: Sequence[str]) -> None:
         """Compares state_dicts' tensors with this memory.
+
+        Args:
+            state_dicts: of ranks that saved together.
+            kinds: those that they have besides the residual.
+            diverged: parameters whose kinds are a rank's own there.
 
         Raises:
             ValueError: names, shapes, types or values do not fit; the message lists them.
         """
-        if unknown := sorted(set(diverged) - self.parameters.keys()):
+        if unknown := sorted(set(diverged) - self.slots.keys()):
             raise ValueError(f"state_dict['diverged']: expected parameters of this model, got {', '.join(unknown)}")
-        compressed = {name: self.parameters[name] for name in self.compressed}
+        compressed = {name: self.slots[name] for name in self.compressed}
         wrong = []
         for state_dict in state_dicts:
             wrong += _differences("residual", state_dict["residual"], compressed)
-            if state_dict["momentum"]:
-                wrong += _differences("momentum", state_dict["momentum"], self.parameters)
+            for kind in kinds:
+                wrong += _differences(kind, state_dict[kind], self.slots)
         if wrong:
             raise ValueError(
                 "state_dict: expected that of this model and DGCConfig, but " + "; ".join(dict.fromkeys(wrong)) + ". "
@@ -154,25 +170,27 @@ class Memory:
             )
 
     @torch.no_grad()
-    def load(self, parts: Sequence[tuple[float, Mapping[str, Any]]], diverged: Sequence[str]) -> None:
-        """Sets u and v to weighted sums of state_dicts' tensors.
+    def load(
+        self, parts: Sequence[tuple[float, Mapping[str, Any]]], kinds: Sequence[str], diverged: Sequence[str]
+    ) -> None:
+        """Sets all kinds to weighted sums of state_dicts' tensors.
 
         Args:
             parts: weights and state_dicts, checked.
-            diverged: parameters whose u is summed; that of the others is copied from the first part.
+            kinds: those that the state_dicts have besides the residual; others become zero.
+            diverged: parameters whose kinds are summed; those of the others are copied from the first part.
         """
         share = [weight for weight, _ in parts]
-        for name in self.compressed:
-            tensors = [state_dict["residual"][name] for _, state_dict in parts]
-            self._view(self.residual, name).copy_(self._weighted(share, tensors))
-        if parts[0][1]["momentum"]:
-            flat = self.allocate_momentum()
-            first = [1.0] + [0.0] * (len(parts) - 1)
-            for name in self.parameters:
-                tensors = [state_dict["momentum"][name] for _, state_dict in parts]
-                self._view(flat, name).copy_(self._weighted(share if name in diverged else first, tensors))
-        elif self.momentum is not None:
-            self.momentum.zero_()
+        first = [1.0] + [0.0] * (len(parts) - 1)
+        self.allocate(kinds)
+        for kind, flat in {"residual": self.residual, **self.kinds}.items():
+            if kind != "residual" and kind not in kinds:
+                flat.zero_()
+                continue
+            for name in self.compressed if kind == "residual" else self.slots:
+                tensors = [state_dict[kind][name] for _, state_dict in parts]
+                weights = share if kind == "residual" or name in diverged else first
+                self.slots[name].view(flat).copy_(self._weighted(weights, tensors))
         self.diverged = set(diverged)
 
     def _weighted(self, weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
@@ -196,34 +214,27 @@ def return_free_memory() -> None:
         trim(0)
 
 
-def dense_strides(parameter: Tensor) -> tuple[int, ...]:
-    """Returns the strides that DDP gives a parameter's gradient: the parameter's own where it has no gaps."""
-    strides = [(stride, size) for stride, size in zip(parameter.stride(), parameter.shape, strict=True) if size != 1]
-    expected = 1
-    for stride, size in sorted(strides):
-        if stride != expected:
-            return torch.empty(parameter.shape, device="meta").stride()
-        expected *= size
-    return parameter.stride()
+def _end(slots: Iterable[Slot]) -> int:
+    return max((align_up(slot.offset + slot.numel, GROUP) for slot in slots), default=0)
 
 
-def _differences(what: str, tensors: object, expected: Mapping[str, Tensor]) -> list[str]:
+def _differences(kind: str, tensors: object, expected: Mapping[str, Slot]) -> list[str]:
     """Returns how the tensors of a state_dict differ from what is expected of them."""
     if not isinstance(tensors, Mapping):
-        return [f"{what} is no dict of tensors by parameter name, but {type(tensors).__name__}"]
+        return [f"{kind} is no dict of tensors by parameter name, but {type(tensors).__name__}"]
     wrong = []
     if missing := [name for name in expected if name not in tensors]:
-        wrong.append(f"{what} of {', '.join(missing)} is missing")
+        wrong.append(f"{kind} of {', '.join(missing)} is missing")
     if extra := [str(name) for name in tensors if name not in expected]:
-        wrong.append(f"{what} has {', '.join(sorted(extra))}, which this model does not")
+        wrong.append(f"{kind} has {', '.join(sorted(extra))}, which this model does not")
     for name in expected.keys() & tensors.keys():
         tensor, shape = tensors[name], expected[name].shape
         if not isinstance(tensor, Tensor):
-            wrong.append(f"{what} of {name} is no tensor, but {type(tensor).__name__}")
+            wrong.append(f"{kind} of {name} is no tensor, but {type(tensor).__name__}")
         elif tensor.dtype != torch.float32 or tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
-            wrong.append(f"{what} of {name} is {tensor.dtype}, {tensor.layout}, on {tensor.device}; expected float32")
-        elif tensor.shape != shape:
-            wrong.append(f"{what} of {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+            wrong.append(f"{kind} of {name} is {tensor.dtype}, {tensor.layout}, on {tensor.device}; expected float32")
+        elif tuple(tensor.shape) != shape:
+            wrong.append(f"{kind} of {name} has shape {tuple(tensor.shape)}, expected {shape}")
         elif not tensor.isfinite().all():
-            wrong.append(f"{what} of {name} has values that are not finite")
+            wrong.append(f"{kind} of {name} has values that are not finite")
     return wrong

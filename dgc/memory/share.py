@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
-
-from dgc.exchange.base import Exchange
 
 from .memory import Memory
 
@@ -17,7 +14,7 @@ logger = logging.getLogger("dgc")
 VERSION = 2
 """Of state_dict(). Version 1 was one rank's share without the rank's name around it, and without density."""
 MOST_RANKS = 2**20
-"""Of a group whose shares can be taken over: what a damaged file may make us count to."""
+"""The largest group whose shares are taken over: a damaged file may name any number, and it is counted to."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +22,15 @@ class Share:
     """Whose share of momentum and residual a memory holds, and where the run stands."""
 
     rank: int
+    """Which of the shares it is: the rank, where each rank has one of its own."""
     world_size: int
-    """Of the group in which the share was accumulated."""
+    """Shares in all, of the group in which it was accumulated."""
     step: int
     dense: bool
     diverged: list[str]
     """Parameters whose momentum is a share too; that of the others is the same on all ranks."""
-    momentum: bool
-    """Whether there is any."""
+    kinds: list[str]
+    """Kinds of tensors besides the residual that there are: "momentum", or what the optimizer's rule keeps."""
     density: float | None = None
     """What DGCState.set_density() has set; None for DGCConfig's."""
 
@@ -59,18 +57,26 @@ class Share:
             return int(check(key, type(value) is int and low <= value < below, expected))
 
         world_size = number("world_size", 1, MOST_RANKS + 1, f"a number of ranks up to {MOST_RANKS}")
+        check("momentum", isinstance(state_dict["momentum"], Mapping), "tensors by parameter name")
         dense, diverged, density = state_dict["dense"], state_dict["diverged"], state_dict.get("density")
         good = density is None or (type(density) is float and 0 < density <= 1)
-        strings = isinstance(diverged, (list, tuple)) and all(type(name) is str for name in diverged)
+        # Before kinds had names there was momentum alone, or an empty dict in its place.
+        kinds = state_dict.get("kinds", ["momentum"] if state_dict["momentum"] else [])
+        if not _strings(kinds) or not all(isinstance(state_dict.get(kind), Mapping) for kind in kinds):
+            raise ValueError(f"state_dict['kinds']: expected names of tensors that are there, got {kinds!r:.100}")
         return cls(
             number("rank", 0, world_size, f"a rank of {world_size}"),
             world_size,
             number("step", 0, 2**62, "a number of steps"),
             bool(check("dense", type(dense) is bool, "True or False")),
-            list(check("diverged", strings, "a list of parameter names")),
-            bool(check("momentum", isinstance(state_dict["momentum"], Mapping), "tensors by parameter name")),
+            list(check("diverged", _strings(diverged), "a list of parameter names")),
+            [kind for kind in kinds if state_dict[kind]],
             None if density is None else float(check("density", good, "None or a number in (0, 1]")),
         )
+
+
+def _strings(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(type(one) is str for one in value)
 
 
 def differences(shares: Mapping[str, Share]) -> str:
@@ -185,7 +191,7 @@ def choose(
     by_rank = {share.rank: state_dict for share, state_dict in zip(shares, state_dicts, strict=True)}
     if len(by_rank) < len(shares):
         raise ValueError(
-            f"state_dict: expected one of each rank, got those of rank {_ranks([s.rank for s in shares])}. A residual "
+            f"state_dict: expected one of each rank, got those of rank {numbers([s.rank for s in shares])}. A residual "
             "belongs to one rank, and each rank saves its own: with torch.distributed.checkpoint, by "
             "dgc.checkpoint.save(state, dir)"
         )
@@ -196,95 +202,21 @@ def choose(
     missing = sorted(wanted.keys() - by_rank.keys())
     if missing and not allow_missing_ranks:
         raise ValueError(
-            f"state_dict: rank {rank} of {world_size} takes over the residual of rank {_ranks(missing)} of "
-            f"{one.world_size}, which is missing: expected its state_dict, got that of rank {_ranks(sorted(by_rank))}. "
-            "Give each rank what it saved; on another number of ranks load_state_dict([...]) takes those of all ranks, "
-            "and dgc.checkpoint finds them by itself. If the number of ranks is wrong, load after "
-            "init_process_group(). To go on without what that rank had not sent: allow_missing_ranks=True"
+            f"state_dict: rank {rank} of {world_size} takes over the residual of rank {numbers(missing)} of "
+            f"{one.world_size}, which is missing: expected its state_dict, got that of rank "
+            f"{numbers(sorted(by_rank))}. Give each rank what it saved; on another number of ranks "
+            "load_state_dict([...]) takes those of all ranks, and dgc.checkpoint finds them by itself. If the number "
+            "of ranks is wrong, load after init_process_group(). To go on without what that rank had not sent: "
+            "allow_missing_ranks=True"
         )
     # Where none is there, any rank's will do for the momentum that is the same on all.
     chosen = sorted(wanted.keys() & by_rank.keys()) or sorted(by_rank)[:1]
     parts = [(wanted.get(s, 0.0), by_rank[s]) for s in chosen]
-    memory.check([state_dict for _, state_dict in parts], one.diverged)
+    memory.check([state_dict for _, state_dict in parts], one.kinds, one.diverged)
     return Choice(one, parts, missing)
 
 
-def gather(exchange: Exchange, memory: Memory, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns all ranks' shares as a state_dict on rank 0, and {} elsewhere; a collective.
-
-    Args:
-        exchange: of the group.
-        memory: this rank's.
-        own: this rank's share, with views of the memory.
-    """
-    texts = exchange.everyone(json.dumps({k: v for k, v in own.items() if k not in ("momentum", "residual")}))
-    flats = [memory.residual] if memory.momentum is None else [memory.residual, memory.momentum]
-    ranks: dict[int, Mapping[str, Any]] = {}
-    for rank, text in enumerate(texts):
-        # One rank's at a time: all at once would take a rank's memory as often as there are ranks.
-        theirs = [flat.clone() for flat in flats]
-        exchange.broadcast(theirs, root=rank)
-        if exchange.rank == 0:
-            ranks[rank] = {**json.loads(text), **memory.state_dict_of(*theirs)}
-    return wrap(ranks) if exchange.rank == 0 else {}
-
-
-def regroup(exchange: Exchange, memory: Memory, mine: Share | None) -> Share | None:
-    """Takes momentum and residual over into the group of ranks that exchange has now; a collective.
-
-    What is still to come, the mean over all ranks of u and v, stays the same but for the shares of ranks that left:
-    with N ranks instead of M, each survivor's share is multiplied by N/M. Newcomers' shares are zero, and they get the
-    momentum that is the same on all ranks from a survivor.
-
-    Args:
-        exchange: of the new group.
-        memory: this rank's, which changes.
-        mine: what this rank brings; None where it is new.
-
-    Returns:
-        What any survivor brought: where the run stands. None where all ranks are new.
-
-    Raises:
-        RuntimeError: survivors come from different groups or steps.
-    """
-    texts = exchange.everyone(json.dumps(mine and asdict(mine)))
-    brought = [None if share is None else Share(**share) for share in map(json.loads, texts)]
-    survivors = {f"rank {rank}": share for rank, share in enumerate(brought) if share is not None}
-    if not survivors:
-        return None
-    one = next(iter(survivors.values()))
-    if len({share.rank for share in survivors.values()}) < len(survivors):
-        raise RuntimeError(
-            "DGCState: expected each rank to bring a share of its own, but "
-            + "; ".join(f"{who} was rank {share.rank} of {share.world_size}" for who, share in survivors.items())
-            + ". What ranks have trained, loaded or unpickled each by itself cannot be put together: call "
-            "init_process_group() first, then load on each rank the state_dict() that it saved, or dgc.checkpoint"
-        )
-    if differ := differences(survivors):
-        raise RuntimeError(
-            f"DGCState.regroup: expected all ranks from one group at one step, but {differ}. Commit and restore them "
-            "together: hvd.elastic.TorchState(model=model, optimizer=optimizer, dgc=optimizer.dgc_state)"
-        )
-    memory.diverged = set(one.diverged)
-    if one.momentum:
-        memory.allocate_momentum()
-    if exchange.world_size != one.world_size:
-        memory.scale(exchange.world_size / one.world_size)
-    if len(survivors) < exchange.world_size and one.momentum:
-        same = [name for name in memory.parameters if name not in memory.diverged]
-        exchange.broadcast([memory.flat_momentum(name) for name in same], root=brought.index(one))
-    if exchange.rank == 0:
-        before, now = one.world_size, exchange.world_size
-        logger.info(
-            "dgc: %d ranks now, %d before, %d new; residuals multiplied by %d/%d",
-            *(now, before, now - len(survivors), now, before),
-        )
-        if lost := sorted(set(range(before)) - {share.rank for share in survivors.values()}):
-            log_lost(lost, before)
-    return one
-
-
-def _ranks(ranks: Sequence[int]) -> str:
+def numbers(ranks: Sequence[int]) -> str:
     more = f" and {len(ranks) - 20} more" if len(ranks) > 20 else ""
     return ", ".join(map(str, ranks[:20])) + more
 
@@ -293,5 +225,5 @@ def log_lost(lost: Sequence[int], before: int) -> None:
     """Says what has gone with ranks that left."""
     logger.warning(
         "dgc: rank %s of %d left: what it had not sent is lost, %d/%d of all that waited",
-        *(_ranks(lost), before, len(lost), before),
+        *(numbers(lost), before, len(lost), before),
     )

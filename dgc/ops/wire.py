@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,6 +87,53 @@ def wire_layout(segments: Tensor, wire_dtype: torch.dtype) -> WireLayout:
     indices = align_up(ends + 4 * tiles)
     values = align_up(indices + 2 * entries)
     return WireLayout(used, ends, indices, values, align_up(values + wire_dtype.itemsize * entries))
+
+
+class Entries(NamedTuple):
+    """The sections of a selection behind its header and its marks: views, to be read and written.
+
+    A selection is what dgc::compress_ writes and dgc::unpack reads; see docs/wire.md.
+    """
+
+    ends: Tensor
+    """int32 [tiles]: entries of the bucket up to and including each tile."""
+    indices: Tensor
+    """int16 [entries], unsigned in truth: elements inside their tile, rising."""
+    values: Tensor
+    """[entries], in the selection's type."""
+
+
+def entries_of(selection: Tensor, segments: Tensor, dtype: torch.dtype) -> Entries:
+    """Returns the sections of a selection.
+
+    Args:
+        selection: uint8 [bytes].
+        segments: int64 [segments, columns], rows as in SEGMENT_COLUMNS.
+        dtype: of its values.
+    """
+    at = wire_layout(segments, dtype)
+    tiles = int(div_up_all(segments[:, 3], TILE).sum())
+    count = int(segments[:, 4].sum())
+    return Entries(
+        ends=selection[at.ends : at.ends + 4 * tiles].view(torch.int32),
+        indices=selection[at.indices : at.indices + 2 * count].view(torch.int16),
+        values=selection[at.values : at.values + dtype.itemsize * count].view(dtype),
+    )
+
+
+def positions(selection: Tensor, segments: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns where a selection's entries stand in the flat tensors of memory, int64 [entries], and their values.
+
+    Args:
+        selection: uint8 [bytes], this rank's own.
+        segments: int64 [segments, columns], rows as in SEGMENT_COLUMNS.
+        dtype: of its values.
+    """
+    entries = entries_of(selection, segments, dtype)
+    first = [state + tile * TILE for _, _, state, numel, *_ in segments.tolist() for tile in range(div_up(numel, TILE))]
+    counts = entries.ends.diff(prepend=entries.ends.new_zeros(1)).long()
+    tiles = torch.tensor(first, dtype=torch.int64, device="cpu").to(selection.device)
+    return torch.repeat_interleave(tiles, counts) + (entries.indices.long() & 0xFFFF), entries.values.float()
 
 
 def header(payload: Tensor) -> Tensor:

@@ -2,49 +2,85 @@
 
 from __future__ import annotations
 
-import math
-import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from numbers import Real
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from dgc import ops
 
-UNSUPPORTED = {"dampening": 0, "maximize": False, "differentiable": False, "fused": None}
-"""torch.optim.SGD's settings that DGC cannot honour, and what they are where they are unset."""
-STATE = {"step", "decay_momentum", "momentum_buffer"}
-"""What is kept of a parameter; the last is torch.optim.SGD's, until a DGCState takes it."""
+from .apply import advance, all_zero, subtract, unless
+from .base import Claimer, DGCOptimizer, Reducer, Rule, Work
+from .saved import check_groups, check_saved, count, fill, fresh, most_steps, take_over
+
+MOMENTUM = "momentum"
 
 
-class Reducer(Protocol):
-    """What dgc.SGD asks of the DGCState that reduces its gradients."""
+class MomentumCorrection(Rule):
+    """Keeps momentum u, and adds it to v: u <- mu*u + h, v <- v + u, or v + h + mu*u for Nesterov (section 3.1)."""
 
-    @property
-    def pending(self) -> bool:
-        """Whether gradients were reduced that no step() has taken."""
-
-    def take(self) -> bool:
-        """Claims the gradients of the last backward pass; False if this step is to be left out."""
+    def __init__(self, optimizer: SGD) -> None:
+        """Takes the optimizer."""
+        self.optimizer: SGD = optimizer
 
     @property
-    def skip(self) -> Tensor | None:
-        """On a GPU, a uint8 scalar there: not 0 where the claimed step must change nothing. None on the CPU."""
+    def kept(self) -> tuple[str, ...]:
+        """Momentum, where any group has some now."""
+        return (MOMENTUM,) if any(group["momentum"] for group in self.optimizer.param_groups) else ()
+
+    def factors(self, group: Mapping[str, Any]) -> tuple[float, ...]:
+        """Returns mu."""
+        return (float(group["momentum"]),)
+
+    def check(self) -> None:
+        """Refuses values that DGC cannot honour.
+
+        Raises:
+            ValueError: the message names the value.
+        """
+        check_groups(self.optimizer.param_groups)
+
+    def check_use(self, *, loss_scaling: bool, skipping: bool) -> None:
+        """Accepts every use."""
+
+    def attach(self, reducer: Claimer) -> None:
+        """Has the optimizer ask this DGCState."""
+        self.optimizer.attach(reducer)
+
+    def serves(self, reducer: Reducer) -> bool:
+        """Returns whether it is the last one that is alive."""
+        return self.optimizer.reducer is reducer
 
     @property
-    def unscales(self) -> bool:
-        """Whether it knows of the loss scale that gradients have."""
+    def keeps_state(self) -> bool:
+        """Whether there is momentum."""
+        return bool(self.kept)
 
-    def dense_momentum(self, parameter: Tensor) -> Tensor | None:
-        """Returns u if the gradient is a plain average; None if it is an update that has momentum in it already."""
+    def brought(self) -> dict[Tensor, dict[str, Tensor]]:
+        """Returns the momentum of a dense run; see SGD.take_momentum."""
+        return {p: {MOMENTUM: buffer} for p, buffer in self.optimizer.take_momentum().items()}
+
+    def compress(self, work: Work) -> None:
+        """Does it all in one op."""
+        ops.compress_(
+            gradients=work.gradients,
+            momentum=work.kinds.get(MOMENTUM),
+            residual=work.residual,
+            segments=work.receiving,
+            mu=work.factors[0],
+            scale=work.scale,
+            payload=work.selection,
+            workspace=work.workspace,
+            sent_momentum=work.sent.get(MOMENTUM),
+            nesterov=bool(self.optimizer.param_groups[0]["nesterov"]),
+            wire_dtype=work.dtype,
+        )
 
 
-class SGD(Optimizer):
+class SGD(DGCOptimizer):
     """SGD with momentum, Nesterov momentum and weight decay, for gradients that DGC reduces.
 
     Takes torch.optim.SGD's arguments and gives its results: exactly where everything is sent, in expectation of what
@@ -63,10 +99,6 @@ class SGD(Optimizer):
             add_param_group(), from load_state_dict(), which then has changed nothing, and from step(), where a
             parameter group has been changed since.
     """
-
-    # Weak, or a DGCState that is dropped keeps its memory until the garbage collector comes. Of the class too, so that
-    # a copy without a DGCState says what is missing.
-    _attached: tuple[weakref.ref[Reducer], ...] = ()
 
     def __init__(
         self,
@@ -111,24 +143,19 @@ class SGD(Optimizer):
         groups = state["param_groups"]
         check_saved(groups, state["state"])
         for group in groups:
-            _fill(group)
+            fill(group)
         check_groups(groups)
-        super().__setstate__({**state, "state": _take_over(groups, state["state"])})
-        _fill(self.defaults)
+        super().__setstate__({**state, "state": take_over(groups, state["state"])})
+        fill(self.defaults)
 
-    def attach(self, reducer: Reducer) -> None:
-        """Names the DGCState that reduces the gradients, without keeping it alive; DGCState calls this itself."""
-        self._attached = (*(one for one in self._attached if one() is not None), weakref.ref(reducer))
-
-    @property
-    def reducer(self) -> Reducer | None:
-        """The DGCState that reduces the gradients: the last one that was made and is not gone; None without one."""
-        return next((reducer for one in reversed(self._attached) if (reducer := one()) is not None), None)
+    def rule(self) -> Rule:
+        """Returns momentum correction (paper, section 3.1)."""
+        return MomentumCorrection(self)
 
     @property
     def steps(self) -> int:
         """The largest number of steps that a parameter has had; 0 where there is no state."""
-        return int(_most_steps(self.state))
+        return int(most_steps(self.state))
 
     def take_momentum(self) -> dict[Tensor, Tensor]:
         """Returns the momentum that torch.optim.SGD's state brought along, by parameter, and forgets it.
@@ -138,22 +165,6 @@ class SGD(Optimizer):
         so only their sum matters.
         """
         return {p: state.pop("momentum_buffer") for p, state in self.state.items() if "momentum_buffer" in state}
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Answers GradScaler.step(), which alone asks: no, it has to unscale the gradients itself.
-
-        Raises:
-            RuntimeError: the DGCState does not know of the loss scale, and has accumulated scaled gradients.
-        """
-        reducer = self.reducer
-        if reducer is not None and not reducer.unscales:
-            raise RuntimeError(
-                "GradScaler.step: expected a DGCState that knows of the loss scale, got one that has accumulated "
-                "scaled gradients, which a change of scale makes wrong: DGCState(..., grad_scaler=scaler), or "
-                "dgc.horovod.DistributedOptimizer(..., grad_scaler=scaler)"
-            )
-        return False
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -191,7 +202,7 @@ class SGD(Optimizer):
             )
         # A tensor, which each addition would make of a number again.
         if parameters:
-            torch._foreach_add_([self._state(p)["step"] for p in parameters], _count(1), alpha=1)
+            torch._foreach_add_([self._state(p)["step"] for p in parameters], count(1), alpha=1)
         for group in self.param_groups:
             self._step_group(group, reducer)
         return loss
@@ -206,12 +217,13 @@ class SGD(Optimizer):
         updates = []
         for p in parameters:
             update = p.grad
-            u = reducer.dense_momentum(p) if reducer is not None and mu else None
+            kept = reducer.kept_of(p) if reducer is not None and mu else None
+            u = None if kept is None else kept[MOMENTUM]
             if u is not None:
-                _unless(skip, u, partial(_advance, gradient=p.grad, mu=mu))
+                unless(skip, u, partial(advance, gradient=p.grad, mu=mu))
                 update = p.grad.add(u, alpha=mu) if nesterov else u
             updates.append(update)
-        _subtract(parameters, updates, lr, skip)
+        subtract(parameters, updates, lr, skip)
 
     def _decay_weights(
         self, p: Tensor, lr: float, mu: float, decay: float, nesterov: bool, skip: Tensor | None
@@ -219,13 +231,13 @@ class SGD(Optimizer):
         """Takes the weight-decay part of the update off p: lr times the momentum form of decay * p."""
         shrink = partial(torch.Tensor.mul_, other=1 - lr * decay)
         if not mu:
-            _unless(skip, p, shrink)
+            unless(skip, p, shrink)
             return
         u = self._decay_momentum(p)
-        _unless(skip, u, partial(_advance, gradient=p, mu=mu, alpha=decay))
+        unless(skip, u, partial(advance, gradient=p, mu=mu, alpha=decay))
         if nesterov:
-            _unless(skip, p, shrink)
-        _subtract([p], [u], lr * mu if nesterov else lr, skip)
+            unless(skip, p, shrink)
+        subtract([p], [u], lr * mu if nesterov else lr, skip)
 
     def _state(self, p: Tensor) -> dict[str, Any]:
         """Returns what is kept of a parameter.
@@ -235,7 +247,7 @@ class SGD(Optimizer):
         """
         state: dict[str, Any] = self.state[p]
         if "step" not in state:
-            state.update(_fresh(p))
+            state.update(fresh(p))
         return state
 
     def _decay_momentum(self, p: Tensor) -> Tensor:
@@ -253,154 +265,3 @@ class SGD(Optimizer):
                     self._state(p)
                     if group["weight_decay"] and group["momentum"]:
                         self._decay_momentum(p)
-
-
-def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
-    """Refuses parameter groups whose values DGC cannot honour.
-
-    Raises:
-        ValueError: the message names the value.
-    """
-    groups = list(groups)
-    for group in groups:
-        for name in ("lr", "momentum", "weight_decay"):
-            value = group.get(name)
-            if not (isinstance(value, Real) and 0 <= float(value) < math.inf):
-                raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
-        for name, unset in UNSUPPORTED.items():
-            if group.get(name):
-                raise ValueError(
-                    f"{name}: expected it unset, got {group[name]!r}: dgc.SGD does not support it. Leave it out, or "
-                    f"set it to {unset!r} in the parameter group; in a state_dict that is to be loaded, in each of "
-                    'state_dict["param_groups"], if the run may go on without it'
-                )
-    if len({bool(group.get("nesterov")) for group in groups}) > 1:
-        raise ValueError("nesterov: expected the same in all parameter groups, got both True and False")
-
-
-def check_saved(groups: Iterable[Mapping[str, Any]], saved: Mapping[Any, Mapping[str, Any]]) -> None:
-    """Refuses what another optimizer than dgc.SGD or torch.optim.SGD has saved, and what does not fit the parameters.
-
-    Args:
-        groups: the parameter groups.
-        saved: what was saved of each parameter.
-
-    Raises:
-        ValueError: the message says what shows it.
-    """
-    needed = ["lr", "momentum", "weight_decay", "nesterov"]
-    if any("momentum_buffer" in entries for entries in saved.values()):
-        needed.append("dampening")  # Muon has all the others, and buffers of another kind
-    for group in groups:
-        if missing := [name for name in needed if name not in group]:
-            raise _foreign(f"{', '.join(needed)} in each parameter group", f"a group without {', '.join(missing)}")
-    for p, entries in saved.items():
-        if extra := set(entries) - STATE if isinstance(p, Tensor) else {p}:
-            raise _foreign(
-                f"no more than {', '.join(sorted(STATE))} of each parameter", ", ".join(sorted(map(str, extra)))
-            )
-        step = entries.get("step", 0)
-        if not isinstance(step, Real) and not (isinstance(step, Tensor) and step.numel() == 1):
-            raise ValueError(f"state_dict: expected a number as step, got {step!r}. It is damaged: load another one")
-        for name in ("decay_momentum", "momentum_buffer"):
-            u = entries.get(name)
-            if u is not None and not _fits(name, u, p):
-                raise ValueError(
-                    f"state_dict: expected {name} of the parameter's shape, {tuple(p.shape)}, got "
-                    f"{tuple(u.shape) if isinstance(u, Tensor) else repr(u)}. Load it with the model that it was saved "
-                    "with"
-                )
-
-
-def _fits(name: str, u: object, p: Tensor) -> bool:
-    if not isinstance(u, Tensor) or u.layout != p.layout:
-        return False
-    return u.shape == p.shape or (name == "decay_momentum" and not u.numel())
-
-
-def _foreign(expected: str, got: str) -> ValueError:
-    return ValueError(
-        f"state_dict: this is not the state of dgc.SGD or torch.optim.SGD: expected {expected}, got {got}. Load it "
-        "into an optimizer of the kind that saved it; or load the model alone, and begin with a fresh dgc.SGD"
-    )
-
-
-def _take_over(
-    groups: Iterable[Mapping[str, Any]], saved: Mapping[Tensor, Mapping[str, Any]]
-) -> defaultdict[Tensor, dict[str, Any]]:
-    """Returns saved state as step() would have made it, in tensors of its own.
-
-    torch hands over those of the state_dict, which a run that goes on changes. Where step is missing, it is that of the
-    others: it used to be kept of the first parameter only.
-    """
-    state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
-    if not any(saved.values()):
-        return state
-    steps = _most_steps(saved)
-    held = [p for group in groups for p in group["params"] if p.requires_grad]
-    for p in dict.fromkeys([*saved, *held]):
-        state[p] = _fresh(p, steps)
-        for name, value in saved.get(p, {}).items():
-            if name == "step":
-                state[p]["step"].fill_(float(value))
-            elif value is not None:
-                state[p][name] = value.clone()
-    return state
-
-
-def _fresh(p: Tensor, steps: float = 0) -> dict[str, Any]:
-    return {
-        "step": _count(steps),
-        "decay_momentum": torch.empty(0, dtype=p.dtype, device=p.device),
-    }
-
-
-def _count(steps: float) -> Tensor:
-    return torch.tensor(steps, dtype=torch.float32, device="cpu")
-
-
-def _most_steps(state: Mapping[Tensor, Mapping[str, Any]]) -> float:
-    return max((float(entries["step"]) for entries in state.values() if "step" in entries), default=0)
-
-
-def _fill(group: dict[str, Any]) -> None:
-    """Adds torch.optim.SGD's settings that dgc.SGD used to have none of."""
-    for name, value in {**UNSUPPORTED, "foreach": None}.items():
-        group.setdefault(name, value)
-
-
-def all_zero(gradients: Iterable[Tensor]) -> bool:
-    """Returns whether there is nothing to apply, and so nothing that DGC could have missed.
-
-    hvd.broadcast_optimizer_state() steps on such gradients, to have the state made that it broadcasts then.
-    """
-    return not any(bool(gradient.any()) for gradient in gradients)
-
-
-def _advance(u: Tensor, gradient: Tensor, mu: float, alpha: float = 1) -> None:
-    """Advances a momentum, as torch.optim.SGD does: u <- mu*u + alpha*gradient."""
-    u.mul_(mu).add_(gradient, alpha=alpha)
-
-
-def _subtract(parameters: list[Tensor], updates: list[Tensor], lr: float, skip: Tensor | None) -> None:
-    """Takes lr * update off each parameter, together where the op can."""
-    together: list[Tensor] = []
-    their_updates: list[Tensor] = []
-    for p, update in zip(parameters, updates, strict=True):
-        if p.dtype == update.dtype == torch.float32 and p.is_contiguous() and update.is_contiguous():
-            together.append(p)
-            their_updates.append(update)
-        else:
-            _unless(skip, p, partial(torch.Tensor.add_, other=update, alpha=-lr))
-    if together:
-        ops.subtract_(together, their_updates, lr, skip)
-
-
-def _unless(skip: Tensor | None, tensor: Tensor, change: Callable[[Tensor], object]) -> None:
-    """Changes a tensor in place, unless the device says that this step is to be skipped; the host never knows."""
-    if skip is None:
-        change(tensor)
-        return
-    changed = tensor.clone()
-    change(changed)
-    torch.where(skip != 0, tensor, changed, out=tensor)

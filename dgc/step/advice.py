@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 REGISTER = (
     "    state = dgc.DGCState(model.named_parameters(), optimizer, config)\n"
@@ -22,16 +22,73 @@ def names(parameters: Sequence[str]) -> str:
 
 
 def second_pass() -> str:
-    """Says that a backward pass came where step() should have."""
+    """Says that a backward pass came where step() should have, of this module or of another."""
     return (
-        "DGCState: expected optimizer.step() after the last backward pass, got another backward pass. Three ways on:\n"
+        "DGCState: expected optimizer.step() after the last backward pass, got another backward pass. The ways on:\n"
         "To accumulate over several passes, run all but the last without exchange (Horovod: "
         f"backward_passes_per_step):\n{NO_SYNC}\n"
         "Where this model's own gradients are not wanted, as a GAN's discriminator's in the generator's step, run that "
         "pass without its exchange, in the same way, and call zero_grad() as always.\n"
         "To leave an update out on purpose, make the state with DGCConfig(droppable=True) and, in place of step(), "
         "call state.discard(drop_gradient=True) and zero_grad().\n"
-        "If step() was called: it has to find gradients, and be that of the optimizer that DGCState was made with"
+        "If step() was called: it has to find gradients, and be that of the optimizer that DGCState was made with.\n"
+        "One DGCState serves one DDP module with one optimizer. If this pass was another module's, put both networks "
+        "into one nn.Module and wrap that, or give each a DGCState and an optimizer of its own"
+    )
+
+
+def discarded() -> str:
+    """Says that a bucket came for a pass that is over."""
+    return (
+        "DGCState: expected the first bucket of a backward pass, got a later one: this pass has been discarded. Call "
+        "zero_grad() and run another"
+    )
+
+
+def outstanding(method: str) -> str:
+    """Says that a method was called in the middle of a step."""
+    return (
+        f"DGCState.{method}: expected to be called between optimizer.step() and the next backward(), got a call "
+        "between backward() and step(): call step() first, or, to leave this update out, "
+        "state.discard(drop_gradient=False)"
+    )
+
+
+def not_finite(found: Sequence[str], step: int) -> str:
+    """Says which gradients were not finite.
+
+    Args:
+        found: in words.
+        step: that was left out.
+    """
+    return (
+        f"DGCState: expected finite gradients, got Inf or NaN: {'; '.join(found)}, step {step}. Nothing was applied, "
+        "and what was sent is back in the residual. Look at the loss; or leave such steps out: "
+        'DGCConfig(on_nonfinite="skip"), which takes dgc.SGD; with loss scaling DGCState(grad_scaler=scaler)'
+    )
+
+
+def cannot_skip(optimizer: str) -> str:
+    """Says that a step that must be left out cannot be."""
+    return (
+        "DGCState: expected finite gradients, got some whose average or residual overflows, so this step must not be "
+        f"applied, and {optimizer} cannot leave one out: lower the loss scale or the learning rate, clip with "
+        "DGCConfig(clip_norm=...), or use dgc.SGD"
+    )
+
+
+def no_config(got: object) -> str:
+    """Says what to pass as config."""
+    write = "dgc.DGCConfig(**values)" if isinstance(got, Mapping) else "dgc.DGCConfig(density=0.001)"
+    return f"config: expected a DGCConfig or None, got {type(got).__name__}: write {write}"
+
+
+def read_only() -> str:
+    """Says how to change what was assigned."""
+    return (
+        "DGCState.config: expected to be read, got an assignment. It is read-only, since all ranks have to agree on "
+        "it. Call state.set_density(density) on all ranks; for another field, make a new DGCState, between "
+        "state.state_dict() and load_state_dict()"
     )
 
 
@@ -41,15 +98,6 @@ def loaded_too_early() -> str:
         "DGCState: expected load_state_dict() after register(), got it before, and DDP has another process group than "
         "the default one among whose ranks the residual was divided. Make the state again, call state.register(model), "
         "then load; or make it with process_group="
-    )
-
-
-def second_module() -> str:
-    """Says that a backward pass of another DDP module came."""
-    return (
-        "DGCState: expected one DDP module, got a backward pass of another one before optimizer.step(). One state "
-        "serves one DDP module with one optimizer: put both networks into one nn.Module and wrap that, or give each a "
-        "DGCState and an optimizer of its own"
     )
 
 

@@ -1,4 +1,4 @@
-"""Buckets: those of the present phase, made when their gradients come for the first time."""
+"""Layouts: the buckets of the present phase, laid out when their gradients come for the first time."""
 
 from __future__ import annotations
 
@@ -8,25 +8,30 @@ from dgc.config import DGCConfig
 from dgc.exchange.base import Exchange
 from dgc.memory.memory import Memory, return_free_memory
 from dgc.memory.parameters import Parameters
+from dgc.memory.slots import Gradients
+from dgc.ops.codec import Codec
 
-from .bucket import Bucket, Gradients, Member
+from .bucket import Bucket
 from .phase import Phase, phase_at
 from .schedule import DensitySchedule, entries
 
 
-class Buckets:
+class Layouts:
     """Which phase the run is in, and the buckets as they are laid out for it."""
 
     phase: Phase
 
-    def __init__(self, config: DGCConfig, parameters: Parameters, memory: Memory, exchange: Exchange) -> None:
+    def __init__(
+        self, config: DGCConfig, parameters: Parameters, memory: Memory, exchange: Exchange, codec: Codec
+    ) -> None:
         """Starts in no phase, without buckets."""
         self.use(config)
         self._parameters = parameters
         self._memory = memory
         self._exchange = exchange
+        self._codec = codec
         self._key: tuple[object, ...] = ()
-        self._buckets: dict[tuple[int, ...], Bucket] = {}
+        self._buckets: dict[tuple[str, ...], Bucket] = {}
 
     def use(self, config: DGCConfig) -> None:
         """Goes by a configuration from the next pass on."""
@@ -40,47 +45,54 @@ class Buckets:
             step: from 0.
             dense: whether DGC is switched off.
         """
-        momentum = self._memory.momentum is not None  # without it buckets keep no room for what is masked
-        density = self.schedule.density(step)
-        key = (density, dense, self._exchange.world_size)
+        kinds = tuple(self._memory.kinds)  # buckets keep room for what is masked of them
+        density, rows = self.schedule.density(step), self._exchange.topology.rows
+        key = (density, dense, rows)
         changed = key != self._key[:-1]
-        if (*key, momentum) != self._key:
+        if (*key, kinds) != self._key:
             self._buckets.clear()
-        self._key = (*key, momentum)
+        self._key = (*key, kinds)
         if changed:
             parameters = self._parameters
             self.phase = phase_at(
-                *(density, self._config, parameters.by_name, parameters.never_compressed),
-                *(self._exchange.world_size, dense),
+                density,
+                self._config,
+                parameters.slots,
+                parameters.never_compressed,
+                rows=rows,
+                entry_bytes=self._codec.entry_bytes,
+                switched_off=dense,
             )
             return_free_memory()
         return changed
 
     def leave(self) -> None:
-        """Forgets phase and buckets: ranks have come or gone, or u and v are others."""
+        """Forgets phase and buckets: ranks have come or gone, or memory is another."""
         self._key = ()
         self._buckets.clear()
 
     def of(self, gradients: Gradients) -> Bucket:
-        """Returns the bucket of these gradients.
-
-        Raises:
-            ValueError: named_parameters did not have one of their parameters.
-        """
-        key = tuple(map(id, gradients.parameters))
+        """Returns the bucket of these gradients."""
+        key = tuple(slot.name for slot in gradients.slots)
         if key not in self._buckets:
-            members = []
-            for index, parameter in enumerate(gradients.parameters):
-                name = self._parameters.name(parameter)
-                k = None if name in self.phase.dense else entries(self.phase.density, parameter.numel())
-                members.append(Member(name, index, k))
+            phase = self.phase
+            ks = [None if slot.name in phase.dense else entries(phase.density, slot.numel) for slot in gradients.slots]
             self._buckets[key] = Bucket(
-                *(gradients, members, self._memory, self._exchange.world_size, self._exchange.reducible),
-                *(self._config, self.phase.masking),
+                gradients,
+                ks,
+                self._parameters,
+                self._memory,
+                self._exchange,
+                self._codec,
+                self._config,
+                masking=phase.masking,
             )
         return self._buckets[key]
 
     def keep(self, used: Iterable[Bucket]) -> None:
-        """Lets go of all buckets but those used that can be used again: momentum is averaged only once."""
-        kept = {id(bucket) for bucket in used if not bucket.averaged}
+        """Forgets all buckets but those of the last pass, since DDP changes its buckets after the first one.
+
+        Of those, it forgets the ones that serve one pass only.
+        """
+        kept = {id(bucket) for bucket in used if not bucket.averages_once}
         self._buckets = {key: bucket for key, bucket in self._buckets.items() if id(bucket) in kept}

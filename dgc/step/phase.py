@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from dgc.config import DGCConfig
+from dgc.memory.slots import Slot
 
 from .schedule import dense_is_cheaper
 
@@ -26,9 +25,9 @@ class Phase:
     dense: Mapping[str, str]
     """Parameters that are sent dense, with the reason; all others are compressed."""
 
-    def describe(self, parameters: Mapping[str, Tensor]) -> str:
+    def describe(self, slots: Mapping[str, Slot]) -> str:
         """Returns one line for the log: what is compressed, what is dense and why."""
-        numel = {name: p.numel() for name, p in parameters.items()}
+        numel = {name: slot.numel for name, slot in slots.items()}
         total = sum(numel.values())
         share = sum(n for name, n in numel.items() if name not in self.dense) / total
         reasons = ", ".join(f"{count} ({reason})" for reason, count in Counter(self.dense.values()).items())
@@ -48,9 +47,11 @@ def masks(config: DGCConfig, density: float) -> bool:
 def phase_at(
     density: float,
     config: DGCConfig,
-    parameters: Mapping[str, Tensor],
+    slots: Mapping[str, Slot],
     never_compressed: Mapping[str, str],
-    world_size: int,
+    *,
+    rows: int,
+    entry_bytes: float,
     switched_off: bool,
 ) -> Phase:
     """Returns the phase of steps of a density.
@@ -58,19 +59,20 @@ def phase_at(
     Args:
         density: from the schedule.
         config: the user's.
-        parameters: all trainable ones, by name.
+        slots: of all trainable parameters, by name.
         never_compressed: those dense in every phase, with the reason.
-        world_size: number of ranks.
+        rows: payloads that are gathered.
+        entry_bytes: bytes of an entry on the wire.
         switched_off: whether the user has asked for dense steps.
     """
     dense = {}
-    for name, parameter in parameters.items():
+    for name, slot in slots.items():
         if name in never_compressed:
             dense[name] = never_compressed[name]
         elif switched_off:
             dense[name] = "state.dense is set"
         elif density >= 1:
             dense[name] = "density 1"
-        elif dense_is_cheaper(density, world_size, parameter.dtype.itemsize, config.wire_dtype.itemsize):
-            dense[name] = f"all-reduce is cheaper at this density with {world_size} ranks"
+        elif dense_is_cheaper(density, rows, slot.dtype.itemsize, entry_bytes):
+            dense[name] = f"all-reduce is cheaper at this density with {rows} ranks"
     return Phase(density, masks(config, density), dense)

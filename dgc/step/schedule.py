@@ -54,12 +54,18 @@ def entries(density: float, numel: int) -> int:
     return min(numel, max(1, math.ceil(density * numel)))
 
 
-def dense_is_cheaper(density: float, world_size: int, gradient_bytes: int, value_bytes: int) -> bool:
+def dense_is_cheaper(density: float, ranks: int, gradient_bytes: int, entry_bytes: float) -> bool:
     """Returns whether a ring all-reduce would carry no more bytes than the all-gather of the sent entries.
 
-    A rank receives (N-1) * density * (value_bytes + 2) bytes an element in the one, 2 (N-1)/N * gradient_bytes in the
-    other. With one rank there is nothing to carry, and density decides alone.
+    Of N ranks each receives (N-1) * density * entry_bytes bytes an element in the one, 2 (N-1)/N * gradient_bytes in
+    the other. With one rank there is nothing to carry, and density decides alone.
+
+    Args:
+        density: share of the entries that is sent.
+        ranks: N, those that send a payload each.
+        gradient_bytes: of one element.
+        entry_bytes: of an entry on the wire, index and value.
     """
     if density >= 1:
         return True
-    return world_size > 1 and density * (value_bytes + 2) * world_size >= 2 * gradient_bytes
+    return ranks > 1 and density * entry_bytes * ranks >= 2 * gradient_bytes

@@ -67,7 +67,8 @@ class Verdict:
 
     def thrown_away(self, bucket: Bucket) -> Tensor | None:
         """Returns which gradients of a bucket were set to zero, uint8 [compressed] on the device; None for none."""
-        marks = [self._zeroed.get(m.name) for m in bucket.compressed]
+        members = () if bucket.sparse is None else bucket.sparse.members
+        marks = [self._zeroed.get(m.slot.name) for m in members]
         if not any(mark is not None for mark in marks):
             return None
         never = torch.zeros((), dtype=torch.bool, device=self.bad.device)

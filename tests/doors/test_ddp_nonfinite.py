@@ -16,8 +16,7 @@ from support.training import (
 
 
 def poison(rank, world_size, bucket_name, on_nonfinite, late=False):
-    run = Run(dgc.DGCConfig(density=0.008, on_nonfinite=on_nonfinite), momentum=0.0, lr=0.25)
-    run.state._late = late  # as on a GPU
+    run = Run(dgc.DGCConfig(density=0.008, on_nonfinite=on_nonfinite), momentum=0.0, lr=0.25, state={"late": late})
     total = {n: torch.zeros(s) for n, s in SHAPES.items()}
     raised = 0
     for step in range(12):

@@ -99,7 +99,7 @@ def disagree(rank, world_size, how):
         optimizer.zero_grad()
         net(integers(SHAPES, 0)).backward()
         reduce(state, net)
-    state.step += rank
+    state._standing.step += rank
     state.exchange.group = group
     with pytest.raises(RuntimeError) as caught:
         state.regroup()
@@ -120,10 +120,10 @@ def fail_then_regroup(rank, world_size):
     if rank == 2:
         return None
     state.exchange.group = new
-    state.step += rank
+    state._standing.step += rank
     with pytest.raises(RuntimeError):
         state.regroup()
-    state.step -= rank
+    state._standing.step -= rank
     kept = state.exchange.rank, state.exchange.world_size
     state.regroup()
     return kept, before, outcome(net, state)
@@ -136,8 +136,7 @@ def test_a_regroup_that_fails_can_be_tried_again():
 
 
 def test_regroup_counts_a_step_that_the_device_has_left_out():
-    one = Alone(SHAPES, dgc.DGCConfig(0.008, on_nonfinite="skip"), lr=0.5)
-    one.state._late = True  # as on a GPU
+    one = Alone(SHAPES, dgc.DGCConfig(0.008, on_nonfinite="skip"), lr=0.5, late=True)
     one.train(normals(SHAPES, 0))
     one.train({**normals(SHAPES, 1), "a": torch.full(SHAPES["a"], torch.nan)})
     shares = []
@@ -178,7 +177,7 @@ def commit_and_restore():
     for step in range(4, 8):
         run.train(normals(SHAPES, seed_of(step, hvd.rank())))
     results.append(outcome(run.net, run.state))
-    run.state.joined = False  # as before the first sync of an elastic run
+    run.state.restore(run.state.state_dict(), joined=False)  # as before the first sync of an elastic run
     other = hvd.elastic.TorchState(model=run.net, dgc=run.state)
     other.sync()
     assert run.state.joined

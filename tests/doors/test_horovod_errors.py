@@ -131,7 +131,7 @@ def another_step():
     for step in range(3):
         run.train(normals({"a": (200, 100)}, step))
     before = run.net.a.detach().clone()
-    run.state.step += hvd.rank()  # as if it had run one more backward pass
+    run.state._standing.step += hvd.rank()  # as if it had run one more backward pass
     try:
         run.optimizer.zero_grad()
         run.net(normals({"a": (200, 100)}, 9)).backward()
@@ -141,7 +141,7 @@ def another_step():
         run.state.discard(drop_gradient=False)
         waiting = run.state.memory.residual_of("a").count_nonzero()
         unchanged = torch.equal(before, run.net.a.detach())
-        run.state.step -= hvd.rank()
+        run.state._standing.step -= hvd.rank()
         run.train(normals({"a": (200, 100)}, 10))  # and it goes on
         return str(error), unchanged, int(waiting), torch.equal(before, run.net.a.detach())
 
@@ -159,13 +159,13 @@ def another_phase():
     shapes = {"a": (200, 100)}
     run = Run(config, shapes=shapes, momentum=0.0, lr=0.25)
     run.train(integers(shapes, hvd.rank()))
-    run.state.step += hvd.rank()  # the next one is after the warm-up there, and not yet here
+    run.state._standing.step += hvd.rank()  # the next one is after the warm-up there, and not yet here
     run.optimizer.zero_grad()
     run.net(integers(shapes, 2 + hvd.rank())).backward()
     with pytest.raises(RuntimeError) as caught:
         run.optimizer.step()
     run.state.discard(drop_gradient=False)
-    run.state.step -= hvd.rank()
+    run.state._standing.step -= hvd.rank()
     run.train(integers(shapes, 4 + hvd.rank()))
     total = sum(integers(shapes, 2 * step + hvd.rank())["a"] for step in range(3))
     return str(caught.value), {**run.result(), "total": total}

@@ -205,7 +205,7 @@ def breaks_off(way_out):
                 run.net(integers(SHAPES, 0)).backward()
             run.state.discard(drop_gradient=False)
             # What has been sent by now is in the residual; the rest never got there.
-            there = {m.name for b in run.state._pass.buckets for m in (*b.compressed, *b.dense)}
+            there = run.state._pass.reduced
             for name in SHAPES.keys() - there:
                 total[name] -= g[name]
         run.optimizer.zero_grad()

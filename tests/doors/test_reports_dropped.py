@@ -12,8 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dgc
-from dgc.step.bucket import Gradients
-from support.alone import Alone
+from support.alone import Alone, gradients_of
 from support.ddp_run import Run
 from support.models import integers, normals
 from support.one_rank import CONFIG, DROPPABLE, WIDE, assert_same, memory_of, one, step
@@ -68,8 +67,8 @@ def test_a_broken_off_pass_can_be_dropped_too():
     alone.train(normals(WIDE, 0))
     before = memory_of(alone.state)
     alone.model(normals(WIDE, 1)).backward()
-    half = Gradients([alone.model.a], [alone.model.a.grad.view(-1)], [(0, 0)])
-    alone.state.reduce(half, first=True, last=False)
+    alone.state.begin()
+    alone.state.reduce(gradients_of(alone.state, [alone.model.a]))
     assert not torch.equal(alone.state.memory.residual, before[0])
     alone.state.discard(drop_gradient=True)
     assert_same(memory_of(alone.state), before)
@@ -192,8 +191,7 @@ def zero_all(model, optimizer):
 @pytest.mark.parametrize("droppable", [False, True])
 def test_a_gradient_that_is_zeroed_is_thrown_away(gloo, zero, late, droppable):
     config = dataclasses.replace(CONFIG, droppable=droppable, on_changed_gradient="ignore")
-    model, optimizer, state = one(config)
-    state._late = late  # as on a GPU
+    model, optimizer, state = one(config, late=late)
     step(model, optimizer, normals(WIDE, 0))
     before = memory_of(state)
     kept = state.memory.residual_of("a") + 0.5 * state.memory.momentum_of("a") + normals(WIDE, 1)["a"]
@@ -203,10 +201,10 @@ def test_a_gradient_that_is_zeroed_is_thrown_away(gloo, zero, late, droppable):
 
     if droppable:
         step(model, optimizer, normals(WIDE, 1), between)
-        start, end = state.memory.span("a")
+        start, end = state.memory.slots["a"].span
         assert torch.equal(state.memory.residual[start:end], before[0][start:end])
         assert torch.equal(state.memory.momentum[start:end], before[1][start:end])
-        start, end = state.memory.span("b")
+        start, end = state.memory.slots["b"].span
         assert torch.equal(state.memory.residual[start:end], before[0][start:end]) == (zero is zero_all)
         step(model, optimizer, normals(WIDE, 2))
         return
@@ -228,8 +226,7 @@ def test_a_gradient_that_is_zeroed_is_thrown_away(gloo, zero, late, droppable):
 def test_zeros_that_were_reduced_are_not_thrown_away(gloo, late):
     """An average of zero, and a mask that leaves something."""
     config = dataclasses.replace(CONFIG, on_changed_gradient="ignore")
-    model, optimizer, state = one(config)
-    state._late = late
+    model, optimizer, state = one(config, late=late)
     gradients = {**normals(WIDE, 0), "a": torch.zeros(WIDE["a"])}
     gradients["a"][0, 0] = 1
     step(model, optimizer, gradients)

@@ -93,9 +93,8 @@ def test_a_changed_gradient_is_noticed_once_and_the_line_named(gloo, change, buc
 
 @pytest.mark.parametrize("late", [False, True])
 def test_a_changed_gradient_is_an_error_on_request(gloo, late):
-    model, optimizer, state = one(dataclasses.replace(CONFIG, on_changed_gradient="raise"))
+    model, optimizer, state = one(dataclasses.replace(CONFIG, on_changed_gradient="raise"), late=late)
     step(model, optimizer, normals(WIDE, 0))
-    state._late = late  # as on a GPU
     before = [p.detach().clone() for p in model.parameters()]
     if late:
         step(model, optimizer, normals(WIDE, 1), lambda: clip(model))

@@ -5,20 +5,22 @@ import math
 import pytest
 import torch
 
-from dgc.memory.memory import Memory, dense_strides
+from dgc.memory.memory import Memory
+from dgc.memory.slots import dense_strides, lay_out
 from support.models import Given
 
 SHAPES = {"a": (30, 3), "bias": (7,), "c": (5, 5, 2)}
 
 
-def memory(shapes=SHAPES, compressed=("a", "c")) -> Memory:
-    parameters = {name: p.detach() for name, p in Given(shapes).named_parameters()}
-    return Memory(parameters, list(compressed), torch.device("cpu"))
+def memory(shapes=SHAPES, compressed=("a", "c"), memory_format=torch.preserve_format) -> Memory:
+    parameters = {n: p.detach().to(memory_format=memory_format) for n, p in Given(shapes).named_parameters()}
+    return Memory(lay_out(parameters, compressed), compressed, torch.device("cpu"))
 
 
 def filled() -> Memory:
     m = memory()
-    m.allocate_momentum().normal_()
+    m.allocate(["momentum"])
+    m.momentum.normal_()
     m.residual.normal_()
     m.diverged = {"a"}
     return m
@@ -26,7 +28,7 @@ def filled() -> Memory:
 
 def test_every_parameter_has_a_place_of_its_own():
     m = memory()
-    m.allocate_momentum()
+    m.allocate(["momentum"])
     for i, name in enumerate(SHAPES):
         m.momentum_of(name).fill_(i + 1)
     assert [float(m.momentum_of(name).mean()) for name in SHAPES] == [1, 2, 3]
@@ -49,7 +51,7 @@ def test_without_momentum_none_is_allocated():
 
 def test_a_state_dict_returns_every_bit():
     before, after = filled(), memory()
-    after.load([(1.0, before.state_dict())], ["a"])
+    after.load([(1.0, before.state_dict())], ["momentum"], ["a"])
     for name in SHAPES:
         assert torch.equal(after.momentum_of(name), before.momentum_of(name))
     assert torch.equal(after.residual_of("c"), before.residual_of("c"))
@@ -59,11 +61,10 @@ def test_a_state_dict_returns_every_bit():
 def test_a_state_dict_means_values_by_index_whatever_the_memory_format():
     shape = {"conv": (4, 3, 2, 2)}
     plain = memory(shape, ["conv"])
-    last = memory(shape, ["conv"])
-    last.parameters = {"conv": last.parameters["conv"].to(memory_format=torch.channels_last)}
+    last = memory(shape, ["conv"], torch.channels_last)
     plain.residual.normal_()
-    last.load([(1.0, plain.state_dict())], [])
-    assert last.residual_of("conv").stride() == last.parameters["conv"].stride()
+    last.load([(1.0, plain.state_dict())], [], [])
+    assert last.residual_of("conv").stride() == last.slots["conv"].strides
     assert torch.equal(last.residual_of("conv"), plain.residual_of("conv"))
     assert not torch.equal(last.residual, plain.residual)
 
@@ -91,15 +92,15 @@ def test_what_does_not_fit_is_listed(change, message):
     state = filled().state_dict()
     change(state)
     with pytest.raises(ValueError, match=message):
-        memory().check([filled().state_dict(), state], ["a"])
-    memory().check([filled().state_dict()] * 2, ["a"])
+        memory().check([filled().state_dict(), state], ["momentum"], ["a"])
+    memory().check([filled().state_dict()] * 2, ["momentum"], ["a"])
     with pytest.raises(ValueError, match=r"'diverged'\]: expected parameters of this model, got z"):
-        memory().check([filled().state_dict()], ["a", "z"])
+        memory().check([filled().state_dict()], ["momentum"], ["a", "z"])
 
 
 def test_parts_are_weighted_but_for_momentum_that_is_the_same_on_all_ranks():
     one, two, m = filled(), filled(), memory()
-    m.load([(0.75, one.state_dict()), (0.25, two.state_dict())], ["a"])
+    m.load([(0.75, one.state_dict()), (0.25, two.state_dict())], ["momentum"], ["a"])
     assert torch.equal(m.residual_of("c"), 0.75 * one.residual_of("c") + 0.25 * two.residual_of("c"))
     assert torch.equal(m.momentum_of("a"), 0.75 * one.momentum_of("a") + 0.25 * two.momentum_of("a"))
     assert torch.equal(m.momentum_of("c"), one.momentum_of("c"))

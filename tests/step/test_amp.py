@@ -27,8 +27,9 @@ class Scaled:
         self.optimizer = make(self.model.parameters(), **{"lr": 0.5, "momentum": 0.5, **sgd})
         self.scaler = GradScaler("cpu", init_scale=2.0**16, growth_interval=2, enabled=scaler)
         config = config or dgc.DGCConfig(density=0.008)
-        self.state = dgc.DGCState(self.model.named_parameters(), self.optimizer, config, grad_scaler=self.scaler)
-        self.state._late = late
+        self.state = dgc.DGCState(
+            self.model.named_parameters(), self.optimizer, config, grad_scaler=self.scaler, late=late
+        )
 
     def train(self, gradients):
         self.optimizer.zero_grad()
@@ -131,6 +132,7 @@ def test_a_residual_that_overflows_skips_too():
     one.state.memory.residual_of("e").view(-1)[9] = 3.4e38
     one.state.memory.momentum_of("e").view(-1)[9] = 3.4e38
     one.train({**normals(SHAPES, 1), "e": torch.zeros(SHAPES["e"])})
+    one.state.state_dict()  # reads what the scaler has left out
     assert one.state.stats.skipped == 1
     assert one.state.memory.residual_of("e").view(-1)[9] == 3.4e38
 
@@ -142,6 +144,8 @@ def test_an_average_that_overflows_at_the_scale_skips_everywhere():
     one.state.memory.residual_of("a").view(-1)[7] = 3e36  # times 2**16 is more than a float32 holds
     one.train(integers(SHAPES, 1))
     assert all(torch.equal(p, q) for p, q in zip(one.model.parameters(), start, strict=True))
+    assert (one.state.stats.skipped, one.state.pending) == (0, True)  # reading changes nothing
+    one.state.state_dict()  # reads what the scaler has left out
     assert one.state.stats.skipped == 1
     assert one.state.memory.residual_of("a").view(-1)[7] == 3e36
 
@@ -217,9 +221,8 @@ def test_a_forgotten_step_is_still_an_error():
 
 
 def overflow(rank, world_size, where, late):
-    run = Run(momentum=0.0, lr=0.25)
     scaler = GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
-    run.state.grad_scaler, run.state._late = scaler, late
+    run = Run(momentum=0.0, lr=0.25, state={"grad_scaler": scaler, "late": late})
     total = {n: torch.zeros(s) for n, s in SHAPES.items()}
     scales = []
     for step in range(14):

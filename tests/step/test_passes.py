@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import dgc
-from dgc.step.bucket import Gradients
-from support.alone import SHAPES, Alone, alone, own, reduce
+from support.alone import SHAPES, Alone, alone, gradients_of, own, reduce
 from support.models import Given, integers, normals
 
 
@@ -195,6 +194,13 @@ def test_the_steps_are_labelled_for_the_profiler():
     assert labels == {"dgc.clip", "dgc.accumulate_select_pack", "dgc.exchange", "dgc.unpack"}
 
 
+def tensors_of(part):
+    """Returns the tensors that an object holds, each memory once."""
+    values = [v for value in vars(part).values() for v in (value.values() if isinstance(value, dict) else [value])]
+    held = {t.data_ptr(): t for t in values if isinstance(t, torch.Tensor) and t.data_ptr()}
+    return list(held.values())
+
+
 @pytest.mark.parametrize("density", [0.001, 0.01])
 def test_what_is_allocated_is_little_more_than_u_and_v(density):
     shapes = {f"w{i}": (500, 400) for i in range(20)}
@@ -204,7 +210,7 @@ def test_what_is_allocated_is_little_more_than_u_and_v(density):
         one.train(normals(shapes, step))
         buckets = one.state._pass.buckets
         tensors = [one.state.memory.momentum, one.state.memory.residual]
-        tensors += [t for b in buckets for t in vars(b).values() if isinstance(t, torch.Tensor)]
+        tensors += [t for b in buckets for part in (b, b.sparse, b.sparse.undo) for t in tensors_of(part)]
         held.append(sum(t.nbytes for t in tensors) / (20 * 200_000))
     assert 8 <= held[-1] <= 8.8
     assert held[0] > held[-1]  # warm-up needs more, and gives it back
@@ -288,13 +294,16 @@ def test_after_a_backward_pass_that_broke_off_only_discard_goes_on():
     one = Alone({"w": (200, 100), "x": (200, 100)}, dgc.DGCConfig(density=0.01), lr=0.5)
     g = normals({"w": (200, 100), "x": (200, 100)}, 0)
     one.model(g).backward()
-    half = Gradients([one.model.w], [one.model.w.grad.view(-1)], [(0, 0)])
-    one.state.reduce(half, first=True, last=False)  # x never comes
+    half = gradients_of(one.state, [one.model.w])
+    one.state.begin()
+    one.state.reduce(half)  # x never comes
     with pytest.raises(RuntimeError, match="it broke off"):
-        one.state.reduce(half, first=True, last=False)
+        one.state.begin()
     one.state.discard(drop_gradient=False)
     assert torch.equal(one.state.memory.residual_of("w"), g["w"])
     with pytest.raises(RuntimeError, match="this pass has been discarded"):
-        one.state.reduce(half, first=False, last=True)
+        one.state.reduce(half)
+    with pytest.raises(RuntimeError, match="this pass has been discarded"):
+        one.state.end()
     one.train(g)
     assert one.state.step == 1

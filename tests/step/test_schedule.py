@@ -52,9 +52,9 @@ def test_at_least_one_entry_and_at_most_all():
 
 def test_all_gather_is_weighed_against_all_reduce():
     # N * d * (4 + 2) >= 2 * 4: break-even at N * d = 4/3.
-    assert dense_is_cheaper(0.25, world_size=6, gradient_bytes=4, value_bytes=4)
-    assert not dense_is_cheaper(0.25, world_size=5, gradient_bytes=4, value_bytes=4)
-    assert dense_is_cheaper(0.25, world_size=3, gradient_bytes=2, value_bytes=4)
-    assert not dense_is_cheaper(0.25, world_size=2, gradient_bytes=2, value_bytes=2)
-    assert not dense_is_cheaper(0.999, world_size=1, gradient_bytes=4, value_bytes=4)
-    assert dense_is_cheaper(1.0, world_size=1, gradient_bytes=4, value_bytes=4)
+    assert dense_is_cheaper(0.25, ranks=6, gradient_bytes=4, entry_bytes=6)
+    assert not dense_is_cheaper(0.25, ranks=5, gradient_bytes=4, entry_bytes=6)
+    assert dense_is_cheaper(0.25, ranks=3, gradient_bytes=2, entry_bytes=6)
+    assert not dense_is_cheaper(0.25, ranks=2, gradient_bytes=2, entry_bytes=4)
+    assert not dense_is_cheaper(0.999, ranks=1, gradient_bytes=4, entry_bytes=6)
+    assert dense_is_cheaper(1.0, ranks=1, gradient_bytes=4, entry_bytes=6)

@@ -10,8 +10,7 @@ import torch
 
 import dgc
 from dgc.ops import wire
-from dgc.step.bucket import Gradients
-from support.alone import Alone
+from support.alone import Alone, gradients_of
 from support.models import normals
 
 SHAPES = {"big": (300, 300), "other": (200, 200), "small": (20, 20), "bias": (300,), "scalar": ()}
@@ -25,8 +24,7 @@ SGD = [
 
 def run(late: bool, sgd: dict, dtype: torch.dtype = torch.float32, steps: int = 12) -> Alone:
     """Trains with a NaN in the compressed, then in a dense parameter, now and then."""
-    one = Alone(SHAPES, dgc.DGCConfig(density=0.01, on_nonfinite="skip"), dtype=dtype, **sgd)
-    one.state._late = late
+    one = Alone(SHAPES, dgc.DGCConfig(density=0.01, on_nonfinite="skip"), dtype=dtype, late=late, **sgd)
     for step in range(steps):
         gradients = {name: g.to(dtype) for name, g in normals(SHAPES, step).items()}
         if step in (0, 4, 5):
@@ -34,7 +32,7 @@ def run(late: bool, sgd: dict, dtype: torch.dtype = torch.float32, steps: int = 
         if step == 8:
             gradients["bias"][3] = math.inf
         one.train(gradients)
-    one.state._settle()
+    one.state.state_dict()  # reads the last verdict
     return one
 
 
@@ -51,8 +49,7 @@ def test_late_or_at_once_gives_the_same_bits(sgd, dtype):
 
 
 def test_the_next_step_raises_and_nothing_was_applied():
-    one = Alone(SHAPES, dgc.DGCConfig(density=0.01), lr=0.5, momentum=0.5, weight_decay=0.1)
-    one.state._late = True
+    one = Alone(SHAPES, dgc.DGCConfig(density=0.01), lr=0.5, momentum=0.5, weight_decay=0.1, late=True)
     one.train(normals(SHAPES, 0))
     before = {name: one.parameter(name).clone() for name in SHAPES}
     v = one.state.memory.residual_of("other") + 0
@@ -72,8 +69,7 @@ def test_the_next_step_raises_and_nothing_was_applied():
 
 
 def test_a_corrupt_payload_changes_nothing_and_surfaces_at_the_next_step_with_the_rank(monkeypatch):
-    one = Alone(SHAPES, dgc.DGCConfig(density=0.01), lr=0.5, momentum=0.5, weight_decay=0.1)
-    one.state._late = True
+    one = Alone(SHAPES, dgc.DGCConfig(density=0.01), lr=0.5, momentum=0.5, weight_decay=0.1, late=True)
     one.train(normals(SHAPES, 0))
     start = one.state.exchange.start
 
@@ -92,8 +88,7 @@ def test_a_corrupt_payload_changes_nothing_and_surfaces_at_the_next_step_with_th
 
 
 def test_a_skipped_step_is_logged_one_step_late(caplog):
-    one = Alone(SHAPES, dgc.DGCConfig(density=0.01, on_nonfinite="skip"), lr=0.5)
-    one.state._late = True
+    one = Alone(SHAPES, dgc.DGCConfig(density=0.01, on_nonfinite="skip"), lr=0.5, late=True)
     gradients = normals(SHAPES, 1)
     gradients["big"][0, 0] = math.nan
     with caplog.at_level(logging.WARNING, "dgc"):
@@ -104,8 +99,7 @@ def test_a_skipped_step_is_logged_one_step_late(caplog):
 
 
 def test_state_dict_waits_for_the_verdict():
-    one = Alone(SHAPES, dgc.DGCConfig(density=0.01, on_nonfinite="skip"), lr=0.5)
-    one.state._late = True
+    one = Alone(SHAPES, dgc.DGCConfig(density=0.01, on_nonfinite="skip"), lr=0.5, late=True)
     gradients = normals(SHAPES, 1)
     gradients["big"][0, 0] = math.nan
     one.train(gradients)
@@ -115,8 +109,7 @@ def test_state_dict_waits_for_the_verdict():
 def test_other_optimizers_cannot_skip_so_the_host_waits():
     one = Alone(SHAPES, dgc.DGCConfig(density=0.01), lr=0.5)
     plain = torch.optim.SGD(one.model.parameters(), lr=0.5)
-    state = dgc.DGCState(one.model.named_parameters(), plain, dgc.DGCConfig(density=0.01))
-    state._late = True
+    state = dgc.DGCState(one.model.named_parameters(), plain, dgc.DGCConfig(density=0.01), late=True)
     one.state, one.optimizer = state, plain
     before = one.parameter("big").clone()
     gradients = normals(SHAPES, 1)
@@ -128,8 +121,7 @@ def test_other_optimizers_cannot_skip_so_the_host_waits():
 
 
 def test_loading_a_state_forgets_the_verdict_on_the_step_before():
-    one = Alone(SHAPES, dgc.DGCConfig(density=0.01), lr=0.5)
-    one.state._late = True
+    one = Alone(SHAPES, dgc.DGCConfig(density=0.01), lr=0.5, late=True)
     one.train(normals(SHAPES, 0))
     saved = {"version": 1, **one.state.state_dict()["ranks"]["0"], "step": 7}
     gradients = normals(SHAPES, 1)
@@ -159,9 +151,8 @@ def test_discard_waits_for_what_is_still_under_way():
 
     one.state.exchange.start = slow
     one.model(normals(SHAPES, 0)).backward()
-    parameters = list(one.model.parameters())
-    gradients = Gradients(parameters, [p.grad.view(-1) for p in parameters], [(i, 0) for i in range(len(parameters))])
-    one.state.reduce(gradients, first=True, last=False)  # a backward pass that breaks off
+    one.state.begin()
+    one.state.reduce(gradients_of(one.state, list(one.model.parameters())))  # a backward pass that breaks off
     assert not arrived
     one.state.discard(drop_gradient=False)
     assert arrived
@@ -170,15 +161,15 @@ def test_discard_waits_for_what_is_still_under_way():
 
 @pytest.mark.parametrize("bad", ["big", "other", "bias"])
 def test_one_bad_bucket_of_several_is_enough(bad):
-    one = Alone(SHAPES, dgc.DGCConfig(density=0.01, on_nonfinite="skip"), lr=0.5)
-    one.state._late = True
+    one = Alone(SHAPES, dgc.DGCConfig(density=0.01, on_nonfinite="skip"), lr=0.5, late=True)
     before = {name: one.parameter(name).clone() for name in SHAPES}
     given = normals(SHAPES, 0)
     given[bad].view(-1)[0] = math.nan
     one.model(given).backward()
-    parameters = list(one.model.parameters())
-    for i, p in enumerate(parameters):  # a bucket each
-        one.state.reduce(Gradients([p], [p.grad.view(-1)], [(0, 0)]), first=i == 0, last=i == len(parameters) - 1)
+    one.state.begin()
+    for p in one.model.parameters():  # a bucket each
+        one.state.reduce(gradients_of(one.state, [p]))
+    one.state.end()
     one.optimizer.step()
     assert all(torch.equal(one.parameter(name), before[name]) for name in SHAPES)
     one.train(normals(SHAPES, 1))

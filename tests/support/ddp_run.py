@@ -11,12 +11,12 @@ from support.training import SHAPES, outcome, seed_of
 class Run:
     """One rank's model, optimizer and state behind DDP."""
 
-    def __init__(self, config=None, shapes=SHAPES, module=None, dtype=torch.float32, ddp=None, **sgd):
+    def __init__(self, config=None, shapes=SHAPES, module=None, dtype=torch.float32, ddp=None, state=None, **sgd):
         self.config = config or dgc.DGCConfig(density=0.008)
         self.net = Given(shapes, dtype=dtype) if module is None else module
         self.ddp = DistributedDataParallel(self.net, **{"bucket_cap_mb": 0.05, **(ddp or {})})
         self.optimizer = dgc.SGD(self.ddp.parameters(), **{"lr": 0.5, "momentum": 0.5, **sgd})
-        self.state = dgc.DGCState(self.ddp.named_parameters(), self.optimizer, self.config)
+        self.state = dgc.DGCState(self.ddp.named_parameters(), self.optimizer, self.config, **(state or {}))
         self.state.register(self.ddp)
 
     def train(self, *inputs):

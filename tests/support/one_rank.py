@@ -14,12 +14,12 @@ CONFIG = dgc.DGCConfig(density=0.01, dense_below=1000)
 DROPPABLE = dataclasses.replace(CONFIG, droppable=True)
 
 
-def one(config=CONFIG, shapes=WIDE, optimizer=dgc.SGD, module=None, ddp=None, **sgd):
+def one(config=CONFIG, shapes=WIDE, optimizer=dgc.SGD, module=None, ddp=None, late=None, **sgd):
     """Returns a DDP model, its optimizer and the state registered on it."""
     model = DistributedDataParallel(Given(shapes) if module is None else module, **(ddp or {}))
     sgd = sgd or {"lr": 0.5, "momentum": 0.5}
     optimizer = optimizer(model.parameters(), **sgd)
-    state = dgc.DGCState(model.named_parameters(), optimizer, config)
+    state = dgc.DGCState(model.named_parameters(), optimizer, config, late=late)
     state.register(model)
     return model, optimizer, state
 

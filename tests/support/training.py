@@ -14,7 +14,7 @@ LARGE = {"a", "c", "e"}
 def outcome(net, state):
     """Returns what one rank has at the end."""
     memory = state.memory
-    momentum = {} if memory.momentum is None else {n: memory.momentum_of(n).clone() for n in memory.parameters}
+    momentum = {} if memory.momentum is None else {n: memory.momentum_of(n).clone() for n in memory.slots}
     return {
         "parameters": {n: p.detach().clone() for n, p in net.named_parameters()},
         "residual": {n: memory.residual_of(n).clone() for n in memory.compressed},

@@ -1,0 +1,199 @@
+"""The exchange over torch.distributed: a process group, and on a GPU the three streams that have to come in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+
+from .base import Exchange
+
+# Renamed in torch 2.13, where the old name warns.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def is_alive(group: dist.ProcessGroup) -> bool:
+    """Returns whether torch.distributed still has a group: it has not after destroy_process_group()."""
+    try:
+        return _default_group() is not None and dist.get_rank(group) >= 0
+    except ValueError:
+        return False
+
+
+def _default_group() -> dist.ProcessGroup | None:
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def _failed(what: str, error: RuntimeError) -> RuntimeError:
+    """Returns the error of a collective with what it means."""
+    return RuntimeError(
+        f"dgc: {what} failed, since a rank has gone, hangs, or has run fewer backward passes than this one: look at "
+        f"the other ranks' logs for its reason, and restart all ranks from a checkpoint. The backend says: {error}"
+    )
+
+
+class DistributedTransfer:
+    """The collectives of one bucket over torch.distributed.
+
+    On a GPU three things have to come in order, on three streams:
+
+    - Compress, then the collectives. Both are queued from inside the hook, on the stream that is current there; NCCL's
+      stream waits for that one, and gloo copies to the host on a stream that waits for it.
+    - The collectives, then unpack. NCCL's future completes when the collective has been queued, not when it is done,
+      and a future of collect_all carries no stream: its callback runs wherever, in order with nothing. So `arrived`
+      puts what follows on a stream of ours that waits for the collectives; the stream of the backward pass must not
+      wait, or nothing would overlap.
+    - Unpack, then the optimizer. The future that DDP gets is completed under that stream and knows the device: it
+      records an event there, and DDP's wait makes the stream of the backward pass wait for it.
+    """
+
+    def __init__(self, works: list[dist.Work], stream: torch.cuda.Stream | None) -> None:
+        """Takes the collectives, and on a GPU the stream for what follows them."""
+        self._works = works
+        self._stream = stream
+        self._futures = [work.get_future() for work in works]
+        self.done: Future[list[Any]] = torch.futures.collect_all(self._futures)
+        # For what does not depend on a collective: with one rank there is none.
+        self._queued = None if stream is None else torch.cuda.current_stream(stream.device).record_event()
+
+    @contextmanager
+    def arrived(self) -> Iterator[None]:
+        """Puts what it surrounds on the stream that waits for the collectives; see Transfer."""
+        try:
+            for future in self._futures:
+                if future.done():  # where one has failed, the other may be under way
+                    future.value()
+        except RuntimeError as error:
+            raise _failed("the exchange of gradients", error) from error
+        if self._stream is None or self._queued is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._queued)
+            for work in self._works:
+                work.synchronize()  # this stream waits, nobody else does
+            yield
+
+
+class DistributedExchange(Exchange):
+    """A process group; one rank by itself where torch.distributed is not initialised."""
+
+    go_on = (
+        "If no exception ended it, parameters were unused: find_unused_parameters=True. DDP cannot go on after such a "
+        "pass: call state.discard(drop_gradient=False) and zero_grad(), delete the DDP model, wrap the module again "
+        "and call state.register(model); or restart from a checkpoint"
+    )
+
+    def __init__(self, device: torch.device, process_group: dist.ProcessGroup | None = None) -> None:
+        """Takes a group for good, or for the time being the default group, until bind() names DDP's.
+
+        Args:
+            device: that of all tensors to come.
+            process_group: a group that this process is in.
+
+        Raises:
+            ValueError: this process is not in process_group.
+            RuntimeError: torch.distributed is not initialised, or was shut down since process_group was made.
+        """
+        self.group = process_group
+        self._given = process_group is not None
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.refresh()
+        self._settled = self._given
+
+    @property
+    def changed(self) -> bool:  # type: ignore[override]
+        """Whether the group is not agreed upon yet, or torch.distributed was initialised again since."""
+        return not self._settled or self._world is not _default_group()
+
+    def bind(self, group: dist.ProcessGroup) -> None:
+        """Takes the group of the DDP module whose gradients come; refresh() looks at it.
+
+        Raises:
+            ValueError: DGCState was made for another one.
+        """
+        if group is self.group:
+            return
+        if self._given:
+            raise ValueError(
+                f"process_group: expected DDP's, of ranks {dist.get_process_group_ranks(group)}, got one of ranks "
+                f"{self.ranks}. Leave process_group out: state.register(model) takes it from DDP"
+            )
+        self.group = group
+        self._settled = False
+
+    def refresh(self) -> None:
+        """Looks again which rank this is, and of how many.
+
+        Raises:
+            ValueError, RuntimeError: as __init__.
+        """
+        self._world = _default_group()
+        self.rank, self.world_size = self._place()
+        self._settled = True
+
+    def _place(self) -> tuple[int, int]:
+        if self._world is None and self.group is None:
+            return 0, 1
+        try:
+            rank, world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        except ValueError as error:
+            raise RuntimeError(
+                "process_group: expected one that exists, got one from before torch.distributed was shut down. "
+                "Wrap the model in DistributedDataParallel again and call state.register(model)"
+            ) from error
+        if rank < 0:
+            raise ValueError("process_group: expected one that this process is in, got one of other processes")
+        return rank, world_size
+
+    @property
+    def ranks(self) -> list[int]:
+        """The group's ranks, by their numbers in the default group; [0] where torch.distributed is not initialised."""
+        return [0] if _default_group() is None else dist.get_process_group_ranks(self.group)
+
+    def roll_back(self, rank: int, world_size: int) -> None:
+        """Returns to an earlier group, until refresh() looks again."""
+        super().roll_back(rank, world_size)
+        self._settled = False
+
+    def future(self) -> Future[Tensor]:
+        """Returns a future; on a GPU, whoever waits for it waits for the stream of `arrived`."""
+        return Future(devices=None if self._stream is None else [self._device])
+
+    def start(
+        self, name: str, payload: Tensor | None, gathered: Tensor | None, dense: Tensor | None
+    ) -> DistributedTransfer:
+        """Starts both collectives; a process group goes by their order, not by name."""
+        works: list[dist.Work] = []
+        if payload is not None and gathered is not None:
+            if self.world_size == 1:
+                gathered[0].copy_(payload)
+            else:
+                works.append(_all_gather(gathered.view(-1), payload, group=self.group, async_op=True))
+        if dense is not None and self.world_size > 1:
+            dense.div_(self.world_size)  # before the sum, as DDP divides, so that 16-bit sums do not overflow
+            works.append(dist.all_reduce(dense, group=self.group, async_op=True))
+        return DistributedTransfer(works, self._stream)
+
+    def everyone(self, text: str) -> list[str]:
+        """Returns the texts of all ranks, in their order; a collective."""
+        if self.world_size == 1:
+            return [text]
+        texts = [""] * self.world_size
+        try:
+            dist.all_gather_object(texts, text, group=self.group)
+        except RuntimeError as error:
+            raise _failed("the comparison of the ranks", error) from error
+        return texts
+
+    def broadcast(self, tensors: Sequence[Tensor], root: int) -> None:
+        """Copies one rank's tensors, contiguous, to all others; a collective."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, group_src=root, group=self.group)

@@ -1,0 +1,94 @@
+"""Groups: all ranks' shares in one state_dict, and the shares of one group taken over into another; collectives."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from dgc.exchange.base import Exchange
+
+from .memory import Memory
+from .share import Share, differences, log_lost, wrap
+
+logger = logging.getLogger("dgc")
+
+
+def gather(exchange: Exchange, memory: Memory, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns all ranks' shares as a state_dict on rank 0, and {} elsewhere; a collective.
+
+    Args:
+        exchange: of the group.
+        memory: this rank's.
+        own: this rank's share, with views of the memory.
+    """
+    flats = {"residual": memory.residual, **memory.kinds}
+    texts = exchange.everyone(json.dumps({k: v for k, v in own.items() if k not in {"momentum", *flats}}))
+    ranks: dict[int, Mapping[str, Any]] = {}
+    for rank, text in enumerate(texts):
+        about = json.loads(text)
+        if about["rank"] in ranks:
+            continue  # ranks that share a payload have the same
+        # One rank's at a time: all at once would take a rank's memory as often as there are ranks.
+        theirs = {kind: flat.clone() for kind, flat in flats.items()}
+        exchange.broadcast(list(theirs.values()), root=rank)
+        ranks[about["rank"]] = {**about, **(memory.state_dict_of(theirs) if exchange.rank == 0 else {})}
+    return wrap(ranks) if exchange.rank == 0 else {}
+
+
+def regroup(exchange: Exchange, memory: Memory, mine: Share | None) -> Share | None:
+    """Takes momentum and residual over into the group of ranks that exchange has now; a collective.
+
+    What is still to come, the mean over all shares of u and v, stays the same but for those of ranks that left: with N
+    shares instead of M, each survivor's is multiplied by N/M. Newcomers' shares are zero, and they get the
+    momentum that is the same on all ranks from a survivor.
+
+    Args:
+        exchange: of the new group.
+        memory: this rank's, which changes.
+        mine: what this rank brings; None where it is new.
+
+    Returns:
+        What any survivor brought: where the run stands. None where all ranks are new.
+
+    Raises:
+        RuntimeError: survivors come from different groups or steps.
+    """
+    texts = exchange.everyone(json.dumps(mine and asdict(mine)))
+    brought = [None if share is None else Share(**share) for share in map(json.loads, texts)]
+    survivors = {f"rank {rank}": share for rank, share in enumerate(brought) if share is not None}
+    if not survivors:
+        return None
+    one = next(iter(survivors.values()))
+    topology = exchange.topology
+    of_each = topology.ranks // topology.shares  # ranks that have the same share
+    if len({share.rank for share in survivors.values()}) * of_each < len(survivors):
+        raise RuntimeError(
+            "DGCState: expected each rank to bring a share of its own, but "
+            + "; ".join(f"{who} was rank {share.rank} of {share.world_size}" for who, share in survivors.items())
+            + ". What ranks have trained, loaded or unpickled each by itself cannot be put together: call "
+            "init_process_group() first, then load on each rank the state_dict() that it saved, or dgc.checkpoint"
+        )
+    if differ := differences(survivors):
+        raise RuntimeError(
+            f"DGCState.regroup: expected all ranks from one group at one step, but {differ}. Commit and restore them "
+            "together: hvd.elastic.TorchState(model=model, optimizer=optimizer, dgc=optimizer.dgc_state)"
+        )
+    memory.diverged = set(one.diverged)
+    memory.allocate(one.kinds)
+    if topology.shares != one.world_size:
+        memory.scale(topology.shares / one.world_size)
+    if len(survivors) < topology.ranks and one.kinds:
+        same = [name for name in memory.slots if name not in memory.diverged]
+        exchange.broadcast([memory.flat(kind, name) for kind in one.kinds for name in same], root=brought.index(one))
+    if exchange.rank == 0:
+        before, now = one.world_size, topology.shares
+        logger.info(
+            "dgc: %d ranks now, %d before, %d new; residuals multiplied by %d/%d",
+            *(now, before, now - len(survivors), now, before),
+        )
+        if lost := sorted(set(range(before)) - {share.rank for share in survivors.values()}):
+            log_lost(lost, before)
+    return one

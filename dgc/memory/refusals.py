@@ -1,0 +1,82 @@
+"""Refusals: what is said of a model and an optimizer that do not belong together, and which parameters stay dense."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from dgc.config import DGCConfig
+
+
+def unwrapped(optimizer: object) -> Optimizer:
+    """Returns the optimizer inside of those that only pass its step() on: Accelerate's, Fabric's, Lookahead.
+
+    Lightning's and Fabric's imitate the class of what they hold, so what they hold counts first.
+
+    Raises:
+        TypeError: it is none, and holds none.
+    """
+    attributes = getattr(optimizer, "__dict__", {})
+    for attribute in ("_optimizer", "optimizer", "base_optimizer"):
+        inner = attributes.get(attribute)
+        if isinstance(inner, Optimizer) and inner is not optimizer:
+            return unwrapped(inner)
+    if isinstance(optimizer, Optimizer):
+        return optimizer
+    held = list(attributes.values())
+    held += [one for several in held if isinstance(several, (list, tuple)) for one in several]
+    inside = list({id(one): one for one in held if isinstance(one, Optimizer)}.values())
+    if len(inside) == 1:
+        return unwrapped(inside[0])
+    got = f"{type(optimizer).__name__}" + (f", which holds {len(inside)} optimizers" if inside else "")
+    raise TypeError(
+        f"optimizer: expected dgc.SGD or another torch optimizer, got {got}. Write "
+        "DGCState(model.named_parameters(), optimizer, config), with the optimizer that is inside of what wraps it: "
+        "one DGCState serves one"
+    )
+
+
+def check_names(parameters: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+    """Looks that named_parameters has all that the optimizer holds.
+
+    Raises:
+        ValueError: it has not.
+    """
+    known = {id(p) for p in parameters.values()}
+    unnamed = [
+        f"{tuple(p.shape)} in group {i}"
+        for i, group in enumerate(optimizer.param_groups)
+        for p in group["params"]
+        if p.requires_grad and id(p) not in known
+    ]
+    if unnamed:
+        raise ValueError(
+            f"named_parameters: expected all that the optimizer holds, but {len(unnamed)} are missing, of shape "
+            f"{', '.join(unnamed)}. Pass model.named_parameters() of the whole model. A loss with weights of its own, "
+            "or a second network, goes into the module that DDP wraps, or gets an optimizer of its own"
+        )
+
+
+def dense_reasons(parameters: Mapping[str, Tensor], config: DGCConfig) -> dict[str, str]:
+    """Returns the parameters that are never compressed, with the reason.
+
+    Raises:
+        ValueError: config.dense_parameters names one that is not there.
+    """
+    unknown = sorted(set(config.dense_parameters) - parameters.keys())
+    if unknown:
+        raise ValueError(
+            f"dense_parameters: expected names of parameters, got {', '.join(unknown)}; there are "
+            f"{', '.join(parameters)}"
+        )
+    reasons = {}
+    for name, p in parameters.items():
+        if name in config.dense_parameters:
+            reasons[name] = "named in dense_parameters"
+        elif p.ndim <= 1:
+            reasons[name] = "fewer than two dimensions"
+        elif p.numel() < max(1, config.dense_below):
+            reasons[name] = f"fewer than {config.dense_below} elements"
+    return reasons

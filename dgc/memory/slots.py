@@ -1,0 +1,97 @@
+"""Slots: where each parameter, or a rank's piece of one, lies in memory; and the gradients that come for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dgc.ops.wire import GROUP, align_up
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one parameter, or of the piece of it that this rank holds. Sizes are those of the piece."""
+
+    name: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    """Those of its gradient in memory; see dense_strides."""
+    dtype: torch.dtype
+    """That of its gradient."""
+    numel: int
+    offset: int
+    """Its first element in the flat tensors of Memory."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the gradient."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Where it begins and ends in the flat tensors of Memory."""
+        return self.offset, self.offset + self.numel
+
+    def view(self, flat: Tensor) -> Tensor:
+        """Returns its part of a flat tensor in its shape."""
+        return flat.as_strided(self.shape, self.strides, self.offset)
+
+
+class Gradients(NamedTuple):
+    """One bucket of gradients, as a framework hands it over. The reduced ones are written to the same places."""
+
+    slots: Sequence[Slot]
+    buffers: list[Tensor]
+    """Contiguous tensors that hold the gradients: DDP's one bucket, or Horovod's tensor for each parameter."""
+    places: Sequence[tuple[int, int]]
+    """For each slot: which buffer, and its first element there."""
+
+    def of(self, index: int) -> Tensor:
+        """Returns the gradient of one slot, flat, in the order in which it lies in memory."""
+        source, offset = self.places[index]
+        return self.buffers[source].view(-1)[offset : offset + self.slots[index].numel]
+
+
+def lay_out(parameters: Mapping[str, Tensor], compressed: Sequence[str]) -> dict[str, Slot]:
+    """Returns a slot for each parameter, in their order; the compressed ones lie first in memory.
+
+    Args:
+        parameters: by name.
+        compressed: the names of those that have a residual.
+    """
+    offsets: dict[str, int] = {}
+    end = 0
+    for name in (*compressed, *(name for name in parameters if name not in set(compressed))):
+        offsets[name] = end
+        end = align_up(end + parameters[name].numel(), GROUP)
+    return {
+        name: Slot(
+            name,
+            shape=tuple(p.shape),
+            strides=dense_strides(p),
+            dtype=p.dtype,
+            numel=p.numel(),
+            offset=offsets[name],
+        )
+        for name, p in parameters.items()
+    }
+
+
+def dense_strides(parameter: Tensor) -> tuple[int, ...]:
+    """Returns the strides that DDP gives a parameter's gradient: the parameter's own where it has no gaps."""
+    strides = [(stride, size) for stride, size in zip(parameter.stride(), parameter.shape, strict=True) if size != 1]
+    expected = 1
+    for stride, size in sorted(strides):
+        if stride != expected:
+            return torch.empty(parameter.shape, device="meta").stride()
+        expected *= size
+    return parameter.stride()
+
+
+def has_strides(tensor: Tensor, strides: Sequence[int]) -> bool:
+    """Returns whether a tensor lies in memory as these strides say, where a size of 1 does not matter."""
+    return all(n <= 1 or a == b for n, a, b in zip(tensor.shape, tensor.stride(), strides, strict=True))

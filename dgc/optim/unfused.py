@@ -1,0 +1,82 @@
+"""Unfused: a rule written in plain PyTorch, for whatever has no op of its own yet."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dgc import ops
+from dgc.ops.wire import LEFT_OUT, USED, positions, wire_layout
+
+from .base import Rule, Work
+
+
+class Unfused(Rule):
+    """A rule that says for one parameter, in plain PyTorch, what it keeps and what it adds to v.
+
+    Selection and packing are the op's, with v as the only tensor. Some three times as slow as a fused rule.
+    """
+
+    fused = False
+
+    @abstractmethod
+    def advance(
+        self, kept: Mapping[str, Tensor], gradient: Tensor, factors: tuple[float, ...]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Returns what is kept of one parameter after this gradient, and what is added to v; changes nothing.
+
+        Args:
+            kept: by kind, float32 [numel].
+            gradient: float32 [numel], clipped and unscaled.
+            factors: factors() of the parameter's group.
+        """
+
+    def compress(self, work: Work) -> None:
+        """Advances each parameter, where the result is finite, and selects and packs."""
+        (updates,) = work.updates
+        used = []
+        columns = work.factors.t().tolist()
+        rows = zip(work.receiving.tolist(), work.sending.tolist(), columns, strict=True)
+        for (source, begin, state, numel, *_), (_, at, *_), factors in rows:
+            gradient = work.gradients[source].view(-1)[begin : begin + numel]
+            h = gradient.float() * work.scale
+            gradient.zero_()
+            used.append((h != 0).any())
+            kept = {kind: flat[state : state + numel] for kind, flat in work.kinds.items()}
+            after, update = self.advance(kept, h, tuple(factors))
+            finite = (work.residual[state : state + numel] + update).isfinite()
+            for tensor in after.values():
+                finite &= tensor.isfinite()
+            for kind, tensor in kept.items():
+                torch.where(finite, after[kind], tensor, out=tensor)
+            updates[at : at + numel] = torch.where(finite, update, torch.nan)  # which the op leaves out, and reports
+        ops.compress_(
+            gradients=work.updates,
+            momentum=None,
+            residual=work.residual,
+            segments=work.sending,
+            mu=torch.zeros(len(work.sending), dtype=torch.float32, device=updates.device),
+            scale=torch.ones(1, dtype=torch.float32, device=updates.device),
+            payload=work.selection,
+            workspace=work.workspace,
+            sent_momentum=None,
+            nesterov=False,
+            wire_dtype=work.dtype,
+        )
+        at = wire_layout(work.sending, work.dtype)
+        marks = work.selection[at.used : at.used + len(used)]
+        # Whether the gradient was not zero; the op has seen updates, which go on where a parameter is unused.
+        marks.copy_((marks & LEFT_OUT) | torch.stack(used) * USED)
+        self._mask(work)
+
+    def _mask(self, work: Work) -> None:
+        """Notes what is kept where entries were sent, and sets it to 0 there."""
+        if not work.sent:
+            return
+        where, values = positions(work.selection, work.sending, work.dtype)
+        for kind, log in work.sent.items():
+            log.copy_(work.kinds[kind][where])
+            work.kinds[kind][where] = torch.where(values != 0, 0.0, log)

@@ -1,0 +1,287 @@
+"""Claims: what becomes of a backward pass that was reduced: a step() claims it, it is left out, or it is given up."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor
+from torch.amp import GradScaler
+
+from dgc.exchange.base import Exchange
+from dgc.memory.slots import Slot
+from dgc.optim.apply import all_zero
+from dgc.stats import Stats
+
+from . import advice, log
+from .agree import fingerprint
+from .count import count
+from .lifecycle import Pass, Stage
+from .standing import Standing
+
+
+class Claims:
+    """The last backward pass, from its end to step(), or to what comes in place of it."""
+
+    def __init__(self, standing: Standing, grad_scaler: GradScaler | None, average: bool, late: bool) -> None:
+        """Begins where a run stands.
+
+        Args:
+            standing: with memory, parameters and exchange.
+            grad_scaler: that scales the loss.
+            average: whether the update is the mean of the ranks' gradients, or their sum.
+            late: whether the verdict on a step is read one pass later, since to wait for a GPU would stall it.
+        """
+        self._standing = standing
+        self.grad_scaler = grad_scaler
+        self._average = average
+        self._late = late
+        self._pass = Pass.none(0)
+        self._error: Exception | None = None  # what was found late, until step() raises it
+        self._told: set[str] = set()  # what was warned of, once
+        self._stats = Stats()
+        self._total_bytes = 0
+
+    @property
+    def exchange(self) -> Exchange:
+        """How ranks talk."""
+        return self._standing.exchange
+
+    def wait(self) -> None:
+        """Completes all that has been started, where no thread of the framework does that by itself."""
+        self.exchange.finish()
+
+    def slot(self, parameter: Tensor) -> Slot:
+        """Returns where a parameter lies in memory, for Gradients.
+
+        Raises:
+            ValueError: named_parameters() did not have it, or it was frozen.
+        """
+        return self._standing.parameters.slot(parameter)
+
+    # What the optimizer asks.
+
+    @property
+    def pending(self) -> bool:
+        """Whether gradients were reduced that no step() has taken."""
+        return self._pass.stage is Stage.REDUCED
+
+    @property
+    def unscales(self) -> bool:
+        """Whether a GradScaler's scale is taken off gradients before they are accumulated."""
+        return self.grad_scaler is not None
+
+    @property
+    def skip(self) -> Tensor | None:
+        """The device's word on a GPU, a uint8 scalar: not 0 where the claimed step must change nothing."""
+        verdict = self._pass.verdict
+        return verdict.bad if verdict is not None and self._pass.stage is Stage.TAKEN else None
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether the optimizer keeps something between steps that a rank without step() would not have."""
+        return self._standing.parameters.rule.keeps_state
+
+    def kept_of(self, parameter: Tensor) -> dict[str, Tensor] | None:
+        """Returns the rule's tensors of a parameter whose gradient is a plain average; None if it is an update."""
+        name = self.slot(parameter).name
+        if name not in self._standing.layouts.phase.dense:
+            return None
+        self._standing.memory.allocate(self._standing.parameters.rule.kept)
+        return self._standing.memory.of(name)
+
+    def take(self) -> bool:
+        """Claims the reduced gradients for step(); False if the step is to be left out, on all ranks alike.
+
+        On a GPU the answer is True, `skip` tells the device, and what is wrong is raised here one step later; that
+        step's update is given back too.
+
+        Raises:
+            RuntimeError: no backward pass was reduced since the last step(), or only a part of one, or a bucket of it
+                failed; a compressed parameter has lost its gradient, and config.droppable is not set; or a gradient
+                was changed since, and config.on_changed_gradient is "raise".
+            ValueError: the optimizer holds a gradient that was not reduced.
+            FloatingPointError: a rank's gradient was not finite, and config.on_nonfinite is "raise". Nothing was
+                applied; finite entries stay accumulated.
+        """
+        if not self.pending:
+            raise RuntimeError(self._why_nothing_is_pending())
+        if self._error is not None:
+            error, self._error = self._error, None
+            self.discard(drop_gradient=False)
+            raise error
+        parameters = self._standing.parameters
+        if local := parameters.not_reduced(self._pass.reduced):
+            raise ValueError(advice.not_reduced(local))
+        self._pass.finish(self.exchange)
+        verdict = self._pass.judge(parameters.by_name)
+        thrown = [name for bucket in self._pass.buckets for name in bucket.thrown_away(parameters.by_name)]
+        if not self._late and not verdict.findings():  # else the step is left out, whatever its gradients hold
+            self._drop([*thrown, *verdict.zeroed])
+            self._look_at_changes(verdict.changed)
+        else:
+            self._drop(thrown)
+        self._pass.claim()
+        if not self._late:
+            return self._settle()
+        for bucket in self._pass.buckets:
+            if (which := verdict.thrown_away(bucket)) is not None:
+                bucket.give_back(which)
+            bucket.restore(verdict.bad)
+        return True
+
+    def take_for(self) -> None:
+        """Claims the gradients for an optimizer that is not ours, before it applies them; see take()."""
+        parameters = self._standing.parameters
+        if not self.pending and all_zero(p.grad for p in parameters.by_name.values() if p.grad is not None):
+            return
+        parameters.refresh()  # a schedule may have given it momentum
+        if not (self.take() and self._settle()):  # it knows nothing of `skip`, and cannot leave the step out
+            raise FloatingPointError(advice.cannot_skip(type(parameters.optimizer).__name__))
+
+    def _why_nothing_is_pending(self) -> str:
+        opened = self._pass.stage is Stage.OPEN
+        parameters = self._standing.parameters
+        missing = parameters.without_gradient(self._pass.reduced if opened else ())
+        if opened or 0 < len(missing) < len(parameters.by_name):
+            return advice.incomplete(missing, self._standing.own_exchange.go_on)
+        return advice.nothing_reduced(self.registered)
+
+    @property
+    def registered(self) -> bool:
+        """Whether a framework hands gradients; for messages."""
+        return True
+
+    def _drop(self, thrown: list[str]) -> None:
+        """Drops this pass for parameters whose gradient is not there any more."""
+        if thrown and not self._standing.config.droppable:
+            raise RuntimeError(advice.thrown_away(thrown))
+        # The next header tells, so that a rank that does it alone is noticed before replicas part further.
+        self._standing.dropped = fingerprint(thrown) if thrown else 0
+        for bucket in self._pass.buckets if thrown else ():
+            bucket.drop(thrown)
+
+    def _look_at_changes(self, changed: list[str]) -> None:
+        if not changed:
+            return
+        if self._standing.config.on_changed_gradient == "raise":
+            if self.pending:
+                self.discard(drop_gradient=False)
+            raise RuntimeError(advice.changed(changed))
+        self._tell("changed", advice.changed(changed), everywhere=True)  # what one rank changes, the others do not see
+
+    # What becomes of the last pass.
+
+    def _settle(self) -> bool:
+        """Reads the verdict on the last step; returns whether it was applied, or raises what take() raises."""
+        last = self._pass
+        if last.stage not in (Stage.TAKEN, Stage.SHADOW):
+            return True
+        shadow = last.stage is Stage.SHADOW
+        verdict = last.settle()
+        found = verdict.findings()
+        if not found:
+            if self._late:
+                if verdict.zeroed and not self._standing.config.droppable:
+                    raise RuntimeError(advice.thrown_away(verdict.zeroed))
+                self._look_at_changes(verdict.changed)
+            return True
+        if shadow or not self._late:
+            for bucket in last.buckets:
+                bucket.restore()
+        self._take_off_the_count()
+        if shadow:
+            return False
+        if self._standing.config.on_nonfinite == "skip" or self.grad_scaler is not None:
+            self._log_skipped(found)
+            return False
+        raise FloatingPointError(advice.not_finite(found, verdict.step))
+
+    def _forget_skipped(self) -> None:
+        """Takes back the update of a step that GradScaler has left out, or is going to: its gradients hold NaN."""
+        if self.grad_scaler is None or not self.pending:
+            return
+        try:
+            self._pass.finish(self.exchange)
+        except Exception:
+            return  # backward() has raised it, and what is wrong now is that discard() was not called
+        if found := self._pass.judge().findings():
+            self.discard(drop_gradient=False)
+            self._log_skipped(found)
+
+    def settle_between_steps(self, method: str) -> None:
+        """Reads the verdict on the last step, for a method that wants no update to be outstanding.
+
+        Raises:
+            RuntimeError: one is.
+        """
+        self._forget_skipped()
+        if self._pass.outstanding:
+            raise RuntimeError(advice.outstanding(method))
+        self._settle()
+        self._standing.take_what_was_brought()
+
+    def discard(self, *, drop_gradient: bool | None = None) -> None:
+        """Gives up the update of the last backward pass, for a loop that leaves step() out on all ranks alike.
+
+        Call zero_grad() too. Gradients of dense parameters are dropped in any case, as DDP would.
+
+        Args:
+            drop_gradient: what becomes of the gradient of compressed parameters. False: what was sent returns to the
+                residual, and the gradient stays accumulated in u and v, for later steps; nothing is lost. True: u and
+                v are, bit for bit, what they were before the pass; takes DGCConfig(droppable=True). None: as False,
+                with a warning that says so, once.
+
+        Raises:
+            ValueError: drop_gradient is True, and DGCConfig.droppable is not.
+        """
+        if drop_gradient and not self._standing.config.droppable:
+            raise ValueError(advice.not_droppable())
+        if not self._pass.outstanding:
+            return  # a step() has taken it
+        if drop_gradient is None:
+            self._tell("kept", advice.kept())
+        reduced = self.pending
+        self._pass.abandon(self.exchange)
+        for bucket in self._pass.buckets:
+            bucket.drop() if drop_gradient else bucket.restore()
+        if reduced:
+            self._take_off_the_count()
+
+    def regroup(self) -> None:
+        """Agrees with all ranks that are there now, and takes u and v over into their group; a collective.
+
+        After ranks have come or gone: survivors' shares are rescaled so that the mean over the ranks stays the same,
+        newcomers start with zeros and at the survivors' step, the shares of ranks that left are logged as lost.
+
+        Raises:
+            ValueError: on every rank, where configurations or parameters differ.
+            RuntimeError: a reduced gradient is not applied yet; or survivors come from different groups or steps.
+            FloatingPointError, PayloadError: on a GPU, what the next step() would have raised.
+        """
+        self.settle_between_steps("regroup")
+        self._standing.regroup()
+
+    def _take_off_the_count(self) -> None:
+        self._standing.step -= 1
+        self._count(self._stats.skipped + 1)
+
+    def _count(self, skipped: int) -> None:
+        standing = self._standing
+        self._stats = count(
+            self._pass.buckets,
+            standing.layouts.phase,
+            standing.parameters.slots,
+            self.exchange.topology,
+            steps=standing.step,
+            total_bytes_sent=self._total_bytes,
+            skipped=skipped,
+        )
+
+    def _tell(self, what: str, message: str, everywhere: bool = False) -> None:
+        if what not in self._told and (everywhere or self.exchange.rank == 0):
+            warnings.warn(message, stacklevel=4)
+        self._told.add(what)
+
+    def _log_skipped(self, found: list[str]) -> None:
+        if self.exchange.rank == 0:  # it knows what every rank sent
+            log.log_skipped(self._standing.step, found, expected=self.grad_scaler is not None)

@@ -1,0 +1,58 @@
+"""The figures of one backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from dgc.exchange.base import Topology
+from dgc.memory.slots import Slot
+from dgc.stats import Stats, traffic
+
+from .bucket import Bucket
+from .phase import Phase
+
+
+def bytes_sent(buckets: Iterable[Bucket], topology: Topology) -> int:
+    """Returns the bytes that this rank sends for these buckets."""
+    once = [bucket.bytes_once for bucket in buckets]
+    return traffic(sum(payload for payload, _ in once), sum(dense for _, dense in once), topology.rows)
+
+
+def count(
+    buckets: Iterable[Bucket],
+    phase: Phase,
+    slots: Mapping[str, Slot],
+    topology: Topology,
+    *,
+    steps: int,
+    total_bytes_sent: int,
+    skipped: int,
+) -> Stats:
+    """Returns the figures of a backward pass.
+
+    Args:
+        buckets: of the pass.
+        phase: that it ran in.
+        slots: of all parameters.
+        topology: how many payloads travel.
+        steps: passes so far, without skipped ones.
+        total_bytes_sent: since the state was made.
+        skipped: passes that were left out.
+    """
+    buckets = list(buckets)
+    once = sum(sum(bucket.bytes_once) for bucket in buckets)
+    whole = sum(slot.nbytes for slot in slots.values())
+    sparse = [bucket.sparse for bucket in buckets if bucket.sparse is not None]
+    sent = bytes_sent(buckets, topology)
+    return Stats(
+        steps=steps,
+        density=phase.density,
+        sent_density=sum(s.entries for s in sparse) / sum(s.numel for s in sparse) if sparse else 0.0,
+        bytes_sent=sent,
+        bytes_received=sent,
+        bytes_dense=traffic(0, whole, topology.rows),
+        compression_ratio=whole / once,
+        dense=dict(phase.dense),
+        total_bytes_sent=total_bytes_sent,
+        skipped=skipped,
+    )

@@ -1,0 +1,109 @@
+"""Dense: the half of a bucket that is averaged as it is, over the same exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from dgc.memory.memory import Memory
+from dgc.memory.slots import Gradients, Slot
+
+NOT_FINITE = 2
+"""Bit of a report's last number: an average of dense gradients is not finite."""
+
+
+class Dense:
+    """The gradients of a bucket that are not compressed, on their way in one tensor, or in place.
+
+    What the rule keeps of parameters that were compressed until now differs between ranks; it is averaged with them.
+    """
+
+    def __init__(
+        self, gradients: Gradients, members: Sequence[int], memory: Memory, reducible: Collection[torch.dtype]
+    ) -> None:
+        """Lays out what travels.
+
+        Args:
+            gradients: the bucket as it comes; only sizes and places matter here.
+            members: positions of the dense ones in the bucket.
+            memory: what the rule keeps.
+            reducible: types that the all-reduce takes.
+        """
+        self._members = members
+        self.slots: list[Slot] = [gradients.slots[i] for i in members]
+        self.averaged = [slot for slot in self.slots if slot.name in memory.diverged]
+        """Those whose kinds are averaged too."""
+        self._kinds = tuple(memory.kinds) if self.averaged else ()
+        self._numel = sum(slot.numel for slot in self.slots)
+        dtypes = {gradients.buffers[gradients.places[i][0]].dtype for i in members}
+        one_type = len(dtypes) == 1 and dtypes.issubset(reducible)
+        # What the rule keeps is float32, and is averaged in float32.
+        self._dtype = dtypes.pop() if one_type and not self.averaged else torch.float32
+        everything = len(members) == len(gradients.slots) and len(gradients.buffers) == 1
+        self._flat: Tensor | None = None  # None: in place
+        if not (everything and one_type and not self.averaged):
+            size = self._numel + len(self._kinds) * sum(slot.numel for slot in self.averaged)
+            self._flat = torch.empty(size, dtype=self._dtype, device=gradients.buffers[0].device)
+        self.nonfinite: list[str] = []
+        """Names of those whose last average was not finite; on the CPU only."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor that is all-reduced."""
+        return (self._numel if self._flat is None else self._flat.numel()) * self._dtype.itemsize
+
+    def load(self, gradients: Gradients, memory: Memory, scale: Tensor | None) -> Tensor:
+        """Returns what is to be averaged over the ranks: gradients, then what the rule keeps of `averaged`.
+
+        Args:
+            gradients: the bucket.
+            memory: what the rule keeps.
+            scale: float32 [1], what gradients are multiplied with first; None for 1.
+        """
+        flat = gradients.buffers[0].view(-1) if self._flat is None else self._flat
+        if self._flat is not None:
+            torch.cat([gradients.of(i).to(flat.dtype) for i in self._members], out=flat[: self._numel])
+        if scale is not None:
+            flat[: self._numel].mul_(scale)
+        at = self._numel
+        for kept in self._kept(memory):
+            flat[at : at + kept.numel()].copy_(kept)
+            at += kept.numel()
+        return flat
+
+    def store(self, gradients: Gradients, memory: Memory, loss_scale: Tensor | None, report: Tensor) -> None:
+        """Writes the averages back, times the loss scale, and reports whether one is not finite.
+
+        Args:
+            gradients: the bucket.
+            memory: what the rule keeps; of `averaged` it is the same on all ranks now.
+            loss_scale: float32 [1]; None for 1.
+            report: int32 [1], the bucket's last number.
+        """
+        flat = gradients.buffers[0].view(-1) if self._flat is None else self._flat
+        self.nonfinite = []
+        if loss_scale is not None:
+            flat[: self._numel].mul_(loss_scale)
+        if flat.numel() > 0:
+            low, high = flat.aminmax()  # one pass; both are NaN if any entry is
+            report |= NOT_FINITE * ~(low.isfinite() & high.isfinite())
+        if not flat.is_cuda and int(report) & NOT_FINITE:
+            ends = accumulate(slot.numel for slot in self.slots)
+            parts = zip(self.slots, flat[: self._numel].tensor_split(list(ends)), strict=False)
+            self.nonfinite = [slot.name for slot, part in parts if not part.isfinite().all()]
+        if self._flat is not None:
+            at = 0
+            for i in self._members:
+                gradient = gradients.of(i)
+                gradient.copy_(flat[at : at + gradient.numel()])
+                at += gradient.numel()
+            for kept in self._kept(memory):
+                kept.copy_(flat[at : at + kept.numel()])
+                at += kept.numel()
+        memory.diverged.difference_update(slot.name for slot in self.averaged)
+
+    def _kept(self, memory: Memory) -> list[Tensor]:
+        return [memory.flat(kind, slot.name) for kind in self._kinds for slot in self.averaged]

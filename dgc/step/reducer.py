@@ -1,0 +1,250 @@
+"""Reducer: what becomes of a gradient, in the order in which it goes through.
+
+begin() -> reduce(gradients), once a bucket -> end()      the backward pass, from a framework's door
+take()                                                    step(), from the optimizer; claims.py
+discard()                                                 in place of step(), from the user; claims.py
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.futures import Future
+from torch.optim.optimizer import Optimizer
+from torch.profiler import record_function
+
+from dgc.config import DGCConfig
+from dgc.exchange.base import Transfer
+from dgc.memory.memory import Memory
+from dgc.memory.parameters import Parameters
+from dgc.memory.slots import Gradients
+
+from . import advice, log
+from .bucket import Bucket, PassContext
+from .claims import Claims
+from .clip import clip_scale, squared_norm
+from .count import bytes_sent
+from .lifecycle import Pass, Stage
+from .probes import Probes
+from .schedule import DensitySchedule
+
+
+class Reducer(Claims):
+    """The backward pass: every bucket's way out to the other ranks, and back."""
+
+    # Where the run stands.
+
+    @property
+    def step(self) -> int:
+        """Backward passes reduced so far, without skipped ones: the position in the warm-up."""
+        return self._standing.step
+
+    @property
+    def joined(self) -> bool:
+        """Whether u and v are a share of what a group has accumulated; not before the first regroup()."""
+        return self._standing.joined
+
+    @property
+    def memory(self) -> Memory:
+        """What has accumulated on this rank: u and v."""
+        return self._standing.memory
+
+    @property
+    def parameters(self) -> Parameters:
+        """The trainable parameters by name, and which of them stay dense."""
+        return self._standing.parameters
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer that applies the gradients; without what wraps it."""
+        return self._standing.parameters.optimizer
+
+    @property
+    def config(self) -> DGCConfig:
+        """The configuration that is in force, with the density of set_density()."""
+        return self._standing.config
+
+    @config.setter
+    def config(self, _: DGCConfig) -> None:
+        raise AttributeError(advice.read_only())
+
+    @property
+    def schedule(self) -> DensitySchedule:
+        """Which density each step has; to be read."""
+        return self._standing.layouts.schedule
+
+    @property
+    def density(self) -> float:
+        """Density of the next step."""
+        return self.schedule.density(self.step)
+
+    @property
+    def dense(self) -> bool:
+        """Whether DGC is switched off. Set it between steps, on all ranks alike.
+
+        While it is True, gradients are averaged as DDP does. What waits in the residual stays there for the next
+        compressed step: sent all at once it would wreck the model. Momentum that differs between ranks is averaged
+        once.
+
+        Raises:
+            RuntimeError: it is set between backward() and step().
+        """
+        return self._standing.dense
+
+    @dense.setter
+    def dense(self, value: bool) -> None:
+        self._forget_skipped()
+        if self._pass.outstanding:
+            raise RuntimeError(advice.outstanding("dense"))
+        self._standing.dense = bool(value)
+
+    def set_density(self, density: float) -> None:
+        """Changes the density from the next step on; a collective, between step() and the next backward().
+
+        The schedule of the warm-up goes on, towards the new density. It is part of state_dict(), and so of every
+        checkpoint.
+
+        Args:
+            density: as DGCConfig.density, the same on all ranks.
+
+        Raises:
+            ValueError: it is out of range, or ranks differ; then nothing has changed.
+            RuntimeError: an update is outstanding.
+        """
+        self.settle_between_steps("set_density")
+        self._standing.set_density(density)
+
+    # The backward pass.
+
+    def begin(self, shadow: bool = False) -> None:
+        """Begins a backward pass.
+
+        Args:
+            shadow: no step() will follow on this rank (DDP's join).
+
+        Raises:
+            RuntimeError: the gradients of the pass before have not been taken by a step(); or it broke off; or the
+                optimizer has another DGCState.
+        """
+        standing = self._standing
+        if self._pass.stage is Stage.OPEN:
+            missing = standing.parameters.without_gradient(self._pass.reduced)
+            raise RuntimeError(advice.broke_off(missing, standing.own_exchange.go_on))
+        if not standing.parameters.rule.serves(self):
+            raise RuntimeError(advice.displaced())
+        self._forget_skipped()
+        if self._pass.stage is Stage.REDUCED:
+            raise RuntimeError(advice.second_pass())
+        try:
+            self._settle()
+        except (FloatingPointError, RuntimeError) as error:
+            self._error = error  # for step(): DDP does not survive an error in the middle of a backward pass
+        if self.exchange.changed:
+            self.regroup()
+        standing.parameters.refresh()
+        standing.take_what_was_brought()
+        self._look_for_a_lost_residual()
+        how = standing.config.on_changed_gradient
+        looks = how == "raise" or (how == "warn" and "changed" not in self._told)
+        # The scaler's public way to its scale that does not wait for the device.
+        one = torch.ones(1, dtype=torch.float32, device=standing.parameters.device)
+        loss_scale = None if self.grad_scaler is None else self.grad_scaler.scale(one)
+        self._pass = Pass(PassContext(standing.step, loss_scale, standing.dropped, Probes(looks)), shadow)
+        standing.memory.allocate(standing.parameters.rule.kept)
+        layouts = standing.layouts
+        if layouts.enter(standing.step, standing.dense) and self.exchange.rank == 0:
+            slots = standing.parameters.slots
+            log.log_phase(layouts.phase, slots, layouts.schedule, standing.step, standing.dense)
+
+    def reduce(self, gradients: Gradients) -> Future[Tensor]:
+        """Reduces one bucket of gradients in place, between begin() and end().
+
+        Args:
+            gradients: the bucket. All ranks reduce the same buckets in the same order.
+
+        Returns:
+            A future of gradients.buffers[0], completed when all buffers hold the result, or with the error. Where
+            gradients are clipped, all buckets wait for end().
+
+        Raises:
+            RuntimeError: the pass has been discarded.
+        """
+        if self._pass.stage is not Stage.OPEN:
+            raise RuntimeError(advice.discarded())
+        future = self.exchange.future()
+        self._pass.reduced.update(slot.name for slot in gradients.slots)
+        self._pass.waiting.append((gradients, future))
+        if self._standing.config.clip_norm is None:
+            self._send_waiting()
+        return future
+
+    def end(self) -> None:
+        """Ends a backward pass, after its last bucket.
+
+        Raises:
+            RuntimeError: the pass has been discarded.
+        """
+        if self._pass.stage is not Stage.OPEN:
+            raise RuntimeError(advice.discarded())
+        self._send_waiting()
+        self._pass.close()
+        self._standing.step += 1
+        self._standing.layouts.keep(self._pass.buckets)
+        self._total_bytes += bytes_sent(self._pass.buckets, self.exchange.topology)
+        self._count(self._stats.skipped)
+
+    def _send_waiting(self) -> None:
+        waiting, self._pass.waiting = self._pass.waiting, []
+        for gradients, _ in waiting:
+            self.exchange.gather_in(gradients.buffers)
+        scale = self._scale([gradients for gradients, _ in waiting])
+        for gradients, future in waiting:
+            self._send(gradients, scale, future)
+
+    def _scale(self, waiting: list[Gradients]) -> Tensor | None:
+        """Returns what this rank's gradients are multiplied with, float32 [1]; None for 1."""
+        standing, topology = self._standing, self.exchange.topology
+        most = 1.0 if self._average else float(topology.averaged)
+        unscale = self._pass.context.unscale
+        if standing.config.clip_norm is None:
+            if most != 1:
+                scale = torch.full((1,), most, dtype=torch.float32, device=standing.parameters.device)
+                return scale if unscale is None else scale * unscale
+            return unscale
+        with record_function("dgc.clip"):
+            norms = {
+                slot.name: squared_norm(gradients.of(i))
+                for gradients in waiting
+                for i, slot in enumerate(gradients.slots)
+            }
+            ordered = [norms[name] for name in standing.parameters.by_name if name in norms]
+            return clip_scale(ordered, standing.config.clip_norm, topology.workers, most, unscale)
+
+    def _send(self, gradients: Gradients, scale: Tensor | None, future: Future[Tensor]) -> None:
+        bucket, context = self._standing.layouts.of(gradients), self._pass.context
+        self._pass.buckets.append(bucket)
+        transfer = bucket.send(gradients, context, scale)
+        self._pass.sent.append(future)
+        # Runs in the backend's thread, or in exchange.finish(): local work only, it must never wait.
+        transfer.done.add_done_callback(lambda _: self._receive(bucket, gradients, context, transfer, future))
+
+    def _receive(
+        self,
+        bucket: Bucket,
+        gradients: Gradients,
+        context: PassContext,
+        transfer: Transfer,
+        future: Future[Tensor],
+    ) -> None:
+        try:
+            with transfer.arrived(), record_function("dgc.unpack"):
+                bucket.receive(gradients, context, self._late)
+                future.set_result(gradients.buffers[0])
+        except Exception as error:
+            # Left to itself, an exception in a callback would leave backward() waiting past every timeout.
+            future.set_exception(error)  # type: ignore[arg-type]  # torch's annotation is wrong
+
+    def _look_for_a_lost_residual(self) -> None:
+        if self._standing.step == 0 and (steps := self._standing.parameters.rule.steps_taken):
+            self._tell("residual", advice.residual_missing(steps))
+        self._told.add("residual")

@@ -1,0 +1,111 @@
+"""Saving: momentum and residual into a state_dict and back, on as many ranks or on others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from dgc.exchange.distributed import DistributedExchange
+from dgc.memory import group
+from dgc.memory.share import Choice, Share, unwrap, wrap
+
+from .lifecycle import Pass
+from .reducer import Reducer
+
+
+class Saved(Reducer):
+    """A Reducer that can be saved between steps, and loaded."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns this rank's momentum and residual by parameter name, and its step; each rank saves its own.
+
+        Tensors are views, not copies. torch.load(weights_only=True) reads it back. torch.distributed.checkpoint keeps
+        all ranks' apart, and loads them on as many ranks.
+
+        Raises:
+            RuntimeError: between backward() and step(): what was sent would be in neither the residual nor the model.
+            FloatingPointError, PayloadError: on a GPU, what the next step() would have raised.
+        """
+        return wrap({self.exchange.topology.share: self._own()})
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """Returns on rank 0 what load_state_dict() takes on any number of ranks, and {} elsewhere; a collective.
+
+        For frameworks where rank 0 writes one file. Tensors are copies on the CPU, 8 bytes a parameter and rank.
+
+        Raises:
+            RuntimeError, FloatingPointError, PayloadError: as state_dict().
+        """
+        if self.exchange.changed:
+            self.regroup()
+        return group.gather(self.exchange, self.memory, self._own())
+
+    def _own(self) -> dict[str, Any]:
+        self.settle_between_steps("state_dict")
+        return self._standing.own()
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any] | Iterable[Mapping[str, Any]], *, allow_missing_ranks: bool = False
+    ) -> None:
+        """Takes up where state_dict() was saved. Changes nothing unless all of it fits.
+
+        Args:
+            state_dict: this rank's; or that of all ranks (full_state_dict(), or a list of theirs), for any number of
+                ranks. Then this rank takes over its part of what waited, so that the mean over the ranks, what is
+                still to come, is what it was (docs/reliability.md).
+            allow_missing_ranks: goes on without the shares of ranks whose state_dict is not there, and logs what is
+                lost.
+
+        Raises:
+            ValueError: it is of another model, version or rank, ranks are missing, or values are damaged; the message
+                lists what differs.
+        """
+        state_dicts = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict or ())
+        parts = [share for one in state_dicts for share in unwrap(one)]
+        self.take_up(self._standing.choose(parts, allow_missing_ranks))
+
+    def take_up(self, choice: Choice) -> None:
+        """Takes up where a run stood, with what has been chosen for this rank; what was outstanding is forgotten."""
+        self._pass.abandon(self.exchange)
+        self._standing.take_up(choice)
+        self._told.add("residual")
+        self._pass = Pass.none(self.step)
+        self._error = None
+        self._stats = replace(self._stats, steps=self.step)
+
+    def restore(self, state_dict: Mapping[str, Any], joined: bool) -> None:
+        """Returns to what state_dict() was on this rank, in the group of that time; for a handler that commits.
+
+        Args:
+            state_dict: this rank's own.
+            joined: what `joined` was.
+        """
+        (share,) = map(Share.of, unwrap(state_dict))
+        self._standing.own_exchange.roll_back(share.rank, share.world_size)
+        self.load_state_dict(state_dict)
+        self._standing.joined = joined
+
+    def pickled(self) -> dict[str, Any]:
+        """Returns what pickles of a state, between steps; see DGCState.__getstate__.
+
+        Raises:
+            TypeError: the ranks do not talk over torch.distributed.
+        """
+        share = self._own()
+        for kind in ("residual", *self.memory.kinds):
+            share[kind] = {name: tensor.clone() for name, tensor in share[kind].items()}
+        standing = self._standing
+        if not isinstance(standing.own_exchange, DistributedExchange):
+            raise TypeError(
+                "DGCState: expected torch.distributed's ranks to pickle it, got Horovod's. Use state_dict()"
+            )
+        arguments = {"config": standing.made_with, "grad_scaler": self.grad_scaler, "average": self._average}
+        named, optimizer = standing.parameters.by_name, standing.parameters.optimizer
+        return {"named": named, "optimizer": optimizer, "arguments": arguments, "share": share}
+
+    def unpickle(self, saved: dict[str, Any]) -> None:
+        """Takes up what pickled() had as this rank's share."""
+        share = Share.of(saved)
+        self.take_up(Choice(share, [(1.0, saved)], []))
+        self._standing.own_exchange.roll_back(share.rank, share.world_size)

@@ -1,0 +1,266 @@
+"""Sparse: the half of a bucket that is compressed: from gradients to a payload, and from all payloads to averages."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dgc import ops
+from dgc.exchange.base import Topology
+from dgc.memory.memory import Memory
+from dgc.memory.slots import Gradients, Slot
+from dgc.ops import wire
+from dgc.ops.codec import Codec, Plain
+from dgc.optim.base import Rule, Work
+
+from .undo import Undo
+
+
+@dataclass(frozen=True)
+class Member:
+    """One compressed parameter of a bucket."""
+
+    slot: Slot
+    index: int
+    """Position in the bucket."""
+    entries: int
+    """k, how many of its entries are sent."""
+
+
+class Sparse:
+    """The compressed parameters of one bucket in one phase: segment tables, buffers and the undo log.
+
+    `selection` holds the entries that the op has chosen, with the values that receivers will read. With the codec Plain
+    it is what travels; another codec turns it into a payload of its own.
+    """
+
+    def __init__(
+        self,
+        gradients: Gradients,
+        members: Sequence[Member],
+        memory: Memory,
+        rule: Rule,
+        codec: Codec,
+        topology: Topology,
+        *,
+        masking: bool,
+        droppable: bool,
+        agreed: str,
+    ) -> None:
+        """Allocates what a pass needs.
+
+        Args:
+            gradients: the bucket as it comes; only sizes and places matter here.
+            members: the compressed ones, in the bucket's order.
+            memory: v, and what the rule keeps.
+            rule: the optimizer's.
+            codec: how entries travel.
+            topology: how many payloads come.
+            masking: whether what the rule keeps becomes 0 where an entry is sent.
+            droppable: whether a pass can be dropped (DGCConfig).
+            agreed: a text that is the same on ranks whose payloads fit.
+        """
+        device = gradients.buffers[0].device
+        self.members = members
+        self._codec, self._plain = codec, isinstance(codec, Plain)
+        self._row = topology.row
+        # Types and devices are written out everywhere: torch has defaults of its own that users change.
+        rows = [(*gradients.places[m.index], m.slot.offset, m.slot.numel, m.entries) for m in members]
+        self.receiving = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        self.numel = sum(m.slot.numel for m in members)
+        self.entries = sum(m.entries for m in members)
+        self._updates: Tensor | None = None
+        self.sending = self.receiving
+        if not rule.fused:
+            self.sending = self.receiving.clone()
+            self.sending[:, 0] = 0
+            self.sending[:, 1] = self.sending[:, 3].cumsum(0) - self.sending[:, 3]
+            self._updates = torch.zeros(self.numel, dtype=torch.float32, device=device)
+        self._workspace = ops.workspace(self.receiving, device)
+        self._sending_workspace = self._workspace if rule.fused else ops.workspace(self.sending, device)
+
+        self._layout = wire.wire_layout(self.receiving, codec.dtype)
+        self.selection = torch.zeros(self._layout.nbytes, dtype=torch.uint8, device=device)
+        self.selections = torch.zeros(topology.rows, self._layout.nbytes, dtype=torch.uint8, device=device)
+        """uint8 [rows, bytes]: what all ranks selected, as received."""
+        self.payload, self.gathered = self.selection, self.selections
+        if not self._plain:
+            nbytes = wire.align_up(self._layout.ends + codec.nbytes(self.receiving))
+            self.payload = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+            self.gathered = torch.zeros(topology.rows, nbytes, dtype=torch.uint8, device=device)
+
+        layout = [(m.slot.name, m.slot.numel, m.entries) for m in members]
+        text = repr((layout, topology.rows, codec.name, agreed))
+        self._fingerprint = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+        self._stamped = self._fingerprint
+        self._step_in_header = wire.stamp(self.selection, self._fingerprint)
+        masked = tuple(memory.kinds) if masking else ()
+        sent = {kind: torch.zeros(self.entries, dtype=torch.float32, device=device) for kind in masked}
+        self.undo = Undo(
+            [m.slot for m in members],
+            self.sending,
+            self._sending_workspace,
+            self.selection,
+            codec.dtype,
+            sent,
+            droppable=droppable,
+        )
+        self._numbers: list[tuple[float, ...]] = []
+        self._factors = torch.zeros(1, len(rows), dtype=torch.float32, device=device)
+        self._one = torch.ones(1, dtype=torch.float32, device=device)
+
+    def stamp(self, step: int, loss_scale: Tensor | None, dropped: int) -> None:
+        """Writes into the header what changes from step to step, and has to be the same on all ranks.
+
+        Args:
+            step: of this pass.
+            loss_scale: float32 [1], or None. Ranks that scale differently would judge differently what overflows.
+            dropped: a number for the gradients that were thrown away before the last step(), 0 where none were.
+        """
+        self._step_in_header.fill_(step)
+        fingerprint = self._fingerprint ^ dropped
+        in_header = wire.header(self.selection)[2:3]
+        if loss_scale is not None:
+            in_header.copy_(loss_scale.view(torch.int32).long() ^ fingerprint)
+        elif fingerprint != self._stamped:
+            in_header.fill_(fingerprint)
+            self._stamped = fingerprint
+
+    def compress(
+        self, gradients: Gradients, memory: Memory, rule: Rule, numbers: list[tuple[float, ...]], scale: Tensor | None
+    ) -> Tensor:
+        """Moves gradients into what is kept and into v, and returns the payload.
+
+        Args:
+            gradients: the bucket; what is left of the compressed ones is for decompress().
+            memory: v and what the rule keeps, which change.
+            rule: the optimizer's.
+            numbers: Rule.factors of each member.
+            scale: float32 [1], what gradients are multiplied with first; None for 1.
+        """
+        if numbers != self._numbers:
+            self._write_factors(numbers)
+        self.undo.begin(memory)
+        rule.compress(
+            Work(
+                gradients=gradients.buffers,
+                receiving=self.receiving,
+                updates=gradients.buffers if self._updates is None else [self._updates],
+                sending=self.sending,
+                kinds=memory.kinds,
+                residual=memory.residual,
+                factors=self._factors,
+                scale=self._one if scale is None else scale,
+                selection=self.selection,
+                dtype=self._codec.dtype,
+                workspace=self._sending_workspace,
+                sent=self.undo.sent,
+            )
+        )
+        if memory.kinds:
+            memory.diverged.update(m.slot.name for m in self.members)
+        self.undo.taken.fill_(1)
+        if not self._plain:
+            self._encode(memory)
+        return self.payload
+
+    def _write_factors(self, numbers: list[tuple[float, ...]]) -> None:
+        """Writes the rule's numbers by fill_, which passes them along: a copy from the host would wait for the GPU."""
+        self._numbers = numbers
+        if len(numbers[0]) != len(self._factors):
+            rows = max(1, len(numbers[0]))
+            self._factors = torch.zeros(rows, len(numbers), dtype=torch.float32, device=self._factors.device)
+        for row, column in zip(self._factors, zip(*numbers, strict=True), strict=False):
+            if len(set(column)) == 1:
+                row.fill_(column[0])
+            else:
+                for i, number in enumerate(column):
+                    row[i].fill_(number)
+
+    def _encode(self, memory: Memory) -> None:
+        """Turns the selection into the payload; what the codec loses stays in v."""
+        entries = wire.entries_of(self.selection, self.sending, self._codec.dtype)
+        before = entries.values.float()
+        head = self._layout.ends
+        self.payload[:head].copy_(self.selection[:head])
+        self._codec.encode(entries, self.sending, self.payload[head:])
+        where, _ = wire.positions(self.selection, self.sending, self._codec.dtype)
+        memory.residual[where] += before - entries.values.float()
+
+    def decompress(self, gradients: Gradients, loss_scale: Tensor | None, report: Tensor) -> None:
+        """Writes the average of the sent entries into the gradients, times the loss scale; reports what is wrong.
+
+        Args:
+            gradients: the bucket, as compress() left it.
+            loss_scale: float32 [1]; None for 1.
+            report: int32 [rows + 1], receives dgc::unpack's status.
+        """
+        if not self._plain:
+            head = self._layout.ends
+            self.selections[:, :head].copy_(self.gathered[:, :head])
+            for payload, selection in zip(self.gathered, self.selections, strict=True):
+                entries = wire.entries_of(selection, self.receiving, self._codec.dtype)
+                self._codec.decode(payload[head:], self.receiving, entries)
+        ops.unpack(
+            payloads=self.selections,
+            rank=self._row,
+            segments=self.receiving,
+            workspace=self._workspace,
+            scale=self._one if loss_scale is None else loss_scale,
+            wire_dtype=self._codec.dtype,
+            out=gradients.buffers,
+            status=report,
+        )
+
+    def findings(self, codes: Sequence[int]) -> set[str]:
+        """Returns in words which gradients were not finite, and on which rank.
+
+        Args:
+            codes: of each row, from decompress(), on the host.
+
+        Raises:
+            PayloadError: a rank sent what does not fit.
+        """
+        found = set()
+        for row in wire.check_status(codes, self.selections):
+            marks = self._marks(self.selections)[row].tolist()
+            names = [m.slot.name for m, mark in zip(self.members, marks, strict=True) if mark & wire.LEFT_OUT]
+            found.add(f"{', '.join(names)} on rank {row}")
+        return found
+
+    def _marks(self, selections: Tensor) -> Tensor:
+        at = self._layout.used
+        return selections[..., at : at + len(self.members)]
+
+    def witnesses(self, gradients: Gradients, unscale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns an element of each parameter that this rank sent, and whether its average is not zero.
+
+        Args:
+            gradients: the bucket, reduced.
+            unscale: float32 [1]: what a GradScaler is going to multiply gradients with.
+
+        Returns:
+            int64 [members], elements of the flat parameters; bool [members].
+        """
+        first = wire.first_indices(self.selection, self.sending, self._layout)
+        if len(gradients.buffers) == 1:
+            averages = gradients.buffers[0].view(-1)[first + self.receiving[:, 1].to(first.device)]
+        else:
+            flat = [gradients.of(m.index) for m in self.members]
+            averages = torch.cat([g.index_select(0, i).float() for g, i in zip(flat, first.split(1), strict=True)])
+        if unscale is not None:
+            averages = (averages.float() * unscale).to(averages.dtype)
+        return first, averages != 0
+
+    def restore_unused(self, memory: Memory) -> None:
+        """Takes back what was sent for parameters whose gradient was zero on every rank.
+
+        unpack gave them zeros: under find_unused_parameters, DDP throws the result of such a parameter away.
+        """
+        unused = (self._marks(self.selections) & wire.USED).amax(0) == 0
+        if unused.is_cuda or unused.any():  # asking the device would wait for it
+            self.undo.restore(memory, unused.to(torch.uint8))

@@ -1,0 +1,148 @@
+"""Standing: where a run stands, what has accumulated by then, and among which ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from dgc.config import DGCConfig
+from dgc.exchange.base import Exchange
+from dgc.exchange.distributed import DistributedExchange
+from dgc.memory import group
+from dgc.memory import share as shares
+from dgc.memory.memory import Memory
+from dgc.memory.parameters import Parameters
+from dgc.memory.share import Share
+from dgc.ops.codec import Codec
+
+from .agree import description
+from .layouts import Layouts
+
+
+class Standing:
+    """The step, the density and the dense switch; memory; and the group of ranks that all of it was agreed with.
+
+    Attributes:
+        made_with: the configuration that ranks compare.
+        config: the one in force, with the density of set_density().
+        step: backward passes reduced so far, without skipped ones: the position in the warm-up.
+        dense: whether DGC is switched off.
+        joined: whether memory is a share of what the ranks of a group have accumulated.
+        dropped: a number for the gradients that were thrown away before the last step(), 0 where none were.
+    """
+
+    def __init__(
+        self, config: DGCConfig, parameters: Parameters, exchange: Exchange, codec: Codec, loss_scaling: bool
+    ) -> None:
+        """Allocates memory, and agrees with the other ranks where they are known already."""
+        self.made_with = self.config = config
+        self.parameters = parameters
+        self.own_exchange = exchange
+        self.memory = Memory(parameters.slots, parameters.compressed, parameters.device)
+        self.memory.allocate(parameters.rule.kept)
+        self.layouts = Layouts(config, parameters, self.memory, exchange, codec)
+        self.step, self.dense, self.joined = 0, False, False
+        self.dropped = 0
+        self._codec, self._loss_scaling = codec, loss_scaling
+        self._density: float | None = None  # what set_density() has set
+        self._loaded_for: list[int] | None = None  # the ranks that shares were chosen for, before DDP's were known
+        if not exchange.changed:
+            self.regroup()
+
+    @property
+    def exchange(self) -> Exchange:
+        """How ranks talk. Until they have agreed, it looks each time where it is."""
+        exchange = self.own_exchange
+        if not self.joined and exchange.changed:
+            exchange.refresh()
+            exchange.roll_back(exchange.rank, exchange.world_size)  # still to be agreed upon
+        return exchange
+
+    def loaded_for_others_than(self, ranks: list[int]) -> bool:
+        """Returns whether what was loaded was divided among other ranks than these."""
+        return self.joined and self._loaded_for is not None and self._loaded_for != ranks
+
+    def take_what_was_brought(self) -> None:
+        """Takes over what a dense run has left in the optimizer: the same on all ranks."""
+        for name, kinds in self.parameters.brought():
+            for kind, value in kinds.items():
+                self.memory.set(kind, name, value)
+
+    def regroup(self) -> None:
+        """Agrees with all ranks that are there now, and takes memory over into their group; see DGCState.regroup."""
+        exchange = self.own_exchange
+        # What one rank has made alone, as by set_density() before the process group is there, joins as if new.
+        nothing = self.step == 0 and exchange.topology.shares == 1 and self.memory.empty
+        mine = self.share() if self.joined and not nothing else None
+        before = exchange.rank, exchange.world_size
+        exchange.refresh()
+        try:
+            exchange.agree(description(self.made_with, self.parameters, self._codec.name, self._loss_scaling))
+            agreed = group.regroup(exchange, self.memory, mine)
+            if agreed is None:  # all ranks are new
+                exchange.agree({"density of set_density()": self._density})
+        except Exception:
+            exchange.roll_back(*before)  # it is still that group's share
+            raise
+        if agreed is not None:
+            self._go_to(agreed)
+        self._settled()
+
+    def set_density(self, density: float) -> None:
+        """Changes the density on all ranks; see DGCState.set_density."""
+        density = replace(self.made_with, density=density).density  # checks it
+        if self.exchange.changed:
+            self.regroup()
+        self.exchange.agree({"density": density})
+        self._use_density(density)
+
+    def _use_density(self, density: float | None) -> None:
+        if density != self._density:
+            self._density = density
+            self.config = self.made_with if density is None else replace(self.made_with, density=density)
+            self.layouts.use(self.config)
+
+    def share(self) -> Share:
+        """Returns whose share memory holds, and where the run stands."""
+        topology = self.exchange.topology
+        return Share(
+            rank=topology.share,
+            world_size=topology.shares,
+            step=self.step,
+            dense=self.dense,
+            diverged=sorted(self.memory.diverged),
+            kinds=list(self.memory.kinds),
+            density=self._density,
+        )
+
+    def own(self) -> dict[str, Any]:
+        """Returns this rank's share with views of its tensors."""
+        return {**asdict(self.share()), **self.memory.state_dict()}
+
+    def choose(self, parts: list[Mapping[str, Any]], allow_missing_ranks: bool) -> shares.Choice:
+        """Returns this rank's part of what ranks have saved; changes nothing. See shares.choose for what is raised."""
+        topology = self.exchange.topology
+        return shares.choose(self.memory, parts, topology.share, topology.shares, allow_missing_ranks)
+
+    def take_up(self, choice: shares.Choice) -> None:
+        """Goes to where a run stood, with what has been chosen for this rank."""
+        exchange = self.own_exchange
+        ranks = exchange.ranks if isinstance(exchange, DistributedExchange) else None
+        loaded_for = ranks if exchange.changed and not self.joined else None
+        self.memory.load(choice.parts, choice.share.kinds, choice.share.diverged)
+        if choice.missing:
+            shares.log_lost(choice.missing, choice.share.world_size)
+        self.parameters.brought()  # of a dense run before; what counts has just been loaded
+        self._go_to(choice.share)
+        self._settled()
+        self._loaded_for = loaded_for
+
+    def _go_to(self, share: Share) -> None:
+        self.step, self.dense = share.step, share.dense
+        self._use_density(share.density)
+
+    def _settled(self) -> None:
+        self.joined, self.dropped = True, 0
+        self._loaded_for = None
+        self.layouts.leave()
