@@ -225,7 +225,12 @@ def test_a_real_elastic_run_gains_a_worker_and_loses_another(tmp_path):
             *("--host-discovery-script", discover, sys.executable),
             *(tests / "support/elastic_worker.py", tmp_path, hosts),
         ],
-        env={**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": path},
+        env={
+            **os.environ,
+            "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": path,
+            "HOROVOD_GLOO_TIMEOUT_SECONDS": "20",  # after the death the others wait as long; 30 is the default
+        },
         capture_output=True,
         text=True,
         timeout=200,

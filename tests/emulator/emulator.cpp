@@ -1,4 +1,4 @@
-// The CUDA kernels and their launchers, compiled for the CPU. tests/roads.py loads it.
+// The CUDA kernels and their launchers, compiled for the CPU. tests/support/roads.py loads it.
 #include "../../csrc/cuda/launch.cu"
 #include "../../csrc/cuda/stream.h"
 

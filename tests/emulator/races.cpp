@@ -1,5 +1,5 @@
 // Runs every kernel on the emulator under ThreadSanitizer, which reports two threads of a block that touch the same
-// memory, one of them writing, without a barrier in between. tests/test_races.py builds and runs it.
+// memory, one of them writing, without a barrier in between. tests/project/test_races.py builds and runs it.
 //
 //   races            all kernels
 //   races barrier    a kernel without its barrier, to see that it is reported

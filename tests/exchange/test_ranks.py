@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,7 +41,9 @@ def differ(rank, world_size, what):
     try:
         scaler = GradScaler("cpu") if rank == 1 and what == "loss scaling" else None
         if rank == 1 and what == "dgc: ":
-            dgc.__version__ = "0.0.9"
+            for name, module in list(sys.modules.items()):  # wherever it has been imported to
+                if name.split(".")[0] == "dgc" and hasattr(module, "__version__"):
+                    module.__version__ = "0.0.9"
         dgc.DGCState(named, optimizer, config, grad_scaler=scaler, process_group=dist.group.WORLD)
     except ValueError as error:
         return str(error)
@@ -84,8 +88,8 @@ def fall_behind(rank, world_size, where, folder):
     run = Run()
     begin, outcome = time.monotonic(), "no error"
     try:
-        if rank == 1:
-            time.sleep(8)
+        while rank == 1 and not Path(folder, "outcome0.pt").exists() and time.monotonic() < begin + 8:
+            time.sleep(0.1)
         if where == "backward":
             run.train(normals(SHAPES, rank))
         else:

@@ -155,3 +155,67 @@ def test_includes_of_the_kernels_go_down():
             if not same_folder and csrc_floor(included) >= csrc_floor(path) and included.stem != path.stem:
                 upward.append(f"{path.relative_to(CSRC)} includes {included.relative_to(CSRC)}")
     assert upward == []
+
+
+TESTS = Path(__file__).parents[1]
+TEST_FILES = sorted(TESTS.rglob("test_*.py"))
+MOST_LINES_OF_A_TEST = 400
+
+
+def imported_tests(source: str) -> set[str]:
+    """Returns the test files that a source imports, wherever in it, by whatever form."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [*(alias.name for alias in node.names), *([node.module] if node.module else [])]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            names = [argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)]
+        parts = {part for name in names for part in name.split(".")}
+        found |= parts & {path.stem for path in TEST_FILES}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from test_races import run", {"test_races"}),
+        ("def f():\n    import test_races as races", {"test_races"}),
+        ("from project import test_races", {"test_races"}),
+        ("from project.test_races import run", {"test_races"}),
+        ("__import__('test_races')", {"test_races"}),
+        ("from support.models import Given\nimport torch", set()),
+    ],
+)
+def test_every_form_of_import_of_a_test_is_seen(source, found):
+    assert imported_tests(source) == found
+
+
+def test_no_test_file_is_imported():
+    assert len(TEST_FILES) > 40
+    importing = {
+        str(path.relative_to(TESTS)): imported
+        for path in TESTS.rglob("*.py")
+        if (imported := imported_tests(path.read_text()))
+    }
+    assert importing == {}
+
+
+def test_no_test_file_is_long():
+    long = {
+        str(path.relative_to(TESTS)): lines
+        for path in TEST_FILES
+        if (lines := len(path.read_text().splitlines())) > MOST_LINES_OF_A_TEST
+    }
+    assert long == {}
+
+
+def test_every_test_file_says_first_what_it_holds():
+    silent = [
+        str(path.relative_to(TESTS))
+        for path in TEST_FILES
+        if not path.read_text().startswith('"""') or not ast.get_docstring(ast.parse(path.read_text()))
+    ]
+    assert silent == []

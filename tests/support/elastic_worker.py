@@ -1,4 +1,4 @@
-"""A worker of a real elastic run: started by test_elastic.py with a folder for its records and the list of hosts.
+"""A worker of a real elastic run: test_elastic.py starts it with a folder for its records and the list of hosts.
 
 Two workers on two hosts train until a third comes to the first host. After five steps the one on the second host dies
 by SIGKILL in the middle of a sixth; the others train five more.
