@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from harness import printed
 from tqdm import tqdm
+
+from benchmarks.harness import printed
 
 
 @dataclass(frozen=True)

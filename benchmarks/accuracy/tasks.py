@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from architectures import GPT, LSTM, mlp
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ChainedScheduler, CosineAnnealingLR, LinearLR, LRScheduler
 from torch.optim.optimizer import Optimizer
+
+from benchmarks.architectures import GPT, LSTM, mlp
 
 CACHE = Path.home() / ".cache" / "torch-dgc"
 VOCABULARY, LENGTH = 1000, 32

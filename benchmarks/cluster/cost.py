@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import torch
 
 import dgc
+from benchmarks.shapes import Shapes
 from dgc.memory.parameters import dense_reasons
 from dgc.ops.wire import wire_layout
 from dgc.step.phase import phase_at
 from dgc.step.schedule import entries
-
-from .shapes import Shapes
 
 FIRST_BUCKET, LATER_BUCKETS = 2**20, 25 * 2**20
 """DDP's bucket_cap_mb, in bytes: a bucket is closed when it has as many."""

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import dgc
+from benchmarks.shapes import NETWORKS
 
 from .cost import Cluster, Link, communication, ddp_buckets, dense_traffic, dgc_traffic, step_time
-from .shapes import NETWORKS
 
 NODES = (8, 1)
 """Workers a node: a machine of eight GPUs, or a rented machine of one."""

@@ -3,7 +3,8 @@
 import math
 
 import pytest
-from cluster.shapes import NETWORKS
+
+from benchmarks.shapes import NETWORKS
 
 
 @pytest.mark.parametrize(

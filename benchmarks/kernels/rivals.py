@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from ops import MU, Step
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import _orthogonalize
 from torch.utils import cpp_extension
 from tqdm import tqdm
+
+from .ops import MU, Step
 
 DEVICE = torch.device("cuda")
 POWERSGD_RANK = 4

@@ -1,6 +1,6 @@
 """The compression step on one GPU: ours against the memory it has to move, and against what PyTorch users run today.
 
-    python benchmarks/ops.py --device cuda
+    python -m benchmarks.kernels.ops --device cuda
 
 Needs the CUDA kernels of this package, and nvcc for rivals.cu. The limits:
 
@@ -39,16 +39,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from harness import ratio, report, shown
-from ops import MU, EagerExact, Step
-from rivals import DEVICE, CubTopK, Floor, Library, PowerSGD, Sampled, Shape, loud
 from torch import Tensor
 from tqdm import tqdm
 
 import dgc
+from benchmarks.harness import ratio, report, shown
 from dgc import ops
 from dgc.ops import reference, wire
 from dgc.step.schedule import entries
+
+from .ops import MU, EagerExact, Step
+from .rivals import DEVICE, CubTopK, Floor, Library, PowerSGD, Sampled, Shape, loud
 
 RANKS = 8
 LAYERED = 100_000_000

@@ -7,12 +7,14 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-import harness
 import matplotlib
 
+from benchmarks import harness
+
 matplotlib.use("Agg")  # no display needed
-from competitors import NAMES
 from matplotlib import pyplot
+
+from benchmarks.training.competitors import NAMES
 
 from . import namespaces
 

@@ -1,7 +1,7 @@
 """The compression step on one CPU: ours against the bare update and against what PyTorch users write today.
 
-    python benchmarks/ops.py
-    python benchmarks/ops.py --device cuda    # on a GPU: see ops_cuda.py
+    python -m benchmarks.kernels.ops
+    python -m benchmarks.kernels.ops --device cuda    # on a GPU: see ops_cuda.py
 
 Competitors, all on the same gradients, momentum and residual, since which pages of memory one gets decides up to a
 quarter of a time: `floor`, u and v updated by a plain C++ loop and nothing selected;
@@ -23,11 +23,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from harness import interleave, ratio, report, shown
 from torch import Tensor
 from torch.utils import cpp_extension
 from tqdm import tqdm
 
+from benchmarks.harness import interleave, ratio, report, shown
 from dgc import ops
 from dgc.ops import wire
 from dgc.step.schedule import entries
@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     args = parser.parse_args()
     if args.device == "cuda":
-        import ops_cuda
+        from . import ops_cuda
 
         ops_cuda.main(args.sizes or ops_cuda.SIZES, args.density, args.rounds or ops_cuda.ROUNDS)
         return
