@@ -117,8 +117,8 @@ def main() -> None:
     build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"]
     check.run("build", build, 120, DGC_CUDA="auto" if nvcc else "0")
     if nvcc:
-        check.run("ops on the GPU", [*PYTEST, "tests/test_ops.py", "-k", "cuda"], 120)
-        check.run("hook, graphs, streams", [*PYTEST, "tests/test_cuda.py", "tests/test_cuda_build.py"], 120)
+        check.run("ops on the GPU", [*PYTEST, "tests/ops/kernels", "-k", "cuda"], 120)
+        check.run("hook, graphs, streams", [*PYTEST, "tests/ops/test_cuda.py", "tests/project/test_cuda_build.py"], 120)
     else:
         check.skip("ops on the GPU", "no nvcc, so no kernels were built")
     if nvcc and not args.no_benchmark:
@@ -127,7 +127,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             copy = Path(name)
             without_library(copy)
-            tests = [*PYTEST, "tests/test_ops.py", "tests/test_cuda.py", "-k", "cuda"]
+            tests = [*PYTEST, "tests/ops/kernels", "tests/ops/test_cuda.py", "-k", "cuda"]
             # There, since pytest would find this folder's package first.
             check.run("the same through CuPy", tests, 150, copy, PYTHONPATH=str(copy), DGC_EXPECT="cupy")
     else:
@@ -137,7 +137,7 @@ def main() -> None:
         if nvcc and shutil.which("compute-sanitizer"):
             command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
             # Without torch's pool of memory, in which nothing is out of bounds.
-            tests = [*command, *PYTEST, "tests/test_ops.py", "-k", some]
+            tests = [*command, *PYTEST, "tests/ops/kernels", "-k", some]
             check.run(tool, tests, 90, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         else:
             check.skip(tool, "compute-sanitizer is not installed")

@@ -148,7 +148,10 @@ def worker(rank: int, ranks: int, model: str, rates: list[str], args: argparse.N
     link = namespaces.Link(rank) if limited else None
     dist.init_process_group("gloo", rank=rank, world_size=ranks, store=dist.FileStore(f"{folder}/store", ranks))
     generator = torch.Generator().manual_seed(rank)
-    competitors = [competitor(name, *task(model, generator), gradient_as_bucket_view=True) for name in NAMES]
+    competitors = []
+    for name in NAMES:
+        module, loss = task(model, generator)
+        competitors.append(competitor(name, module, loss, gradient_as_bucket_view=True))
     for _ in range(WARM_UP):
         for c in competitors:
             c.step()
