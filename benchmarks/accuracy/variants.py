@@ -1,7 +1,7 @@
 """Deep Gradient Compression with each technique on a switch, in plain PyTorch: what dgc.DGCConfig cannot express.
 
 For the ablation only. With the switches where the package has them it gives the package's results;
-tests/test_convergence.py holds it to that.
+tests/benchmarks/test_convergence.py holds it to that.
 """
 
 from __future__ import annotations

@@ -135,6 +135,8 @@ def test_commands_and_files_that_are_named_exist():
         text = path.read_text()
         named |= {name for name in re.findall(r"-m (benchmarks[\w.]*\w)", text) if name not in PROGRAMS}
         files = re.findall(r"(?<![\w./])benchmarks/[a-z][\w/]*\.\w+", text)
+        if ROOT / "benchmarks" in path.parents:
+            files += re.findall(r"(?<![\w./])tests/[a-z][\w/]*\.\w+", text)
         named |= {file for file in files if not (ROOT / file).exists()}
     check = TREES["benchmarks.kernels.gpu_check"]
     strings = [node.value for node in ast.walk(check) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
