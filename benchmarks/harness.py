@@ -18,7 +18,9 @@ from tabulate import tabulate
 
 import dgc
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+"""The repository, from which `python -m` finds the benchmarks."""
+RESULTS = ROOT / "benchmarks" / "results"
 KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "268435456", "MALLOC_MMAP_THRESHOLD_": "33554432"}
 """What the launchers set where there is no GPU; see launch/environment.sh."""
 
@@ -83,7 +85,7 @@ def machine() -> dict[str, Any]:
         "backend": dgc.backend("cpu"),
         **(gpu() if torch.cuda.is_available() else {}),
         "commit": printed("git", "describe", "--always", "--dirty"),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *sys.orig_argv[1:]]),  # sys.argv has no -m, and a path of this machine
     }
 
 
@@ -101,7 +103,7 @@ def gpu() -> dict[str, Any]:
 def printed(*command: str) -> str:
     """Returns what a command prints; nothing where it is missing or fails."""
     try:
-        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return ""
     return run.stdout.strip() if run.returncode == 0 else ""

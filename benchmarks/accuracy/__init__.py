@@ -1,1 +1,1 @@
-"""Parts of convergence.py and ablation.py: tasks, workers in one process, runs and their comparison."""
+"""Compares what networks learn with DGC, with parts of it and without, over several seeds."""

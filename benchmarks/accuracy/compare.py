@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness import Table, report
 from matplotlib import pyplot
 from scipy import stats
+
+from benchmarks.harness import Table, report
 
 from .runs import Record
 from .tasks import TASKS

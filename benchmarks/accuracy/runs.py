@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from harness import printed
 from tqdm import tqdm
+
+from benchmarks.harness import printed
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def gather(
                 break
             for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                 run = under_way.pop(future)
-                record = Record(run, *future.result(), commit)
+                curve, seconds = future.result()
+                record = Record(run, curve, seconds, commit)
                 done[run] = record
                 file.write(json.dumps(asdict(record)) + "\n")
                 file.flush()

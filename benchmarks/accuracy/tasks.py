@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from architectures import GPT, LSTM, mlp
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ChainedScheduler, CosineAnnealingLR, LinearLR, LRScheduler
 from torch.optim.optimizer import Optimizer
+
+from benchmarks.architectures import GPT, LSTM, mlp
 
 CACHE = Path.home() / ".cache" / "torch-dgc"
 VOCABULARY, LENGTH = 1000, 32
@@ -170,9 +171,18 @@ def _small_cnn(side: int, widths: tuple[int, int], hidden: int) -> nn.Module:
     first, second = widths
     left = side // 4
     return nn.Sequential(
-        *(nn.Conv2d(1, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(first, second, 3, padding=1, bias=False), nn.BatchNorm2d(second), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Flatten(), nn.Linear(second * left * left, hidden), nn.ReLU(), nn.Linear(hidden, 10)),
+        nn.Conv2d(1, first, 3, padding=1, bias=False),
+        nn.BatchNorm2d(first),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(first, second, 3, padding=1, bias=False),
+        nn.BatchNorm2d(second),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(second * left * left, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, 10),
     )
 
 

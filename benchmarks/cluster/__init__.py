@@ -1,1 +1,1 @@
-"""Parts of scaling.py and wire_ratio.py: shapes of known networks, what an exchange costs, and its projection."""
+"""Counts bytes for published networks, and projects measured steps to clusters."""

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
 import dgc
+from benchmarks.shapes import Shapes
 from dgc.stats import traffic as bytes_carried
 
 from .cost import Cluster, Link, Traffic, communication, ddp_buckets, dense_traffic, dgc_traffic, step_time
-from .shapes import Shapes
 
 COMPETITORS = ("ddp", "ddp fp16", "dgc")
 """Those that the model knows; `no_sync` gives the compute time."""

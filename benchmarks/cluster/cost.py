@@ -9,14 +9,13 @@ from dataclasses import dataclass
 import torch
 
 import dgc
+from benchmarks.shapes import Shapes
 from dgc.memory.refusals import dense_reasons
 from dgc.memory.slots import lay_out
 from dgc.ops.codec import Plain
 from dgc.ops.wire import wire_layout
 from dgc.step.phase import phase_at
 from dgc.step.schedule import entries
-
-from .shapes import Shapes
 
 FIRST_BUCKET, LATER_BUCKETS = 2**20, 25 * 2**20
 """DDP's bucket_cap_mb, in bytes: a bucket is closed when it has as many."""

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import dgc
+from benchmarks.shapes import NETWORKS
 
 from .cost import Cluster, Link, communication, ddp_buckets, dense_traffic, dgc_traffic, step_time
-from .shapes import NETWORKS
 
 NODES = (8, 1)
 """Workers a node: a machine of eight GPUs, or a rented machine of one."""
@@ -44,20 +44,28 @@ class Workload:
 _EXAMPLES = "NVIDIA DeepLearningExamples, PyTorch"
 WORKLOADS = (
     Workload(
-        *("ResNet-50", V100, 256 / 1200),
-        f"256 images, mixed precision, 1,200 a second on one V100 16 GB ({_EXAMPLES}, resnet50v1.5)",
+        network="ResNet-50",
+        gpu=V100,
+        seconds=256 / 1200,
+        about=f"256 images, mixed precision, 1,200 a second on one V100 16 GB ({_EXAMPLES}, resnet50v1.5)",
     ),
     Workload(
-        *("VGG-16", V100, 64 / (1200 * 4.09 / 15.47)),
-        "64 images, ResNet-50's rate times the ratio of multiply-adds, 4.09 to 15.47 (torchvision): 317 a second",
+        network="VGG-16",
+        gpu=V100,
+        seconds=64 / (1200 * 4.09 / 15.47),
+        about="64 images, ResNet-50's rate times the ratio of multiply-adds, 4.09 to 15.47 (torchvision): 317 a second",
     ),
     Workload(
-        *("BERT-large", V100, 64 / 171.52),
-        f"64 sequences of 128, mixed precision, 171.52 a second on one V100 32 GB ({_EXAMPLES}, BERT, 2020)",
+        network="BERT-large",
+        gpu=V100,
+        seconds=64 / 171.52,
+        about=f"64 sequences of 128, mixed precision, 171.52 a second on one V100 32 GB ({_EXAMPLES}, BERT, 2020)",
     ),
     Workload(
-        *("Llama-3-8B", H100, 8192 / 12_273),
-        "one sequence of 8,192 tokens, FP8, 12,273 a second for each of 8 H100 (NVIDIA NeMo 24.12)",
+        network="Llama-3-8B",
+        gpu=H100,
+        seconds=8192 / 12_273,
+        about="one sequence of 8,192 tokens, FP8, 12,273 a second for each of 8 H100 (NVIDIA NeMo 24.12)",
     ),
 )
 
@@ -138,8 +146,10 @@ def project(
                 cluster = Cluster(n, per_node, Link(share * gbits * 1e9 / 8, a.latency), inside)
                 fp32, fp16, dgc_seconds = (
                     step_time(
-                        *(workload.seconds, nbytes / memory),
-                        *(communication(traffic, cluster), a.backward * workload.seconds),
+                        compute=workload.seconds,
+                        overhead=nbytes / memory,
+                        communication=communication(traffic, cluster),
+                        hidden=a.backward * workload.seconds,
                     )
                     for traffic, nbytes in competitors
                 )

@@ -2,22 +2,21 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from soaking.checks import check_conservation, check_counts, check_memory, check_replicas, check_restarts
-from soaking.ledger import ledger_of
-from soaking.run import COMPRESSED, GROUPS, SHAPES, Given, Run, event_of, gradients
-from soaking.supervisor import Kill
-from soaking.worker import Record
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from benchmarks.harness import ROOT
+from benchmarks.soak.checks import check_conservation, check_counts, check_memory, check_replicas, check_restarts
+from benchmarks.soak.ledger import ledger_of
+from benchmarks.soak.run import COMPRESSED, GROUPS, SHAPES, Given, Run, event_of, gradients
+from benchmarks.soak.supervisor import Kill
+from benchmarks.soak.worker import Record
 
 
 def test_a_short_soak_passes():
-    command = [sys.executable, str(BENCHMARKS / "soak.py"), "--smoke"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    command = [sys.executable, "-m", "benchmarks.soak", "--smoke"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
     assert "Soak: 300 steps on 3 gloo processes, 2 of them killed, seed 0" in result.stdout
     assert result.stdout.count("| pass ") == 11

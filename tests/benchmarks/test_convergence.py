@@ -1,16 +1,14 @@
-"""benchmarks/convergence.py and ablation.py: that they train what they say, and count right."""
+"""benchmarks/accuracy/convergence.py and ablation.py: that they train what they say, and count right."""
 
 import math
 from functools import partial
 
-import ablation
-import convergence
 import pytest
 import torch
-from accuracy import compare, replicas, runs, tasks, variants
 from torch import nn
 
 import dgc
+from benchmarks.accuracy import ablation, compare, convergence, replicas, runs, tasks, variants
 
 
 def regression():

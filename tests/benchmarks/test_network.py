@@ -1,4 +1,4 @@
-"""The network of benchmarks/network.py: links are limited, counters are right, nothing is left behind."""
+"""The network of benchmarks/training/network.py: links are limited, counters are right, nothing is left behind."""
 
 import os
 import re
@@ -15,9 +15,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from links import namespaces
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from benchmarks.harness import ROOT
+from benchmarks.training.links import namespaces
+
+NETWORK = [sys.executable, "-m", "benchmarks.training.network"]
 
 REASON = "unshare, ip or tc is missing" if not all(map(shutil.which, ("unshare", "ip", "tc"))) else namespaces.missing()
 limited = pytest.mark.skipif(bool(REASON), reason=f"NOT CHECKED: network limits, which need root: {REASON}")
@@ -104,9 +106,9 @@ def until(condition: Callable[[], object], seconds: int) -> bool:
 
 @limited
 def test_kill_9_leaves_no_process_and_no_namespace():
-    command = [sys.executable, str(BENCHMARKS / "network.py"), "--models", "tiny", "--ranks", "2", "--rates", "1gbit"]
+    command = [*NETWORK, "--models", "tiny", "--ranks", "2", "--rates", "1gbit", "--seconds", "600"]
     # Not through pipes: what is left behind would hold them open.
-    script = subprocess.Popen([*command, "--seconds", "600"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    script = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     host = str(Path("/proc/self/ns/net").readlink())
 
     def ranks() -> list[int]:
@@ -135,8 +137,7 @@ def test_kill_9_leaves_no_process_and_no_namespace():
 
 
 def test_a_short_run_measures_all_competitors():
-    command = [sys.executable, str(BENCHMARKS / "network.py"), "--smoke"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = subprocess.run([*NETWORK, "--smoke"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
     header = next(line for line in result.stdout.splitlines() if line.startswith("| model"))
     names = [cell.strip() for cell in header.strip("|").split("|")]

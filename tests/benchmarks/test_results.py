@@ -3,13 +3,13 @@
 import json
 import re
 
-import results
-from harness import RESULTS
+from benchmarks.harness import RESULTS
+from benchmarks.results import page as results
 
 
 def test_the_page_is_what_the_benchmarks_wrote():
     page = (results.DOCS / "results.md").read_text()
-    assert page == results.text(), "python benchmarks/results.py"
+    assert page == results.text(), "python -m benchmarks.results.page"
     for name in results.SECTIONS:
         assert (RESULTS / f"{name}.md").read_text().strip() in page
 

@@ -1,4 +1,4 @@
-"""The cost model of benchmarks/scaling.py against numbers worked out by hand, and its calibration against itself."""
+"""The cost model of benchmarks/cluster/ against numbers worked out by hand, and its calibration against itself."""
 
 import json
 import math
@@ -8,11 +8,13 @@ import sys
 from dataclasses import astuple, replace
 
 import pytest
-import scaling
 import torch
 import torch.distributed as dist
-from cluster.calibration import Constants, Measured, calibrate, points
-from cluster.cost import (
+
+import dgc
+from benchmarks.cluster import scaling
+from benchmarks.cluster.calibration import Constants, Measured, calibrate, points
+from benchmarks.cluster.cost import (
     Cluster,
     Link,
     Traffic,
@@ -24,10 +26,9 @@ from cluster.cost import (
     dgc_traffic,
     step_time,
 )
-from cluster.projection import WORKLOADS, Assumptions, Projected, losses, project
-from cluster.shapes import NETWORKS
-
-import dgc
+from benchmarks.cluster.projection import WORKLOADS, Assumptions, Projected, losses, project
+from benchmarks.harness import ROOT
+from benchmarks.shapes import NETWORKS
 
 FLAT = Cluster(workers=4, per_node=1, network=Link(100.0, 0.5), inside=Link(math.inf, 0.0))
 NODES = Cluster(workers=32, per_node=8, network=Link(100.0, 0.5), inside=Link(1000.0, 0.01))
@@ -220,15 +221,15 @@ def written(measured):
 
 def test_the_script_reads_what_it_documents_and_says_what_is_missing(tmp_path):
     path = tmp_path / "network.json"
-    command = [sys.executable, scaling.__file__, "--network", str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "benchmarks.cluster.scaling", "--network", str(path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
-    assert "Run `python benchmarks/network.py` first" in result.stderr
+    assert "Run `python -m benchmarks.training.network` first" in result.stderr
     runs = made_up()
     loopback = json.loads(written(runs))
     loopback["runs"][-1]["reached"] = {}
     path.write_text(json.dumps(loopback))
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
     assert "expected runs with limits, got some on a loopback: run network.py as root" in result.stderr
     assert "Traceback" not in result.stderr
@@ -245,7 +246,7 @@ def test_the_script_reports_and_draws(tmp_path, monkeypatch):
     path = tmp_path / "network.json"
     path.write_text(written(made_up()))
     monkeypatch.setattr(sys, "argv", ["scaling.py", "--network", str(path)])
-    for module in (scaling, sys.modules["harness"]):
+    for module in (scaling, sys.modules["benchmarks.harness"]):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     scaling.main()
     raw = json.loads((tmp_path / "scaling.json").read_text())

@@ -3,7 +3,8 @@
 import math
 
 import pytest
-from cluster.shapes import NETWORKS
+
+from benchmarks.shapes import NETWORKS
 
 
 @pytest.mark.parametrize(
@@ -14,6 +15,7 @@ from cluster.shapes import NETWORKS
         ("PTB LSTM", 51_034_000, 34_000, 10),
         ("VGG-16", 138_357_544, 13_416, 32),
         ("BERT-large", 336_226_108, 356_156, 398),
+        ("GPT-2 small", 124_439_808, 121_344, 148),
         ("Llama-3-8B", 8_030_261_248, 266_240, 291),
     ],
 )

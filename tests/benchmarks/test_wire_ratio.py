@@ -1,11 +1,11 @@
-"""The compression ratios of benchmarks/wire_ratio.py: the paper's by formula, and the bytes that are counted."""
+"""The ratios of benchmarks/cluster/wire_ratio.py: the paper's by formula, and the bytes that are counted."""
 
 import pytest
 import torch
-from cluster.shapes import NETWORKS
-from wire_ratio import PAPER, Sent, formula, sent
 
 import dgc
+from benchmarks.cluster.wire_ratio import PAPER, Sent, formula, sent
+from benchmarks.shapes import NETWORKS
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import KEEP_FREED_MEMORY
+
+from benchmarks.harness import KEEP_FREED_MEMORY
 
 ROOT = Path(__file__).parents[2]
 

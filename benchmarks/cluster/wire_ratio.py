@@ -1,6 +1,6 @@
 """The paper's compression ratios, from the bytes that this package sends for the paper's networks.
 
-    python benchmarks/wire_ratio.py
+    python -m benchmarks.cluster.wire_ratio
 
 Random gradients with the shapes of ResNet-50, AlexNet and PTB's LSTM go through a DGCState at 0.1 %; what it hands to
 the network is counted there, a payload for each parameter (DDP's buckets join them, which saves some headers). The
@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cluster.shapes import NETWORKS, Shapes
-from harness import report
 from torch import Tensor, nn
 from torch.futures import Future
 from tqdm import tqdm
 
 import dgc
+from benchmarks.harness import report
+from benchmarks.shapes import NETWORKS, Shapes
 from dgc.exchange.base import Exchange
 from dgc.memory.slots import Gradients
 from dgc.stats import traffic

@@ -1,8 +1,8 @@
 """Puts together docs/results.md: what the benchmarks printed, word for word, with the pictures that they drew.
 
-    python benchmarks/results.py
+    python -m benchmarks.results.page
 
-Each section is results/NAME.md as the script NAME.py wrote it; NAME_reading.md in front of it, where there is one, is
+Each section is NAME.md as its program wrote it; NAME_reading.md in front of it, where there is one, is
 what a person says of it.
 """
 
@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
-from harness import RESULTS
+from benchmarks.harness import RESULTS, ROOT
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = ROOT / "docs"
 SECTIONS = {
     "network": "Slow networks",
     "convergence": "Accuracy",
@@ -27,12 +26,12 @@ SECTIONS = {
     "memory_cpu": "Memory",
     "soak": "Ten thousand steps in which everything goes wrong",
 }
-"""Title of each results/NAME.md."""
+"""Title of each NAME.md in this folder."""
 START = """# Results
 
-Made by `python benchmarks/results.py` from what the benchmarks printed; every section ends with the machine, the
-versions, the commit and the command that gives it again. All were run on a shared virtual machine with two cores: read
-ratios, not times.
+Made by `python -m benchmarks.results.page` from what the benchmarks printed; every section ends with the machine, the
+versions, the commit and the command that gives it again, as it is called today (before the benchmarks were a package,
+`python benchmarks/NAME.py`). All were run on a shared virtual machine with two cores: read ratios, not times.
 """
 
 

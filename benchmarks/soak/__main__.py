@@ -1,6 +1,6 @@
 """A long run in which everything goes wrong: kills, overflows, discarded steps. Nothing may be lost.
 
-    python benchmarks/soak.py
+    python -m benchmarks.soak
 
 Gloo processes train with DDP and a GradScaler. A supervisor kills one of them now and then, in the middle of whatever
 it is doing, and starts all of them again from the last checkpoint, as torchrun's elastic agent would. Some steps have
@@ -36,13 +36,15 @@ import matplotlib
 
 matplotlib.use("Agg")  # no display needed
 import torch
-from harness import RESULTS, report
 from matplotlib import pyplot
-from soaking.checks import check, records_of
-from soaking.ledger import ledger_of
-from soaking.run import Run
-from soaking.supervisor import Kill, supervise
 from tabulate import tabulate
+
+from benchmarks.harness import RESULTS, report
+
+from .checks import check, records_of
+from .ledger import ledger_of
+from .run import Run
+from .supervisor import Kill, supervise
 
 
 def draw(folder: Path, run: Run, kills: Sequence[Kill], picture: Path) -> None:
@@ -71,7 +73,9 @@ def draw(folder: Path, run: Run, kills: Sequence[Kill], picture: Path) -> None:
 
 def main() -> None:
     """Runs, checks and reports."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--ranks", type=int, default=3)
     parser.add_argument("--kills", type=int, default=10)

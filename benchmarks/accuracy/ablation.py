@@ -1,6 +1,6 @@
 """Which of DGC's techniques does what: added one after another, taken out one at a time, and changed.
 
-    python benchmarks/ablation.py
+    python -m benchmarks.accuracy.ablation
 
 The paper (section 4) has no such table. Workers, samples, recipe and seeds are convergence.py's, except that the GPT's
 learning rate does not warm up: its first steps are rough, and that is where techniques differ. They are switches of
@@ -16,12 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accuracy.compare import HEADERS, Difference, draw, publish, table
-from accuracy.replicas import WORKERS, Dense, train
-from accuracy.runs import Record, Run, gather, options
-from accuracy.tasks import TASKS
-from accuracy.variants import Technique, Variant
-from harness import RESULTS, Table
+from benchmarks.harness import RESULTS, Table
+
+from .compare import HEADERS, Difference, draw, publish, table
+from .replicas import WORKERS, Dense, train
+from .runs import Record, Run, gather, options
+from .tasks import TASKS
+from .variants import Technique, Variant
 
 TRAINED = {"letters": TASKS["letters"], "gpt": replace(TASKS["gpt"], lr_warmup=0.0)}
 CLIP_NORM, STEPS = 1.0, 1500

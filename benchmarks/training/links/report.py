@@ -7,12 +7,14 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-import harness
 import matplotlib
 
+from benchmarks import harness
+
 matplotlib.use("Agg")  # no display needed
-from competitors import NAMES
 from matplotlib import pyplot
+
+from benchmarks.training.competitors import NAMES
 
 from . import namespaces
 
@@ -115,8 +117,9 @@ def report(name: str | None, runs: Sequence[Run], latency_ms: float) -> None:
         tables.append(traffic(runs))
     if (aimed := targets(runs))[2]:
         tables.append(aimed)
-    first, *more = tables
-    harness.report(name, *first, {"limited": limited, "latency_ms": latency_ms, "runs": runs}, more)
+    (title, headers, rows), *more = tables
+    raw = {"limited": limited, "latency_ms": latency_ms, "runs": runs}
+    harness.report(name, title, headers, rows, raw, more)
     if name and limited:
         plot(name, runs)
 

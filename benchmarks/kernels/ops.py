@@ -1,7 +1,7 @@
 """The compression step on one CPU: ours against the bare update and against what PyTorch users write today.
 
-    python benchmarks/ops.py
-    python benchmarks/ops.py --device cuda    # on a GPU: see ops_cuda.py
+    python -m benchmarks.kernels.ops
+    python -m benchmarks.kernels.ops --device cuda    # on a GPU: see ops_cuda.py
 
 Competitors, all on the same gradients, momentum and residual, since which pages of memory one gets decides up to a
 quarter of a time: `floor`, u and v updated by a plain C++ loop and nothing selected;
@@ -23,16 +23,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from harness import interleave, ratio, report, shown
 from torch import Tensor
 from torch.utils import cpp_extension
 from tqdm import tqdm
 
+from benchmarks.harness import interleave, ratio, report, shown
 from dgc import ops
-from dgc.ops import wire
 from dgc.step.schedule import entries
 
-MU = 0.9
+from . import ops_cuda
+from .steps import MU, EagerExact, Floor, Fused, Step
 
 
 def compile_floor() -> Callable[[Tensor, Tensor, Tensor], None]:
@@ -53,58 +53,6 @@ def compile_floor() -> Callable[[Tensor, Tensor, Tensor], None]:
     return floor
 
 
-class Step:
-    """A competitor: gradients that rotate, u and v."""
-
-    def __init__(self, gradients: list[Tensor], u: Tensor, v: Tensor, k: int) -> None:
-        self.gradients, self.u, self.v, self.k, self.at = gradients, u, v, k, 0
-
-    def next(self) -> Tensor:
-        self.at += 1
-        return self.gradients[self.at % len(self.gradients)]
-
-
-class Fused(Step):
-    """The op of this package."""
-
-    def __init__(self, gradients: list[Tensor], u: Tensor, v: Tensor, k: int) -> None:
-        super().__init__(gradients, u, v, k)
-        n = self.u.numel()
-        self.segments = torch.tensor([[0, 0, 0, n, k]])
-        self.payload = torch.zeros(wire.wire_layout(self.segments, torch.float32).nbytes, dtype=torch.uint8)
-        wire.stamp(self.payload, fingerprint=0)
-        self.workspace = ops.workspace(self.segments, torch.device("cpu"))
-        self.sent = torch.zeros(k)
-        self.mu, self.one = torch.tensor([MU]), torch.ones(1)
-
-    def __call__(self) -> None:
-        ops.compress_(
-            [self.next()],
-            self.u,
-            self.v,
-            self.segments,
-            self.mu,
-            self.one,
-            self.payload,
-            self.workspace,
-            self.sent,
-            False,
-            torch.float32,
-        )
-
-
-class EagerExact(Step):
-    """The same step in plain PyTorch."""
-
-    def __call__(self) -> None:
-        self.u.mul_(MU).add_(self.next())
-        self.v.add_(self.u)
-        indices = self.v.abs().topk(self.k, sorted=False).indices
-        self.values = self.v[indices]
-        self.v.index_fill_(0, indices, 0)
-        self.u.index_fill_(0, indices, 0)
-
-
 class EagerSampled(Step):
     """The threshold from a strided 1 % sample."""
 
@@ -120,19 +68,6 @@ class EagerSampled(Step):
         self.u.index_fill_(0, indices, 0)
 
 
-class Floor(Step):
-    """u and v only."""
-
-    def __init__(
-        self, gradients: list[Tensor], u: Tensor, v: Tensor, k: int, floor: Callable[[Tensor, Tensor, Tensor], None]
-    ) -> None:
-        super().__init__(gradients, u, v, k)
-        self.floor = floor
-
-    def __call__(self) -> None:
-        self.floor(self.next(), self.u, self.v)
-
-
 def compare(
     n: int, density: float, rounds: int, floor: Callable[[Tensor, Tensor, Tensor], None]
 ) -> dict[str, list[float]]:
@@ -144,20 +79,19 @@ def compare(
     kept = [g.clone() for g in [*gradients, *halves]]
     refill = partial(torch._foreach_copy_, [*gradients, *halves], kept)  # the op uses gradients up
     u, v = torch.zeros(n), torch.zeros(n)
-    fused = Fused(gradients, u, v, k)
+    segments = torch.tensor([[0, 0, 0, n, k]])
+    fused = Fused(gradients, u, v, segments)
     payloads = torch.zeros(8, fused.payload.numel(), dtype=torch.uint8)
     out, status = torch.zeros(n), torch.zeros(9, dtype=torch.int32)
     competitors: dict[str, Callable[[], object]] = {
-        "floor": Floor(gradients, u, v, k, floor),
+        "floor": Floor(gradients, u, v, floor),
         "dgc": fused,
-        "dgc bf16": Fused(halves, u, v, k),
+        "dgc bf16": Fused(halves, u, v, segments),
         "eager exact": EagerExact(gradients, u, v, k),
         "sampled": EagerSampled(gradients, u, v, k),
         "topk": lambda: v.abs().topk(k, sorted=False),
         "zero fill": out.zero_,
-        "unpack 8": lambda: ops.unpack(
-            payloads, 0, fused.segments, fused.workspace, fused.one, torch.float32, [out], status
-        ),
+        "unpack 8": lambda: ops.unpack(payloads, 0, segments, fused.workspace, fused.one, torch.float32, [out], status),
     }
     # DGC cuts v off just above the threshold: time it on what it leaves behind, not on fresh noise.
     for _ in range(20):
@@ -181,8 +115,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     args = parser.parse_args()
     if args.device == "cuda":
-        import ops_cuda
-
         ops_cuda.main(args.sizes or ops_cuda.SIZES, args.density, args.rounds or ops_cuda.ROUNDS)
         return
     args.sizes, args.rounds = args.sizes or [1_000_000, 25_000_000, 100_000_000], args.rounds or 15

@@ -1,6 +1,6 @@
 """Peak memory of DGC beside the model and its gradients.
 
-    python benchmarks/memory.py
+    python -m benchmarks.training.memory
 
 Two processes train a stack of layers of 100M parameters with DDP, once with torch.optim.SGD without momentum and once
 with DGC and momentum; the difference of their peak resident memory is what DGC holds: u and v are 8 bytes a parameter.
@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from harness import report
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dgc
+from benchmarks.harness import report
 
 WIDTH, LAYERS = 500, 400  # small layers: their temporaries hardly show in the peak
 

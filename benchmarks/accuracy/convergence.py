@@ -1,6 +1,6 @@
 """Accuracy at equal steps: DGC against dense training, several seeds, small tasks on real data.
 
-    python benchmarks/convergence.py
+    python -m benchmarks.accuracy.convergence
 
 Four workers, simulated in one process by the package's own core (see replicas.py). Dense and DGC have the same recipe,
 learning rate included, the same weights at the start and the same samples; a difference is that of one seed's pair.
@@ -15,13 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accuracy.compare import HEADERS, Difference, draw, publish, reaches, table
-from accuracy.replicas import DGC, WORKERS, Dense, train
-from accuracy.runs import Record, Run, gather, options
-from accuracy.tasks import TASKS, Task
-from harness import RESULTS, Table
-
 import dgc
+from benchmarks.harness import RESULTS, Table
+
+from .compare import HEADERS, Difference, draw, publish, reaches, table
+from .replicas import DGC, WORKERS, Dense, train
+from .runs import Record, Run, gather, options
+from .tasks import TASKS, Task
 
 METHODS: dict[str, dict[str, Any] | None] = {
     "dense": None,

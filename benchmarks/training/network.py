@@ -1,6 +1,6 @@
 """Training steps on a real network of 10 Gbit/s, 1 Gbit/s and 100 Mbit/s, against what else there is.
 
-    sudo python benchmarks/network.py
+    sudo python -m benchmarks.training.network
 
 Every rank is a process of one thread in a network namespace of its own, and what it sends and receives is limited
 (namespaces.py says how, and that nothing is left behind). That needs root, or, where the system allows it, what
@@ -34,17 +34,19 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import architectures
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from competitors import NAMES, WARM_UP, Competitor, competitor
-from harness import keep_freed_memory
-from links import namespaces
-from links.report import report
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from tqdm import tqdm
+
+from benchmarks import architectures
+from benchmarks.harness import keep_freed_memory
+
+from .competitors import NAMES, WARM_UP, Competitor, competitor
+from .links import namespaces
+from .links.report import report
 
 RATES, RANKS = ("10gbit", "1gbit", "100mbit"), (2, 4)
 UNLIMITED = "unlimited"
@@ -146,7 +148,10 @@ def worker(rank: int, ranks: int, model: str, rates: list[str], args: argparse.N
     link = namespaces.Link(rank) if limited else None
     dist.init_process_group("gloo", rank=rank, world_size=ranks, store=dist.FileStore(f"{folder}/store", ranks))
     generator = torch.Generator().manual_seed(rank)
-    competitors = [competitor(name, *task(model, generator), gradient_as_bucket_view=True) for name in NAMES]
+    competitors = []
+    for name in NAMES:
+        module, loss = task(model, generator)
+        competitors.append(competitor(name, module, loss, gradient_as_bucket_view=True))
     for _ in range(WARM_UP):
         for c in competitors:
             c.step()

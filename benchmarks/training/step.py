@@ -1,6 +1,6 @@
 """A whole training step under DDP with nothing to wait for on the network: what compression costs.
 
-    python benchmarks/step.py
+    python -m benchmarks.training.step
 
 Two processes of one thread on the loopback train a 12.6M-parameter MLP at batch 64. Competitors take turns, step by
 step: `no_sync`, no exchange at all and torch.optim.SGD(momentum=0.9), the limit; `ddp`, plain DDP with the same
@@ -17,15 +17,17 @@ import tempfile
 import time
 from pathlib import Path
 
-import architectures
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from competitors import competitor
-from harness import keep_freed_memory, report, shown
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
+
+from benchmarks import architectures
+from benchmarks.harness import keep_freed_memory, report, shown
+
+from .competitors import competitor
 
 WIDTH, LAYERS, BATCH = 2048, 3, 64
 

@@ -1,4 +1,4 @@
-"""What the GPU benchmark compares with: the bare update, and what PyTorch users run today."""
+"""What only the GPU benchmark compares with: kernels of rivals.cu, and what PyTorch users run today."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from ops import MU, Step
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import _orthogonalize
 from torch.utils import cpp_extension
 from tqdm import tqdm
+
+from .steps import MU, Step
 
 DEVICE = torch.device("cuda")
 POWERSGD_RANK = 4
@@ -63,9 +64,22 @@ class Library:
             The bytes of scratch that it needs.
         """
         nbytes = ctypes.c_size_t(0 if scratch is None else scratch.numel())
-        tensors = [None if tensor is None else tensor.data_ptr() for tensor in (g, u, v, keys, out, scratch)]
         size = ctypes.cast(ctypes.pointer(nbytes), ctypes.c_void_p)
-        succeed(self._topk(*tensors[:4], g.numel(), MU, k, *tensors[4:], size, current_stream()))
+        succeed(
+            self._topk(
+                address(g),
+                address(u),
+                address(v),
+                address(keys),
+                g.numel(),
+                MU,
+                k,
+                address(out),
+                address(scratch),
+                size,
+                current_stream(),
+            )
+        )
         return nbytes.value
 
 
@@ -79,6 +93,11 @@ def cccl_headers() -> list[str]:
     except importlib.metadata.PackageNotFoundError:
         return []
     return [f"-I{Path(str(f.locate())).parents[2]}" for f in files if f.match("cub/device/device_topk.cuh")]
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Returns where a tensor's memory begins; none of no tensor."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 def current_stream() -> int:
@@ -95,17 +114,6 @@ def succeed(code: int) -> None:
 def loud(line: str) -> None:
     """Prints a line that nobody overlooks."""
     tqdm.write(f"\n*** {line} ***\n", file=sys.stderr)
-
-
-class Floor(Step):
-    """u and v only."""
-
-    def __init__(self, gradients: list[Tensor], u: Tensor, v: Tensor, library: Library) -> None:
-        super().__init__(gradients, u, v, 0)
-        self.library = library
-
-    def __call__(self) -> None:
-        self.library.update(self.next(), self.u, self.v)
 
 
 class CubTopK(Step):

@@ -1,9 +1,9 @@
 """From measured steps to clusters: a cost model, how well it fits, and where DGC would win and lose.
 
-    python benchmarks/scaling.py
+    python -m benchmarks.cluster.scaling
 
-Reads results/network.json (`python benchmarks/network.py` writes it), fits the model's constants to it, and projects to
-GPUs and up to 4,096 workers. docs/scaling.md has the formulas and what they leave out. The projections are
+Reads results/network.json (`python -m benchmarks.training.network` writes it), fits the model's constants to it, and
+projects to GPUs and up to 4,096 workers. docs/scaling.md has the formulas and what they leave out. The projections are
 arithmetic: no such cluster has been measured.
 """
 
@@ -17,14 +17,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib
-from links import namespaces
+
+from benchmarks.training.links import namespaces
 
 matplotlib.use("Agg")  # no display needed
-from cluster.calibration import Measured, calibrate, constants_table, points, table
-from cluster.projection import GBITS, NODES, WORKERS, WORKLOADS, Assumptions, Projected, losses, project, sensitivity
-from cluster.shapes import Shapes
-from harness import RESULTS, report
 from matplotlib import pyplot
+
+from benchmarks.harness import RESULTS, report
+from benchmarks.shapes import Shapes
+
+from .calibration import Measured, calibrate, constants_table, points, table
+from .projection import GBITS, NODES, WORKERS, WORKLOADS, Assumptions, Projected, losses, project, sensitivity
 
 SPEEDUPS = (0.5, 1, 2, 5, 10, 20, 50)
 """Marks of the picture."""
@@ -99,7 +102,7 @@ def main() -> None:
     if not path.exists():
         parser.error(
             f"--network: expected the figures that the model is calibrated with, but there is no {path}. "
-            "Run `python benchmarks/network.py` first, or name another file"
+            "Run `python -m benchmarks.training.network` first, or name another file"
         )
     try:
         measured, shapes = read(path)

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NEEDED = ("torch", "setuptools", "pytest", "pytest_timeout", "tabulate", "tqdm")
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 
@@ -46,8 +46,8 @@ class Check:
         self.deadline = time.monotonic() + 60 * minutes
         self.steps: list[Step] = []
 
-    def run(self, name: str, command: Sequence[str], seconds: float, **environment: str) -> None:
-        """Runs a command, for at most `seconds` and what is left of the whole."""
+    def run(self, name: str, command: Sequence[str], seconds: float, folder: Path = ROOT, **environment: str) -> None:
+        """Runs a command in a folder, for at most `seconds` and what is left of the whole."""
         begin = time.monotonic()
         limit = min(seconds, self.deadline - begin)
         if limit < 5:
@@ -56,7 +56,7 @@ class Check:
         print(f"\n== {name}: {' '.join(command)}")
         process = subprocess.Popen(
             command,
-            cwd=ROOT,
+            cwd=folder,
             env={**os.environ, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -89,19 +89,19 @@ class Check:
         return any(step.result.startswith("FAILED") for step in self.steps)
 
 
-def without_library(folder: str) -> str:
-    """Copies the package without the built library, as it is installed where nothing compiles; CuPy's case."""
-    package = Path(folder) / "dgc"
-    shutil.copytree(ROOT / "dgc", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    shutil.copytree(ROOT / "csrc", package / "csrc")
-    return folder
+def without_library(folder: Path) -> None:
+    """Copies package and tests without the built library, as it is installed where nothing compiles; CuPy's case."""
+    for name in ("dgc", "csrc", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(ROOT / "csrc", folder / "dgc" / "csrc")
+    shutil.copy(ROOT / "pyproject.toml", folder)
 
 
 def main() -> None:
     """Runs the steps and reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=7.8, help="for everything together")
-    parser.add_argument("--no-benchmark", action="store_true", help="leave benchmarks/ops.py out")
+    parser.add_argument("--no-benchmark", action="store_true", help="leave benchmarks.kernels.ops out")
     args = parser.parse_args()
     if missing := [module for module in NEEDED if importlib.util.find_spec(module) is None]:
         sys.exit(f"gpu_check: expected {', '.join(missing)} in {sys.executable}. Set PYTHON to one that has them")
@@ -122,19 +122,14 @@ def main() -> None:
     else:
         check.skip("ops on the GPU", "no nvcc, so no kernels were built")
     if nvcc and not args.no_benchmark:
-        check.run("benchmark", [sys.executable, "benchmarks/ops.py", "--device", "cuda"], 170)
+        check.run("benchmark", [sys.executable, "-m", "benchmarks.kernels.ops", "--device", "cuda"], 170)
     if importlib.util.find_spec("cupy") is not None:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as name:
+            copy = Path(name)
+            without_library(copy)
             tests = [*PYTEST, "tests/ops/kernels", "tests/ops/test_cuda.py", "-k", "cuda"]
-            # Not this folder's package, which python -m would find first.
-            check.run(
-                "the same through CuPy",
-                tests,
-                150,
-                PYTHONPATH=without_library(folder),
-                PYTHONSAFEPATH="1",
-                DGC_EXPECT="cupy",
-            )
+            # There, since pytest would find this folder's package first.
+            check.run("the same through CuPy", tests, 150, copy, PYTHONPATH=str(copy), DGC_EXPECT="cupy")
     else:
         check.skip("the same through CuPy", "CuPy is not installed")
     some = "cuda and (random_shapes and 13 or many_ranks or restore_gives or subtract or corrupt or random_bytes)"
@@ -148,7 +143,7 @@ def main() -> None:
             check.skip(tool, "compute-sanitizer is not installed")
 
     # Here, since it imports dgc: the library was not built before.
-    from harness import machine, write
+    from benchmarks.harness import machine, write
 
     rows = [[step.name, step.result, f"{step.seconds:.0f}", step.says[:100]] for step in check.steps]
     table = tabulate(rows, ["step", "result", "seconds", "its last word"], tablefmt="github")

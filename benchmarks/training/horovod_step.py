@@ -1,6 +1,6 @@
 """A whole training step under Horovod with nothing to wait for on the network: what compression costs, and sends.
 
-    python benchmarks/horovod_step.py
+    python -m benchmarks.training.horovod_step
 
 The sister of step.py: it starts two processes of one thread itself, with gloo on the loopback, which train the same
 MLP. Competitors take turns, step by step: `no exchange`, without Horovod, and torch.optim.SGD(momentum=0.9), the limit;
@@ -13,7 +13,7 @@ weights are then not copied together first.
 Then it counts bytes, on Linux: what dgc should send, what its stats say, and what went over the loopback, where every
 program of the machine is counted. As root, the loopback can be its own:
 
-    unshare -n -m sh -c 'mount -t sysfs sysfs /sys; ip link set lo up; exec python benchmarks/horovod_step.py'
+    unshare -n -m sh -c 'mount -t sysfs sysfs /sys; ip link set lo up; exec python -m benchmarks.training.horovod_step'
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ from typing import Any
 import horovod
 import horovod.torch as hvd
 import torch
-from harness import report, shown
-from step import BATCH, LAYERS, WIDTH, mlp
 from torch import nn
 from tqdm import tqdm
 
 import dgc
 import dgc.horovod
+from benchmarks.harness import ROOT, report, shown
+
+from .step import BATCH, LAYERS, WIDTH, mlp
 
 NAMES = ("no exchange", "dgc", "horovod", "horovod fp16")
 DENSITY = 0.001
@@ -139,7 +140,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     # Processes get `worker` itself, but import what it uses.
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     measured = horovod.run(worker, (args.runs, args.steps), num_proc=args.processes, use_gloo=True)[0]
 
     medians = measured["seconds"].median(dim=2).values  # [runs, competitors]

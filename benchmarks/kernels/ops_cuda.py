@@ -1,6 +1,6 @@
 """The compression step on one GPU: ours against the memory it has to move, and against what PyTorch users run today.
 
-    python benchmarks/ops.py --device cuda
+    python -m benchmarks.kernels.ops --device cuda
 
 Needs the CUDA kernels of this package, and nvcc for rivals.cu. The limits:
 
@@ -39,16 +39,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from harness import ratio, report, shown
-from ops import MU, EagerExact, Step
-from rivals import DEVICE, CubTopK, Floor, Library, PowerSGD, Sampled, Shape, loud
 from torch import Tensor
 from tqdm import tqdm
 
 import dgc
+from benchmarks.harness import ratio, report, shown
+from benchmarks.shapes import NETWORKS, matrices
 from dgc import ops
 from dgc.ops import reference, wire
 from dgc.step.schedule import entries
+
+from .rivals import DEVICE, CubTopK, Library, PowerSGD, Sampled, Shape, loud
+from .steps import EagerExact, Floor, Fused
 
 RANKS = 8
 LAYERED = 100_000_000
@@ -114,65 +116,15 @@ def layered(label: str, shapes: Sequence[Shape]) -> Case:
     return Case(label, [math.prod(shape) for shape in layers], layers)
 
 
-def resnet50() -> list[Shape]:
-    """Returns convolutions and last layer of ResNet-50 as matrices, a row for each output channel."""
-    shapes, channels = [(64, 3 * 7 * 7)], 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            shapes += [(width, channels), (width, 9 * width), (4 * width, width)]
-            if block == 0:
-                shapes.append((4 * width, channels))  # its shortcut
-            channels = 4 * width
-    return [*shapes, (1000, channels)]
-
-
-def gpt2_small() -> list[Shape]:
-    """Returns the weights of GPT-2 small: embeddings of tokens and of positions, and twelve blocks."""
-    width = 768
-    block = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
-    return [(50257, width), (1024, width), *12 * block]
-
-
-class Fused(Step):
-    """The op of this package."""
-
-    def __init__(self, gradients: list[Tensor], u: Tensor, v: Tensor, segments: Tensor) -> None:
-        super().__init__(gradients, u, v, int(segments[:, 4].sum()))
-        self.segments = segments
-        self.payload = torch.zeros(wire.wire_layout(segments, torch.float32).nbytes, dtype=torch.uint8, device=DEVICE)
-        wire.stamp(self.payload, fingerprint=0)
-        self.workspace = ops.workspace(segments, DEVICE)
-        self.sent = torch.zeros(self.k, device=DEVICE)
-        self.mu, self.one = torch.full((len(segments),), MU, device=DEVICE), torch.ones(1, device=DEVICE)
-
-    def step(self, gradient: Tensor) -> None:
-        """Compresses one gradient."""
-        ops.compress_(
-            [gradient],
-            self.u,
-            self.v,
-            self.segments,
-            self.mu,
-            self.one,
-            self.payload,
-            self.workspace,
-            self.sent,
-            False,
-            torch.float32,
-        )
-
-    def __call__(self) -> None:
-        self.step(self.next())
-
-    def captured(self) -> list[torch.cuda.CUDAGraph]:
-        """Returns the step as a CUDA graph, one for each gradient, since a graph keeps addresses."""
-        graphs, side = [], torch.cuda.Stream()
-        for gradient in self.gradients:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=side):
-                self.step(gradient)
-            graphs.append(graph)
-        return graphs
+def captured(fused: Fused) -> list[torch.cuda.CUDAGraph]:
+    """Returns the step as a CUDA graph, one for each gradient, since a graph keeps addresses."""
+    graphs, side = [], torch.cuda.Stream()
+    for gradient in fused.gradients:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            fused.step(gradient)
+        graphs.append(graph)
+    return graphs
 
 
 class Bench:
@@ -196,7 +148,7 @@ class Bench:
         for _ in range(20):
             self.fused.step(self.gradients[0].normal_())
         self.halves = Fused([g.bfloat16() for g in self.gradients], self.u, self.v, self.segments)
-        self.graphs = self.fused.captured()
+        self.graphs = captured(self.fused)
         self.payloads = torch.zeros(RANKS, self.fused.payload.numel(), dtype=torch.uint8, device=DEVICE)
         for payload in self.payloads:
             self.fused()
@@ -213,7 +165,7 @@ class Bench:
 
     def ours(self, library: Library) -> dict[str, Run]:
         """Returns our ops and their limits."""
-        floor = Floor(self.gradients, *self.state(), library)
+        u, v = self.state()
         replays, pairs = itertools.cycle(self.graphs), itertools.cycle(zip(self.outs, self.gradients, strict=True))
 
         def copy() -> None:
@@ -222,7 +174,7 @@ class Bench:
 
         return {
             "copy": copy,
-            "floor": floor,
+            "floor": Floor(self.gradients, u, v, library.update),
             "dgc": self.fused,
             "dgc bf16": self.halves,
             "dgc graph": lambda: next(replays).replay(),
@@ -232,7 +184,8 @@ class Bench:
 
     def rivals(self, library: Library) -> dict[str, Callable[[], Run]]:
         """Returns what makes each rival: they need memory of their own."""
-        gradients, u, v, k = self.gradients, *self.state(), self.fused.k
+        gradients, k = self.gradients, self.fused.k
+        u, v = self.state()
         makers: dict[str, Callable[[], Run]] = {"powersgd": lambda: PowerSGD(gradients, self.outs[0], self.case.shapes)}
         if len(self.case.numels) == 1:
             makers["eager exact"] = lambda: self._exact(EagerExact(gradients, u, v, k))
@@ -267,8 +220,19 @@ class Bench:
         for name, fused, g, run in checks:
             u, v, payload, sent = (t.clone() for t in (fused.u, fused.v, fused.payload, fused.sent))
             run()
-            rest = (fused.segments, fused.mu, fused.one, payload, fused.workspace, sent, False, torch.float32)
-            reference.compress_([g.clone()], u, v, *rest)  # it uses the gradient up
+            reference.compress_(
+                [g.clone()],  # it uses the gradient up
+                u,
+                v,
+                fused.segments,
+                fused.mu,
+                fused.one,
+                payload,
+                fused.workspace,
+                sent,
+                False,
+                torch.float32,
+            )
             self._expect(f"{name}: u", fused.u, u)
             self._expect(f"{name}: v", fused.v, v)
             self._expect(f"{name}: payload", fused.payload, payload)
@@ -407,7 +371,7 @@ def main(sizes: Sequence[int], density: float, rounds: int) -> None:
     library = Library()
     cases = [single(n) for n in sizes]
     if LAYERED in sizes:
-        cases += [layered("ResNet-50", resnet50()), layered("GPT-2 small", gpt2_small())]
+        cases += [layered(name, matrices(NETWORKS[name]())) for name in ("ResNet-50", "GPT-2 small")]
     cases.sort(key=lambda case: case.numel)  # a size that does not fit comes last
     limits, against, raw = [], [], {}
     for done, case in enumerate(cases):

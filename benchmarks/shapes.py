@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 Shapes = dict[str, tuple[int, ...]]
@@ -108,6 +109,24 @@ def bert_large() -> Shapes:
     }
 
 
+def gpt2_small() -> Shapes:
+    """Returns GPT-2 small (Radford et al. 2019; the names and matrices of Hugging Face's): 124,439,808."""
+
+    def transposed(name: str, inputs: int, outputs: int) -> Shapes:
+        return {f"{name}.weight": (inputs, outputs), f"{name}.bias": (outputs,)}
+
+    width = 768
+    shapes: Shapes = {"wte.weight": (50_257, width), "wpe.weight": (1024, width)}
+    for i in range(12):
+        shapes |= _layer(f"h.{i}.ln_1", width)
+        shapes |= transposed(f"h.{i}.attn.c_attn", width, 3 * width)
+        shapes |= transposed(f"h.{i}.attn.c_proj", width, width)
+        shapes |= _layer(f"h.{i}.ln_2", width)
+        shapes |= transposed(f"h.{i}.mlp.c_fc", width, 4 * width)
+        shapes |= transposed(f"h.{i}.mlp.c_proj", 4 * width, width)
+    return shapes | _layer("ln_f", width)
+
+
 def llama3_8b() -> Shapes:
     """Returns Llama-3-8B (Grattafiori et al. 2024; 8 key-value heads of 128, output matrix not tied): 8,030,261,248."""
     words, width, inner, keys = 128_256, 4096, 14_336, 1024
@@ -133,5 +152,11 @@ NETWORKS: Mapping[str, Callable[[], Shapes]] = {
     "PTB LSTM": ptb_lstm,
     "VGG-16": vgg16,
     "BERT-large": bert_large,
+    "GPT-2 small": gpt2_small,
     "Llama-3-8B": llama3_8b,
 }
+
+
+def matrices(shapes: Shapes) -> list[tuple[int, int]]:
+    """Returns rows and columns of all that has more than one dimension: a row for each first index."""
+    return [(shape[0], math.prod(shape[1:])) for shape in shapes.values() if len(shape) > 1]

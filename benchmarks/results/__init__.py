@@ -1,0 +1,1 @@
+"""Holds what the benchmarks wrote, and puts it on one page."""

@@ -1,0 +1,1 @@
+"""Makes links of limited rate between processes, and reports network.py's runs on them."""
