@@ -83,13 +83,16 @@ class DGCState:
         if grad_scaler is not None and not isinstance(grad_scaler, GradScaler):
             raise TypeError(f"grad_scaler: expected a torch.amp.GradScaler or None, got {type(grad_scaler).__name__}")
         self.grad_scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
+        """The GradScaler that scales the loss; None without one, or where it is switched off."""
         self.parameters = Parameters(named_parameters, optimizer, self._config, self.grad_scaler is not None)
+        """The model's parameters by name, and which of them are never compressed."""
         self._device = device = self.parameters.device
         self._exchange = exchange or DistributedExchange(device, process_group)
         self._average = average
 
         named = self.parameters.by_name
         self.memory = Memory(named, [name for name in named if name not in self.parameters.never_compressed], device)
+        """u and v, the momentum and the residual of this rank."""
         if self.parameters.any_momentum:
             self.memory.allocate_momentum()
         if device.type != "cpu" and self._exchange.rank == 0:
