@@ -58,7 +58,9 @@ class DGCCompressor(Compressor):
         if not bucket_cap_mb > 0:
             raise ValueError(f"bucket_cap_mb: expected a number > 0, got {bucket_cap_mb!r}")
         self.config = config or DGCConfig()
+        """How gradients are compressed."""
         self.bucket_cap_mb = bucket_cap_mb
+        """MiB of gradients that are compressed and sent together."""
 
     @staticmethod
     def compress(tensor: Tensor) -> tuple[Tensor, Any]:

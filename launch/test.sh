@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs the package and Horovod into an environment of its own and runs every check: lint, types, tests.
+# Installs the package and Horovod into an environment of its own and runs every check: lint, types,
+# documentation, tests.
 #
 #   ./launch/test.sh [arguments for pytest]
 #
@@ -8,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [[ "${1:-}" == --help || "${1:-}" == -h ]]; then
-  sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
   exit 0
 fi
 
@@ -40,6 +41,9 @@ step "ruff"
 
 step "mypy --strict"
 "$venv/bin/mypy"
+
+step "docs"
+PYTHON=$python ./launch/docs.sh
 
 step "clang-format"
 find csrc benchmarks tests -regex '.*\.\(cpp\|h\|cu\|cuh\)' -print0 | xargs -0 "$venv/bin/clang-format" --dry-run --Werror
