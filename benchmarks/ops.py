@@ -29,7 +29,7 @@ from torch.utils import cpp_extension
 from tqdm import tqdm
 
 from dgc import ops
-from dgc.ops import wire
+from dgc.ops import wire, wire_layout
 from dgc.step.schedule import entries
 
 MU = 0.9
@@ -71,7 +71,7 @@ class Fused(Step):
         super().__init__(gradients, u, v, k)
         n = self.u.numel()
         self.segments = torch.tensor([[0, 0, 0, n, k]])
-        self.payload = torch.zeros(wire.wire_layout(self.segments, torch.float32).nbytes, dtype=torch.uint8)
+        self.payload = torch.zeros(wire_layout(self.segments, torch.float32).nbytes, dtype=torch.uint8)
         wire.stamp(self.payload, fingerprint=0)
         self.workspace = ops.workspace(self.segments, torch.device("cpu"))
         self.sent = torch.zeros(k)

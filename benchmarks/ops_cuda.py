@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 import dgc
 from dgc import ops
-from dgc.ops import reference, wire
+from dgc.ops import reference, wire, wire_layout
 from dgc.step.schedule import entries
 
 RANKS = 8
@@ -139,7 +139,7 @@ class Fused(Step):
     def __init__(self, gradients: list[Tensor], u: Tensor, v: Tensor, segments: Tensor) -> None:
         super().__init__(gradients, u, v, int(segments[:, 4].sum()))
         self.segments = segments
-        self.payload = torch.zeros(wire.wire_layout(segments, torch.float32).nbytes, dtype=torch.uint8, device=DEVICE)
+        self.payload = torch.zeros(wire_layout(segments, torch.float32).nbytes, dtype=torch.uint8, device=DEVICE)
         wire.stamp(self.payload, fingerprint=0)
         self.workspace = ops.workspace(segments, DEVICE)
         self.sent = torch.zeros(self.k, device=DEVICE)

@@ -10,7 +10,7 @@ import torch
 
 import dgc
 from dgc.memory.parameters import dense_reasons
-from dgc.ops.wire import wire_layout
+from dgc.ops.segments import wire_layout
 from dgc.step.phase import phase_at
 from dgc.step.schedule import entries
 

@@ -1,10 +1,12 @@
 """What runs: the ops, their kernels, and the bytes that travel."""
 
 from .schema import backend, compress_, restore_, subtract_, unpack, workspace
-from .wire import PayloadError, WireLayout, wire_layout
+from .segments import Segments, wire_layout
+from .wire import PayloadError, WireLayout
 
 __all__ = [
     "PayloadError",
+    "Segments",
     "WireLayout",
     "backend",
     "compress_",

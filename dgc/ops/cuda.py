@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .segments import Segments, segments_of
 from .wire import GROUP, TILE, align_up
 
 THREADS = 256
@@ -37,22 +38,19 @@ def workspace_sizes(n_segments: int, n_tiles: int, n_entries: int) -> list[int]:
     return [align_up(size) for size in sizes]
 
 
-def workspace(segments: Tensor, device: torch.device) -> Tensor:
+def workspace(segments: Tensor | Segments, device: torch.device) -> Tensor:
     """Returns the device's tables of a bucket and the scratch of its kernels: uint8.
 
     Made once a layout, and then the kernels' alone: they count on finding it as they left it.
 
     Args:
-        segments: int64 [segments, 5] on the CPU, rows as in wire.SEGMENT_COLUMNS.
+        segments: the table, or what is known of it.
         device: of the gradients.
     """
-    tiles, entries = (segments[:, 3] + TILE - 1) // TILE, segments[:, 4]
-    starts = torch.stack([tiles.cumsum(0) - tiles, tiles, entries.cumsum(0) - entries], dim=1)
-    tables = (
-        torch.cat([segments, starts], dim=1),
-        torch.repeat_interleave(torch.arange(len(segments), dtype=torch.int32, device="cpu"), tiles),
-    )
-    sizes = workspace_sizes(len(segments), len(tables[1]), int(entries.sum()))
+    known = segments_of(segments)
+    starts = torch.stack([known.first_tile, known.tiles, known.first_entry], dim=1)
+    tables = torch.cat([known.table, starts], dim=1), known.segment_of_tile.int()
+    sizes = workspace_sizes(len(known), known.n_tiles, known.n_entries)
     buffer = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
     for table, begin in zip(tables, (0, sizes[0]), strict=True):
         buffer[begin : begin + table.nbytes].copy_(table.view(-1).view(torch.uint8))

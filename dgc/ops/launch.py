@@ -7,16 +7,14 @@ structs are those of csrc/cuda/args.h.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, MutableMapping, Sequence
-from itertools import pairwise
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .cuda import CHUNK, CHUNKS_PER_TILE, THREADS, workspace_sizes
-from .wire import GROUP, TILE, div_up, wire_layout
+from .segments import Segments, segments_of
+from .wire import GROUP, div_up
 
 MAX_SOURCES = 256
 MAX_PAIRS = 120
@@ -120,21 +118,19 @@ class Kernels:
         wire_dtype: torch.dtype,
     ) -> None:
         """Accumulates, selects and packs: see dgc.ops.compress_."""
-        state, _, entries, _ = _layout(segments)
+        known = _checked(segments)
         if sent_momentum is not None and momentum is None:
             raise RuntimeError("sent_momentum: expected None where momentum is None")
         args = _CompressArgs(
-            _bucket_args(segments, workspace, wire_dtype),
-            _address(momentum, "momentum", torch.float32, state, workspace, aligned=True),
-            _address(residual, "residual", torch.float32, state, workspace, aligned=True),
-            _address(mu, "mu", torch.float32, len(segments), workspace),
+            _bucket_args(known, workspace, wire_dtype),
+            _address(momentum, "momentum", torch.float32, known.n_state, workspace, aligned=True),
+            _address(residual, "residual", torch.float32, known.n_state, workspace, aligned=True),
+            _address(mu, "mu", torch.float32, len(known), workspace),
             _address(scale, "scale", torch.float32, 1, workspace),
-            _address(
-                payload, "payload", torch.uint8, wire_layout(segments, wire_dtype).nbytes, workspace, aligned=True
-            ),
-            _address(sent_momentum, "sent_momentum", torch.float32, entries, workspace),
+            _address(payload, "payload", torch.uint8, known.wire(wire_dtype).nbytes, workspace, aligned=True),
+            _address(sent_momentum, "sent_momentum", torch.float32, known.n_entries, workspace),
             nesterov,
-            _sources(gradients, "gradients", segments, workspace),
+            _sources(gradients, "gradients", known, workspace),
         )
         tiles = args.bucket.tiles
         self.launch("dgc_update", CHUNKS_PER_TILE * tiles, 1, args)
@@ -153,8 +149,8 @@ class Kernels:
         status: Tensor,
     ) -> None:
         """Checks all payloads, then averages them: see dgc.ops.unpack."""
-        _layout(segments)
-        nbytes = wire_layout(segments, wire_dtype).nbytes
+        known = _checked(segments)
+        nbytes = known.wire(wire_dtype).nbytes
         if payloads.dim() != 2 or payloads.size(1) != nbytes or not 0 <= rank < payloads.size(0) < 65536:
             raise RuntimeError(
                 f"payloads: expected a row of {nbytes} bytes for each rank, this rank's ({rank}) among them, got "
@@ -162,13 +158,13 @@ class Kernels:
             )
         ranks = payloads.size(0)
         args = _UnpackArgs(
-            _bucket_args(segments, workspace, wire_dtype),
+            _bucket_args(known, workspace, wire_dtype),
             _address(payloads, "payloads", torch.uint8, 0, workspace, aligned=True),
             ranks,
             rank,
             _address(scale, "scale", torch.float32, 1, workspace),
             _address(status, "status", torch.int32, ranks + 1, workspace),
-            _sources(out, "out", segments, workspace),
+            _sources(out, "out", known, workspace),
         )
         status.zero_()
         self.launch("dgc_check", div_up(args.bucket.tiles, THREADS // 32), ranks, args)
@@ -186,16 +182,16 @@ class Kernels:
         wire_dtype: torch.dtype,
     ) -> None:
         """Puts back what was taken out for the chosen parameters: see dgc.ops.restore_."""
-        state, _, entries, _ = _layout(segments)
+        known = _checked(segments)
         if sent_momentum is not None and momentum is None:
             raise RuntimeError("sent_momentum: expected None where momentum is None")
         args = _RestoreArgs(
-            _bucket_args(segments, workspace, wire_dtype),
-            _address(payload, "payload", torch.uint8, wire_layout(segments, wire_dtype).nbytes, workspace),
-            _address(which, "which", torch.uint8, len(segments), workspace),
-            _address(sent_momentum, "sent_momentum", torch.float32, entries, workspace),
-            _address(momentum, "momentum", torch.float32, state, workspace),
-            _address(residual, "residual", torch.float32, state, workspace),
+            _bucket_args(known, workspace, wire_dtype),
+            _address(payload, "payload", torch.uint8, known.wire(wire_dtype).nbytes, workspace),
+            _address(which, "which", torch.uint8, len(known), workspace),
+            _address(sent_momentum, "sent_momentum", torch.float32, known.n_entries, workspace),
+            _address(momentum, "momentum", torch.float32, known.n_state, workspace),
+            _address(residual, "residual", torch.float32, known.n_state, workspace),
         )
         self.launch("dgc_restore", args.bucket.tiles, 1, args)
 
@@ -221,62 +217,26 @@ class Kernels:
                 self.launch("dgc_subtract", blocks, 1, args)
 
 
-class _Layout(NamedTuple):
-    """What a segment table says, worked out once: a table is never changed once it is in use."""
-
-    state: int
-    """Elements that momentum and residual have at least."""
-    tiles: int
-    entries: int
-    workspace_bytes: int
-
-
-_LAYOUTS: MutableMapping[Tensor, _Layout] = WeakIdKeyDictionary()
+def _checked(table: Tensor) -> Segments:
+    """Returns what a segment table says, where the kernels can work with it."""
+    segments = segments_of(table)
+    segments.check()
+    if any(row.state % GROUP for row in segments.rows):
+        raise RuntimeError(f"segments: expected each state to be a multiple of {GROUP} on CUDA")
+    return segments
 
 
-def _layout(segments: Tensor) -> _Layout:
-    """Checks a segment table and returns what it says."""
-    known = _LAYOUTS.get(segments)
-    if known is None:
-        state = _check_segments(segments)
-        tiles, entries = int(((segments[:, 3] + TILE - 1) // TILE).sum()), int(segments[:, 4].sum())
-        if entries >= 2**32:
-            raise RuntimeError(
-                f"segments: expected fewer than 2^32 entries a bucket, got {entries}: use smaller buckets"
-            )
-        known = _Layout(state, tiles, entries, sum(workspace_sizes(len(segments), tiles, entries)))
-        _LAYOUTS[segments] = known
-    return known
-
-
-def _check_segments(segments: Tensor) -> int:
-    """Checks a segment table and returns how many elements momentum and residual have to have."""
-    if segments.device.type != "cpu" or segments.dtype != torch.int64 or segments.dim() != 2 or segments.size(1) != 5:
-        raise RuntimeError("segments: expected a contiguous int64 CPU tensor of shape [segments, 5]")
-    sound = (segments[:, :3] >= 0).all() & (segments[:, 2] % GROUP == 0).all() & (segments < 2**47).all()
-    if not sound or not ((segments[:, 4] > 0) & (segments[:, 4] <= segments[:, 3])).all():
-        raise RuntimeError(
-            f"segments: expected source, offset, state >= 0, state a multiple of {GROUP}, and 0 < entries <= numel"
-        )
-    for columns in ([2], [0, 1]):  # two segments on the same elements would race
-        spans = sorted(([row[c] for c in columns], row[3]) for row in segments.tolist())
-        for (before, numel), (start, _) in pairwise(spans):
-            if before[:-1] == start[:-1] and before[-1] + numel > start[-1]:
-                raise RuntimeError("segments: expected none to overlap")
-    return int((segments[:, 2] + segments[:, 3]).max())
-
-
-def _bucket_args(segments: Tensor, workspace: Tensor, wire_dtype: torch.dtype) -> _BucketArgs:
+def _bucket_args(segments: Segments, workspace: Tensor, wire_dtype: torch.dtype) -> _BucketArgs:
     if wire_dtype not in FLOAT_TYPE:
         raise RuntimeError(f"wire_dtype: expected float32, bfloat16 or float16, got {wire_dtype}")
-    _, tiles, entries, nbytes = _layout(segments)
+    nbytes = sum(workspace_sizes(len(segments), segments.n_tiles, segments.n_entries))
     pointer = _address(workspace, "workspace", torch.uint8, nbytes, workspace)
     if workspace.numel() != nbytes:
         raise RuntimeError(
             f"workspace: expected the {nbytes} bytes that dgc.ops.workspace() makes for these segments, got "
             f"{workspace.numel()}"
         )
-    return _BucketArgs(len(segments), tiles, entries, pointer, FLOAT_TYPE[wire_dtype])
+    return _BucketArgs(len(segments), segments.n_tiles, segments.n_entries, pointer, FLOAT_TYPE[wire_dtype])
 
 
 def _address(
@@ -295,7 +255,7 @@ def _address(
     return pointer
 
 
-def _sources(tensors: Sequence[Tensor], name: str, segments: Tensor, as_: Tensor) -> _Sources:
+def _sources(tensors: Sequence[Tensor], name: str, segments: Segments, as_: Tensor) -> _Sources:
     if len(tensors) > MAX_SOURCES:
         raise RuntimeError(
             f"{name}: expected at most {MAX_SOURCES} tensors a bucket, got {len(tensors)}: use smaller buckets"
@@ -306,7 +266,7 @@ def _sources(tensors: Sequence[Tensor], name: str, segments: Tensor, as_: Tensor
             raise RuntimeError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
         sources.data[i] = _address(tensor, name, tensor.dtype, 0, as_)
         sources.type[i] = FLOAT_TYPE[tensor.dtype]
-    for source, offset, _, numel, _ in segments.tolist():
+    for source, offset, _, numel, _ in segments.rows:
         if source >= len(tensors) or offset + numel > tensors[source].numel():
             raise RuntimeError(
                 f"{name}: a segment of {numel} elements at offset {offset} of tensor {source} does not fit"

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from . import cuda, cupy, reference
-from .wire import GROUP, TILE, WireLayout, div_up, wire_layout
+from .segments import Segments, segments_of
+from .wire import GROUP, div_up
 
 _LIBRARY = torch.library.Library("dgc", "DEF")
 _LIBRARY.define(
@@ -66,7 +67,7 @@ def backend(device: str | torch.device) -> str:
     return "cupy" if kind == "cuda" and _CUPY else "reference"
 
 
-def workspace(segments: Tensor, device: torch.device) -> Tensor:
+def workspace(segments: Tensor | Segments, device: torch.device) -> Tensor:
     """Returns what the ops need besides their arguments, for these segments: uint8.
 
     On the CPU it is scratch, 4 bytes for every 32 elements. On CUDA it holds tables too, and must be left as it is.
@@ -78,10 +79,7 @@ def workspace(segments: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and choice != "reference":
         cuda.check_capability(device, choice)
         return cuda.workspace(segments, device)
-    groups = sum(
-        tiles * (TILE // GROUP) + div_up(rest, GROUP)
-        for tiles, rest in (divmod(n, TILE) for n in segments[:, 3].tolist())
-    )
+    groups = sum(div_up(numel, GROUP) for numel in segments_of(segments).tile_numel.tolist())
     return torch.empty(4 * groups, dtype=torch.uint8, device=device)
 
 
@@ -110,7 +108,7 @@ def compress_(
             left in them is what unpack expects there, zeros on the CPU.
         momentum: u, float32 [elements], or None where mu is 0 throughout.
         residual: v, float32 [elements].
-        segments: int64 [segments, 5] on the CPU, a row per parameter as in wire.SEGMENT_COLUMNS.
+        segments: int64 [segments, 5] on the CPU, a row per parameter as in segments.COLUMNS.
         mu: float32 [segments], the momentum factor of each parameter.
         scale: float32 [1], what gradients are multiplied with: clipping, and the inverse of a loss scale.
         payload: uint8 [wire_layout(...).nbytes]. Its header is the caller's (wire.stamp), except the flags.
@@ -220,5 +218,5 @@ def _(*_args: object) -> None:
     return None
 
 
-__all__ = ["WireLayout", "backend", "compress_", "restore_", "subtract_", "unpack", "wire_layout", "workspace"]
+__all__ = ["backend", "compress_", "restore_", "subtract_", "unpack", "workspace"]
 logging.getLogger("dgc").debug("ops on the CPU: %s", backend("cpu"))

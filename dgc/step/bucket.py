@@ -15,6 +15,7 @@ from dgc import ops
 from dgc.config import DGCConfig
 from dgc.memory.memory import Memory
 from dgc.ops import wire
+from dgc.ops.segments import first_indices
 
 _OVERFLOW, _DENSE = 1, 2
 """Bits of a report's last number, of which the ops write the first: which averages are not finite."""
@@ -87,13 +88,17 @@ class Bucket:
         self.compressed_numel = sum(numel[m.index] for m in self.compressed)
         self.dense_numel = sum(numel[m.index] for m in self.dense)
 
-        rows = [(*gradients.places[m.index], memory.offset[m.name], numel[m.index], m.entries) for m in self.compressed]
-        # Types and devices are written out everywhere: torch has defaults of its own that users change.
-        self.segments = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, len(wire.SEGMENT_COLUMNS))
+        rows = [
+            (*gradients.places[m.index], memory.offset[m.name], numel[m.index], m.entries)
+            for m in members
+            if m.entries is not None
+        ]
+        self.segments = ops.Segments.from_rows(rows)
         self.payload: Tensor | None = None
         self.gathered: Tensor | None = None
         if rows:
-            nbytes = wire.wire_layout(self.segments, self.wire_dtype).nbytes
+            # Types and devices are written out everywhere: torch has defaults of its own that users change.
+            nbytes = self.segments.wire(self.wire_dtype).nbytes
             self.payload = torch.zeros(nbytes, dtype=torch.uint8, device=device)
             self.gathered = torch.zeros(world_size, nbytes, dtype=torch.uint8, device=device)
             self.workspace = ops.workspace(self.segments, device)
@@ -187,7 +192,7 @@ class Bucket:
             gradients.buffers,
             memory.momentum,
             memory.residual,
-            self.segments,
+            self.segments.table,
             self.mu,
             self.one if scale is None else scale,
             self.payload,
@@ -248,7 +253,7 @@ class Bucket:
         ops.unpack(
             self.gathered,
             rank,
-            self.segments,
+            self.segments.table,
             self.workspace,
             self.one if loss_scale is None else loss_scale,
             self.wire_dtype,
@@ -268,7 +273,7 @@ class Bucket:
         found = set()
         if self.gathered is not None:
             for rank in wire.check_status(report[:-1], self.gathered):
-                at = wire.wire_layout(self.segments, self.wire_dtype).used
+                at = self.segments.wire(self.wire_dtype).used
                 marks = self.gathered[rank, at : at + len(self.segments)].tolist()
                 names = [m.name for m, mark in zip(self.compressed, marks, strict=True) if mark & wire.LEFT_OUT]
                 found.add(f"{', '.join(names)} on rank {rank}")
@@ -284,7 +289,7 @@ class Bucket:
         unpack gave them zeros: under find_unused_parameters, DDP throws the result of such a parameter away.
         """
         if self.gathered is not None:
-            at = wire.wire_layout(self.segments, self.wire_dtype).used
+            at = self.segments.wire(self.wire_dtype).used
             unused = (self.gathered[:, at : at + len(self.segments)] & wire.USED).amax(0) == 0
             if unused.is_cuda or unused.any():  # asking the device would wait for it
                 self.restore(memory, unused.to(torch.uint8))
@@ -297,7 +302,7 @@ class Bucket:
         ops.restore_(
             self.payload,
             which,
-            self.segments,
+            self.segments.table,
             self.workspace,
             self.sent_momentum,
             memory.momentum,
@@ -339,9 +344,9 @@ class Bucket:
             int64 [compressed], elements of the flat parameters; bool [compressed].
         """
         assert self.payload is not None
-        first = wire.first_indices(self.payload, self.segments, wire.wire_layout(self.segments, self.wire_dtype))
+        first = first_indices(self.payload, self.segments, self.wire_dtype)
         if len(gradients.buffers) == 1:
-            averages = gradients.buffers[0].view(-1)[first + self.segments[:, 1].to(first.device)]
+            averages = gradients.buffers[0].view(-1)[first + self.segments.offset.to(first.device)]
         else:
             flat = [gradients.of(m.index) for m in self.compressed]
             averages = torch.cat([g.index_select(0, i).float() for g, i in zip(flat, first.split(1), strict=True)])

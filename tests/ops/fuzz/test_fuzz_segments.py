@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgc.ops import wire
+from dgc.ops import wire, wire_layout
 from support.buckets import make
 from support.payloads import (
     fuzz,
@@ -51,7 +51,7 @@ def test_a_malformed_segment_table_is_an_error_for_every_op():
         fits = state_fits and gradient_fits
         seen[fits] += 1
         if fits:  # its payload has another size
-            args.payload = torch.zeros(wire.wire_layout(args.segments, torch.float32).nbytes, dtype=torch.uint8)
+            args.payload = torch.zeros(wire_layout(args.segments, torch.float32).nbytes, dtype=torch.uint8)
             wire.stamp(args.payload, fingerprint=42).fill_(7)
             args.sent_momentum = torch.zeros(int(args.segments[:, 4].sum()))
             args.workspace = ops.workspace(args.segments)

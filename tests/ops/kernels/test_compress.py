@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from dgc.ops import cuda, wire
+from dgc.ops import cuda, wire, wire_layout
 from support.buckets import FLOATS, compress_both, make, unpack_both
 from support.roads import AVAILABLE, ops
 
@@ -225,7 +225,7 @@ def test_gradients_become_zero_where_segments_are_and_nowhere_else(road):
         before = args.gradients[0].clone()
         args.segments = args.segments[[0, 2]]
         args.workspace = ops.workspace(args.segments)
-        args.payload = torch.zeros(wire.wire_layout(args.segments, args.wire_dtype).nbytes, dtype=torch.uint8)
+        args.payload = torch.zeros(wire_layout(args.segments, args.wire_dtype).nbytes, dtype=torch.uint8)
         ops.compress_(*args.list())
         inside = torch.zeros(len(before), dtype=torch.bool)
         inside[3:103] = inside[70_103:70_136] = True

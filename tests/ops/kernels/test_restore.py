@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dgc.ops import reference, wire
+from dgc.ops import reference, wire_layout
 from support.buckets import FLOATS, equal, make
 from support.roads import ops
 
@@ -35,7 +35,7 @@ def test_restore_gives_back_every_bit(wire_dtype, masking):
 def test_restore_refuses_a_payload_of_other_segments(road):
     args = make([100], 0.05)
     ops.compress_(*args.list())
-    at = wire.wire_layout(args.segments, args.wire_dtype)
+    at = wire_layout(args.segments, args.wire_dtype)
     args.payload[at.indices : at.indices + 2].view(torch.int16).fill_(-1)
     which = torch.ones(1, dtype=torch.uint8)
     call = (args.payload, which, args.segments, args.workspace, None, None, args.residual, torch.float32)
