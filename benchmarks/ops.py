@@ -70,7 +70,7 @@ class Fused(Step):
     def __init__(self, gradients: list[Tensor], u: Tensor, v: Tensor, k: int) -> None:
         super().__init__(gradients, u, v, k)
         n = self.u.numel()
-        self.segments = torch.tensor([[0, 0, 0, n, k]])
+        self.segments = torch.tensor([[0, 0, 0, n, k, 1]])
         self.payload = torch.zeros(wire_layout(self.segments, torch.float32).nbytes, dtype=torch.uint8)
         wire.stamp(self.payload, fingerprint=0)
         self.workspace = ops.workspace(self.segments, torch.device("cpu"))

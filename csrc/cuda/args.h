@@ -31,9 +31,14 @@ struct Sources {
   uint8_t type[kMaxSources];  // FloatType
 };
 
-// A segment as the device knows it: the row of the table, and where its tiles and entries start in the bucket.
+// A segment as the device knows it: its row of the table, without the unit, which is 1 here, and where its tiles and
+// entries start in the bucket.
 struct DeviceSegment {
-  Segment row;
+  int64_t source;
+  int64_t offset;
+  int64_t state;
+  int64_t numel;
+  int64_t entries;
   int64_t first_tile;
   int64_t tiles;
   int64_t first_entry;

@@ -30,7 +30,7 @@ struct TileView {
   __device__ TileView(const Workspace& w, int64_t tile) : index(tile), segment(w.segment_of_tile[tile]) {
     const DeviceSegment& s = w.segments[segment];
     begin = (tile - s.first_tile) * kTile;
-    numel = s.row.numel - begin < kTile ? s.row.numel - begin : kTile;
+    numel = s.numel - begin < kTile ? s.numel - begin : kTile;
   }
 
   // Elements of one of its chunks; 0 or less beyond its end.

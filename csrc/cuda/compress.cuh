@@ -129,14 +129,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4) dgc_update(const __gri
   const int numel = tile.chunk_numel(chunk) - warp() * kWarpElements;  // from this warp's first element on
   if (numel > 0) {
     const int64_t begin = tile.begin + chunk * kChunk + warp() * kWarpElements;
-    float* u = a.momentum == nullptr ? nullptr : a.momentum + s.row.state + begin;
-    float* v = a.residual + s.row.state + begin;
+    float* u = a.momentum == nullptr ? nullptr : a.momentum + s.state + begin;
+    float* v = a.residual + s.state + begin;
     const float mu = a.mu[tile.segment], scale = *a.scale;
-    const void* gradient = a.gradients.data[s.row.source];
-    const int64_t offset = s.row.offset + begin;
+    const void* gradient = a.gradients.data[s.source];
+    const int64_t offset = s.offset + begin;
     const bool nesterov = a.nesterov != 0;
     WarpReport report{};
-    with_wire_type(a.gradients.type[s.row.source], [&](auto type) {
+    with_wire_type(a.gradients.type[s.source], [&](auto type) {
       using Wire = decltype(type);
       report = u != nullptr ? update_warp<Wire, true>(gradient, offset, u, v, numel, mu, scale, nesterov)
                             : update_warp<Wire, false>(gradient, offset, u, v, numel, mu, scale, nesterov);
@@ -153,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4) dgc_update(const __gri
   }
   if (!last_block(&state.arrived, s.tiles * kChunksPerTile)) return;
   // No digit, and rank 0, where k exceeds the number of groups.
-  const Digit digit = take_digit(w.histograms + tile.segment * kBins, s.row.entries);
+  const Digit digit = take_digit(w.histograms + tile.segment * kBins, s.entries);
   if (threadIdx.x == 0) {
     state.prefix = static_cast<uint32_t>(digit.bin);
     state.rank = digit.rank;
@@ -192,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) dgc_bound(const __grid_co
 // The bound that holds for a tile. Zeros are sent only where fewer than k entries are not zero; then k zeros lie among
 // the first 2k elements.
 __device__ inline uint32_t bound_of(const TileView& tile, const DeviceSegment& s, const SegmentState& state) {
-  return state.bound == 0 && tile.begin >= 2 * s.row.entries ? 1 : state.bound;
+  return state.bound == 0 && tile.begin >= 2 * s.entries ? 1 : state.bound;
 }
 
 // Finds a chunk's candidates, four groups at a time: eight lanes look at a group, four elements each. Calls
@@ -228,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) dgc_collect(const __grid_
   uint32_t* histogram = w.histograms + tile.segment * kBins;
   const int64_t chunk = tile.index * kChunksPerTile + warp();
   const int numel = tile.chunk_numel(warp());
-  const float* v = a.residual + s.row.state + tile.begin + warp() * kChunk;
+  const float* v = a.residual + s.state + tile.begin + warp() * kChunk;
   const uint32_t bound = bound_of(tile, s, state);
 
   // Groups that reach the bound, in order.
@@ -292,7 +292,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) dgc_collect(const __grid_
   }
 
   if (!last_block(&state.arrived, s.tiles)) return;
-  const Digit digit = take_digit(histogram, s.row.entries);
+  const Digit digit = take_digit(histogram, s.entries);
   if (threadIdx.x == 0) {
     state.prefix = static_cast<uint32_t>(digit.bin);
     state.rank = digit.rank;
@@ -315,7 +315,7 @@ __device__ inline void over_candidates(const CompressArgs& a, const Workspace& w
     }
   } else {
     const uint32_t bound = bound_of(tile, s, w.segment_states[tile.segment]);
-    const float* v = a.residual + s.row.state + tile.begin + chunk * kChunk;
+    const float* v = a.residual + s.state + tile.begin + chunk * kChunk;
     const int n = tile.chunk_numel(chunk);
     for (int i = lane(); i - lane() < n; i += kWarp) {
       const float x = i < n ? v[i] : 0.0f;
@@ -421,7 +421,7 @@ __device__ inline void emit_tile(const CompressArgs& a, const Workspace& w, cons
     if (is_above || (is_tie && ties_before < state.ties)) {
       const int64_t entry =
           s.first_entry + above + __popc(above_vote & lanes_below()) + smaller(state.ties, ties_before);
-      const int64_t at = s.row.state + tile.begin + warp() * kChunk + index;
+      const int64_t at = s.state + tile.begin + warp() * kChunk + index;
       const float value = bits_float(bits);
       const typename Wire::Raw raw = Wire::store(value);
       const float sent = Wire::load(raw);

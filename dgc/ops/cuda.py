@@ -16,6 +16,8 @@ THREADS = 256
 CHUNK = 8192
 CHUNKS_PER_TILE = TILE // CHUNK
 BINS = 2048
+ROW_COLUMNS = 5
+"""How many columns of the segment table a device knows: all but the unit, which is 1 there."""
 MIN_CAPABILITY = {"native": (8, 0), "cupy": (7, 5)}
 """Compute capability that the kernels need: what the library holds code for, what CUDA 13's NVRTC knows."""
 
@@ -48,13 +50,27 @@ def workspace(segments: Tensor | Segments, device: torch.device) -> Tensor:
         device: of the gradients.
     """
     known = segments_of(segments)
+    check_units(known)
     starts = torch.stack([known.first_tile, known.tiles, known.first_entry], dim=1)
-    tables = torch.cat([known.table, starts], dim=1), known.segment_of_tile.int()
+    tables = torch.cat([known.table[:, :ROW_COLUMNS], starts], dim=1), known.segment_of_tile.int()
     sizes = workspace_sizes(len(known), known.n_tiles, known.n_entries)
     buffer = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
     for table, begin in zip(tables, (0, sizes[0]), strict=True):
         buffer[begin : begin + table.nbytes].copy_(table.view(-1).view(torch.uint8))
     return buffer
+
+
+def check_units(segments: Segments) -> None:
+    """Checks that every parameter is selected by single elements, as the CUDA kernels do it.
+
+    Raises:
+        RuntimeError: one is not.
+    """
+    for row in segments.rows:
+        if row.unit != 1:
+            raise RuntimeError(
+                f"segments: expected unit 1 on CUDA, got {row.unit}: larger units are for the CPU and plain PyTorch"
+            )
 
 
 def check_capability(device: torch.device, backend: str) -> None:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .cuda import CHUNK, CHUNKS_PER_TILE, THREADS, workspace_sizes
-from .segments import Segments, segments_of
+from .cuda import CHUNK, CHUNKS_PER_TILE, THREADS, check_units, workspace_sizes
+from .segments import Segments, checked
 from .wire import GROUP, div_up
 
 MAX_SOURCES = 256
@@ -118,7 +118,7 @@ class Kernels:
         wire_dtype: torch.dtype,
     ) -> None:
         """Accumulates, selects and packs: see dgc.ops.compress_."""
-        known = _checked(segments)
+        known = _sound(segments)
         if sent_momentum is not None and momentum is None:
             raise RuntimeError("sent_momentum: expected None where momentum is None")
         args = _CompressArgs(
@@ -149,7 +149,7 @@ class Kernels:
         status: Tensor,
     ) -> None:
         """Checks all payloads, then averages them: see dgc.ops.unpack."""
-        known = _checked(segments)
+        known = _sound(segments)
         nbytes = known.wire(wire_dtype).nbytes
         if payloads.dim() != 2 or payloads.size(1) != nbytes or not 0 <= rank < payloads.size(0) < 65536:
             raise RuntimeError(
@@ -182,7 +182,7 @@ class Kernels:
         wire_dtype: torch.dtype,
     ) -> None:
         """Puts back what was taken out for the chosen parameters: see dgc.ops.restore_."""
-        known = _checked(segments)
+        known = _sound(segments)
         if sent_momentum is not None and momentum is None:
             raise RuntimeError("sent_momentum: expected None where momentum is None")
         args = _RestoreArgs(
@@ -217,10 +217,10 @@ class Kernels:
                 self.launch("dgc_subtract", blocks, 1, args)
 
 
-def _checked(table: Tensor) -> Segments:
+def _sound(table: Tensor) -> Segments:
     """Returns what a segment table says, where the kernels can work with it."""
-    segments = segments_of(table)
-    segments.check()
+    segments = checked(table)
+    check_units(segments)
     if any(row.state % GROUP for row in segments.rows):
         raise RuntimeError(f"segments: expected each state to be a multiple of {GROUP} on CUDA")
     return segments
@@ -266,7 +266,7 @@ def _sources(tensors: Sequence[Tensor], name: str, segments: Segments, as_: Tens
             raise RuntimeError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
         sources.data[i] = _address(tensor, name, tensor.dtype, 0, as_)
         sources.type[i] = FLOAT_TYPE[tensor.dtype]
-    for source, offset, _, numel, _ in segments.rows:
+    for source, offset, _, numel, *_ in segments.rows:
         if source >= len(tensors) or offset + numel > tensors[source].numel():
             raise RuntimeError(
                 f"{name}: a segment of {numel} elements at offset {offset} of tensor {source} does not fit"

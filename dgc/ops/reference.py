@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .segments import Segments, segments_of
+from .segments import Segments, checked
 from .wire import LEFT_OUT, MAGIC, NON_FINITE, NON_FINITE_STATUS, TILE, USED, header
 
 
@@ -26,12 +26,12 @@ def compress_(
     wire_dtype: torch.dtype,
 ) -> None:
     """Accumulates, selects and packs, one parameter after the other: see dgc.ops.compress_."""
-    known = segments_of(segments)
+    known = checked(segments)
     at = known.wire(wire_dtype)
     ends, all_indices, all_values = _sections(payload, known, wire_dtype)
     entry = tile = 0
     flags = torch.zeros((), dtype=torch.bool, device=payload.device)
-    for row, (source, offset, state, numel, k) in enumerate(known.rows):
+    for row, (source, offset, state, numel, k, unit) in enumerate(known.rows):
         gradient = gradients[source].view(-1)[offset : offset + numel]
         h = gradient.float() * scale
         gradient.zero_()
@@ -41,7 +41,7 @@ def compress_(
         payload[at.used + row] = USED * (h != 0).any() + LEFT_OUT * left_out
         flags |= left_out
 
-        chosen = select(v, k)
+        chosen = select(v, k, unit)
         largest = torch.finfo(wire_dtype).max
         sent = v[chosen].clamp(-largest, largest).to(wire_dtype)
         w = sent.float()
@@ -74,9 +74,15 @@ def accumulate_(u: Tensor | None, v: Tensor, h: Tensor, mu: float, nesterov: boo
     return ~finite.all()
 
 
-def select(v: Tensor, k: int) -> Tensor:
-    """Returns the indices of the k entries largest in magnitude, ties to the smaller index, rising: int64 [k]."""
+def select(v: Tensor, k: int, unit: int = 1) -> Tensor:
+    """Returns the indices of the k entries largest in magnitude, ties to the smaller index, rising: int64 [k].
+
+    With a unit of 32 they are whole groups of 32: those k / 32 whose largest magnitudes are the largest.
+    """
     size = v.abs()
+    if unit != 1:
+        groups = select(size.view(-1, unit).amax(1), k // unit)
+        return (groups[:, None] * unit + torch.arange(unit, device=v.device)).view(-1)
     threshold = size.topk(k).values[-1]
     above = (size > threshold).nonzero().view(-1)
     ties = (size == threshold).nonzero().view(-1)[: k - len(above)]
@@ -94,7 +100,7 @@ def unpack(
     status: Tensor,
 ) -> None:
     """Checks all payloads, then averages them in rank order: see dgc.ops.unpack."""
-    known = segments_of(segments)
+    known = checked(segments)
     at = known.wire(wire_dtype)
     if payloads.size(1) != at.nbytes:
         raise ValueError(f"payloads: expected rows of {at.nbytes} bytes, got {payloads.size(1)}")
@@ -110,7 +116,7 @@ def unpack(
     positions = [_positions(payload, known, wire_dtype) for payload in payloads]
     values = [_sections(payload, known, wire_dtype)[2].float() for payload in payloads]
     entry = 0
-    for row, (source, offset, _, numel, k) in enumerate(known.rows):
+    for row, (source, offset, _, numel, k, _) in enumerate(known.rows):
         mine = slice(entry, entry + k)
         entry += k
         if not used[row]:
@@ -136,12 +142,12 @@ def restore_(
     wire_dtype: torch.dtype,
 ) -> None:
     """Puts back what was taken out for the chosen parameters: see dgc.ops.restore_."""
-    known = segments_of(segments)
+    known = checked(segments)
     positions = _positions(payload, known, wire_dtype)
     values = _sections(payload, known, wire_dtype)[2].float()
     chosen = which.tolist()
     entry = 0
-    for row, (_, _, state, _, k) in enumerate(known.rows):
+    for row, (_, _, state, _, k, _) in enumerate(known.rows):
         mine = slice(entry, entry + k)
         entry += k
         if not chosen[row]:

@@ -103,12 +103,15 @@ def compress_(
     taken off v; where something was sent, u becomes 0 (momentum factor masking). An entry whose new v would not be
     finite keeps its u and v, and the payload's non-finite flag is set.
 
+    Where a parameter's unit is 32, what is chosen are whole groups of 32 consecutive elements, counted from its first:
+    the k / 32 groups whose largest |v| are the largest (ties to the smaller index).
+
     Args:
         gradients: contiguous tensors, float32, bfloat16 or float16, that hold the bucket's gradients. Used up: what is
             left in them is what unpack expects there, zeros on the CPU.
         momentum: u, float32 [elements], or None where mu is 0 throughout.
         residual: v, float32 [elements].
-        segments: int64 [segments, 5] on the CPU, a row per parameter as in segments.COLUMNS.
+        segments: int64 [segments, 6] on the CPU, a row per parameter as in segments.COLUMNS.
         mu: float32 [segments], the momentum factor of each parameter.
         scale: float32 [1], what gradients are multiplied with: clipping, and the inverse of a loss scale.
         payload: uint8 [wire_layout(...).nbytes]. Its header is the caller's (wire.stamp), except the flags.

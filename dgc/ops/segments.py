@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .wire import TILE, WireLayout, div_up, layout_of
+from .wire import GROUP, TILE, WireLayout, div_up, layout_of
 
 
 class Segment(NamedTuple):
@@ -31,6 +31,8 @@ class Segment(NamedTuple):
     """Its elements."""
     entries: int
     """k: the entries that it sends at each step."""
+    unit: int = 1
+    """How many consecutive elements are chosen as one: 1, or a group of 32."""
 
 
 COLUMNS = Segment._fields
@@ -102,6 +104,11 @@ class Segments:
         """The entries that each parameter sends."""
         return self.table[:, 4]
 
+    @property
+    def unit(self) -> Tensor:
+        """The elements of each parameter that are chosen as one."""
+        return self.table[:, 5]
+
     @cached_property
     def tiles(self) -> Tensor:
         """The tiles of each parameter: int64 [segments]."""
@@ -163,6 +170,13 @@ class Segments:
         in_range = (places >= 0).all() & (self.table < 2**47).all()
         if not in_range or not ((self.entries > 0) & (self.entries <= self.numel)).all():
             raise RuntimeError("segments: expected source, offset, state >= 0 and 0 < entries <= numel")
+        for row in self.rows:
+            whole = row.numel % GROUP == row.entries % GROUP == 0
+            if not (row.unit == 1 or (row.unit == GROUP and whole)):
+                raise RuntimeError(
+                    f"segments: expected unit 1, or {GROUP} with numel and entries multiples of it, got unit "
+                    f"{row.unit}, entries {row.entries}, numel {row.numel}"
+                )
         if self.n_entries >= 2**32:
             raise RuntimeError(
                 f"segments: expected fewer than 2^32 entries a bucket, got {self.n_entries}: use smaller buckets"
@@ -198,6 +212,13 @@ def segments_of(table: Tensor | Segments) -> Segments:
         known = Segments(table)
         _KNOWN[table] = (table._version, known)
     return known
+
+
+def checked(table: Tensor) -> Segments:
+    """Returns what a segment table says, where it is sound: see Segments.check."""
+    segments = segments_of(table)
+    segments.check()
+    return segments
 
 
 def wire_layout(segments: Tensor | Segments, wire_dtype: torch.dtype) -> WireLayout:

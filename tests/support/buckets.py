@@ -80,7 +80,7 @@ def make(
     generator = torch.Generator().manual_seed(seed)
     rows, at, state = [], offset, 0
     for n in sizes:
-        rows.append((0, at, state, n, max(1, math.ceil(density * n))))
+        rows.append((0, at, state, n, max(1, math.ceil(density * n)), 1))
         at += n
         state += wire.align_up(n, 32)
     segments = torch.tensor(rows)
@@ -132,7 +132,7 @@ def unpack_both(
     """Runs the op and the reference, compares all bits, and returns the averages and the status."""
     numel = int((args.segments[:, 1] + args.segments[:, 3]).max())
     out = torch.full((numel,), 7.0, dtype=dtype)
-    for _, offset, _, n, _ in args.segments.tolist():
+    for _, offset, _, n, *_ in args.segments.tolist():
         out[offset : offset + n] = before
     expected = out.clone()
     status, reference_status = torch.full((2, len(payloads) + 1), 9, dtype=torch.int32)

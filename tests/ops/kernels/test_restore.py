@@ -16,7 +16,7 @@ def test_restore_gives_back_every_bit(wire_dtype, masking):
     args = make([70_000, 500, 3_000], 0.01, wire_dtype=wire_dtype, masking=masking)
     args.gradients[0] *= 3e4
     before = args.clone()
-    for row, (_, offset, state, n, _) in enumerate(args.segments.tolist()):
+    for row, (_, offset, state, n, *_) in enumerate(args.segments.tolist()):
         u, v = before.momentum[state : state + n], before.residual[state : state + n]
         reference.accumulate_(u, v, before.gradients[0][offset : offset + n], float(args.mu[row]), False)
     ops.compress_(*args.list())
@@ -25,7 +25,7 @@ def test_restore_gives_back_every_bit(wire_dtype, masking):
     for op, a in ((ops, args), (reference, after)):
         op.restore_(a.payload, which, a.segments, a.workspace, a.sent_momentum, a.momentum, a.residual, a.wire_dtype)
     equal(args, after)
-    for row, (_, _, state, n, _) in enumerate(args.segments.tolist()):
+    for row, (_, _, state, n, *_) in enumerate(args.segments.tolist()):
         mine = slice(state, state + n)
         restored = torch.equal(args.residual[mine], before.residual[mine])
         assert restored == bool(which[row])
