@@ -45,7 +45,7 @@ def test_a_malformed_segment_table_is_an_error_for_every_op():
             args.segments[row, column] = value
         table = args.segments.tolist()
         rows_fit = all(0 < entries <= n for *_, n, entries, _ in table)
-        state_fits = rows_fit and apart([(state, n) for _, _, state, n, _ in table], len(args.residual))
+        state_fits = rows_fit and apart([(state, n) for _, _, state, n, *_ in table], len(args.residual))
         gradient_fits = rows_fit and all(source == 0 for source, *_ in table)
         gradient_fits &= apart([(offset, n) for _, offset, _, n, *_ in table], len(args.gradients[0]))
         fits = state_fits and gradient_fits
