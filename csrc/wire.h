@@ -41,7 +41,8 @@ struct Segment {
   int64_t entries;  // k: entries sent at each step
   int64_t unit;     // how many consecutive elements are chosen as one: 1, or kGroup
 };
-constexpr int64_t kSegmentColumns = sizeof(Segment) / sizeof(int64_t);
+constexpr int64_t kSegmentColumns = 6;
+static_assert(sizeof(Segment) == kSegmentColumns * sizeof(int64_t), "a row is nothing but its columns");
 
 struct Header {
   int64_t magic;

@@ -236,7 +236,8 @@ class Compressor {
 void compress_cpu(std::vector<Tensor> gradients, std::optional<Tensor> momentum, Tensor residual, Tensor segments,
                   Tensor mu, Tensor scale, Tensor payload, Tensor workspace, std::optional<Tensor> sent_momentum,
                   bool nesterov, ScalarType wire_dtype) {
-  const Bucket bucket(segments);
+  const auto known = bucket_of(segments);
+  const Bucket& bucket = *known;
   check_sources(gradients, "gradients", DeviceType::CPU, bucket);
   check_cpu(residual, "residual", ScalarType::Float, bucket.state);
   if (momentum) check_cpu(*momentum, "momentum", ScalarType::Float, bucket.state);

@@ -197,20 +197,17 @@ class Segments:
         return self._layouts[wire_dtype]
 
 
-_KNOWN: MutableMapping[Tensor, tuple[int, Segments]] = WeakIdKeyDictionary()
-"""By table, the version of its contents and what they say. Segments has a copy, or the key would never go."""
+_KNOWN: MutableMapping[Tensor, Segments] = WeakIdKeyDictionary()
+"""What is known of tables that came as tensors. Segments has a copy of the table, or the tensor would never go."""
 
 
 def segments_of(table: Tensor | Segments) -> Segments:
-    """Returns what a segment table says: worked out once for each tensor, and again where it was changed in place."""
+    """Returns what a segment table says: worked out once for each tensor, and again where its contents changed."""
     if isinstance(table, Segments):
         return table
-    if table.is_inference():  # counts no versions
-        return Segments(table)
-    version, known = _KNOWN.get(table, (None, None))
-    if known is None or version != table._version:
-        known = Segments(table)
-        _KNOWN[table] = (table._version, known)
+    known = _KNOWN.get(table)
+    if known is None or not torch.equal(known.table, table):
+        known = _KNOWN[table] = Segments(table)
     return known
 
 

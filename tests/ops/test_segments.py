@@ -2,13 +2,14 @@
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from dgc.ops import Segments, wire
+from dgc.ops import Segments, reference, wire
 from dgc.ops.segments import COLUMNS, first_indices, segments_of, wire_layout
-from support.buckets import make
+from support.buckets import equal, make
 from support.roads import ops
 
 ROWS = [(0, 3, 0, 70_000, 70), (1, 0, 70_016, 65_536, 1), (1, 70_000, 140_000, 131_073, 9)]
@@ -61,7 +62,7 @@ def test_what_is_known_of_a_tensor_is_kept_until_the_tensor_changes_or_goes():
     assert segments_of(known) is known
     table[0, 4] = 71
     assert segments_of(table).n_entries == 81
-    table.view(-1)[4] = 72  # through a view
+    table.numpy()[0, 4] = 72  # behind torch's back
     assert segments_of(table).n_entries == 82
     gone = weakref.ref(segments_of(table))
     del table
@@ -69,7 +70,7 @@ def test_what_is_known_of_a_tensor_is_kept_until_the_tensor_changes_or_goes():
     assert gone() is None
 
 
-def test_a_table_made_in_inference_mode_is_read_anew():
+def test_a_table_made_in_inference_mode_is_known_too():
     with torch.inference_mode():
         table = torch.tensor(Segments.from_rows(ROWS).table.tolist())
         assert segments_of(table).n_entries == 80
@@ -124,3 +125,66 @@ def test_the_first_entry_of_each_parameter_is_found_in_the_payload():
     ops.compress_(*args.list())
     first = first_indices(args.payload, segments_of(args.segments), args.wire_dtype)
     assert first.tolist() == [min(args.entries(segment)) for segment in range(3)]
+
+
+BAD = [
+    ("entries", 101, "0 < entries <= numel"),
+    ("numel", -1, "0 < entries <= numel"),
+    ("offset", 2**62, "0 < entries <= numel"),
+    ("state", 2**46, "(residual|momentum): expected"),
+    ("unit", 2, "expected unit 1"),
+    ("source", 1, "gradients"),
+]
+
+
+@pytest.mark.usefixtures("road")
+@pytest.mark.parametrize(("column", "value", "message"), BAD, ids=[column for column, *_ in BAD])
+def test_a_bad_table_is_refused_after_a_good_one_at_the_same_address(column, value, message):
+    args = make([100, 50])
+    memory = args.segments.numpy()  # writes that torch does not count
+    good = memory.copy()
+    ops.compress_(*args.list())
+    for _ in range(2):
+        args.segments[1, COLUMNS.index(column)] = value
+        with pytest.raises(RuntimeError, match=message):
+            ops.compress_(*args.list())
+        args.segments.copy_(torch.from_numpy(good))
+        ops.compress_(*args.list())
+    memory[1, COLUMNS.index(column)] = value
+    with pytest.raises(RuntimeError, match=message):
+        ops.compress_(*args.list())
+
+
+@pytest.mark.usefixtures("road")
+def test_overlap_is_refused_after_a_good_table_at_the_same_address():
+    args = make([100, 50])
+    ops.compress_(*args.list())
+    args.segments[1, COLUMNS.index("offset")] = 99
+    with pytest.raises(RuntimeError, match="segments: expected none to overlap"):
+        ops.compress_(*args.list())
+
+
+def test_more_tables_than_are_kept_are_all_checked():
+    tables = [make([100 + i, 50], seed=i) for i in range(150)]
+    for _ in range(2):
+        for args in tables:
+            ops.compress_(*args.list())
+    for args in tables:
+        args.segments[1, COLUMNS.index("entries")] = 51
+        with pytest.raises(RuntimeError, match=r"0 < entries <= numel, got .* entries 51, numel 50"):
+            ops.compress_(*args.list())
+
+
+def test_threads_share_what_is_known():
+    tables = [make([100 + i, 50], seed=i) for i in range(80)]
+    expected = [args.clone() for args in tables]
+    for args in expected:
+        reference.compress_(*args.list())
+
+    def run(args):
+        ops.compress_(*args.list())
+        return args
+
+    with ThreadPoolExecutor(4) as pool:
+        for done, other in zip(pool.map(run, tables), expected, strict=True):
+            equal(done, other)
