@@ -16,6 +16,8 @@ THREADS = 256
 CHUNK = 8192
 CHUNKS_PER_TILE = TILE // CHUNK
 BINS = 2048
+STRUCT_BYTES = {"DeviceSegment": 64, "SegmentState": 40, "TileState": 16, "ChunkState": 24, "BucketState": 16}
+"""Sizes of the structs of csrc/cuda/args.h that lie in a workspace."""
 ROW_COLUMNS = 5
 """How many columns of the segment table a device knows: all but the unit, which is 1 there."""
 MIN_CAPABILITY = {"native": (8, 0), "cupy": (7, 5)}
@@ -26,12 +28,12 @@ def workspace_sizes(n_segments: int, n_tiles: int, n_entries: int) -> list[int]:
     """Returns the bytes of each part of a workspace, padded: csrc/cuda/args.h is its twin."""
     capacity = 2 * n_entries
     sizes = [
-        64 * n_segments,  # the segment table
+        STRUCT_BYTES["DeviceSegment"] * n_segments,  # the segment table
         4 * n_tiles,  # the segment of each tile
-        16,  # the bucket's state
-        40 * n_segments,  # states
-        16 * n_tiles,  # counts
-        24 * n_tiles * CHUNKS_PER_TILE,  # candidates of each chunk
+        STRUCT_BYTES["BucketState"],  # the bucket's state
+        STRUCT_BYTES["SegmentState"] * n_segments,  # states
+        STRUCT_BYTES["TileState"] * n_tiles,  # counts
+        STRUCT_BYTES["ChunkState"] * n_tiles * CHUNKS_PER_TILE,  # candidates of each chunk
         4 * n_segments * BINS,  # histograms
         4 * n_tiles * (TILE // GROUP),  # group maxima
         4 * capacity,  # candidates

@@ -1,7 +1,6 @@
 """The CUDA ops from Python, for kernels that were not built with the native library: arguments, checks, launches.
 
-The twin of csrc/cuda/ops.cpp, which fills the arguments, and of csrc/cuda/launch.cu, which queues the kernels: the
-structs are those of csrc/cuda/args.h.
+The twin of csrc/cuda/ops.cpp, which fills the arguments, and of csrc/cuda/launch.cu, which queues the kernels.
 """
 
 from __future__ import annotations
@@ -12,85 +11,21 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .args import (
+    FLOAT_TYPE,
+    MAX_PAIRS,
+    MAX_SOURCES,
+    BucketArgs,
+    CompressArgs,
+    Pair,
+    RestoreArgs,
+    Sources,
+    SubtractArgs,
+    UnpackArgs,
+)
 from .cuda import CHUNK, CHUNKS_PER_TILE, THREADS, check_units, workspace_sizes
 from .segments import Segments, checked
 from .wire import GROUP, div_up
-
-MAX_SOURCES = 256
-MAX_PAIRS = 120
-FLOAT_TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-class _Sources(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p * MAX_SOURCES), ("type", ctypes.c_uint8 * MAX_SOURCES))
-
-
-class _BucketArgs(ctypes.Structure):
-    _fields_ = (
-        ("segments", ctypes.c_int64),
-        ("tiles", ctypes.c_int64),
-        ("entries", ctypes.c_int64),
-        ("workspace", ctypes.c_void_p),
-        ("wire_type", ctypes.c_int32),
-        ("unused", ctypes.c_int32),
-    )
-
-
-class _CompressArgs(ctypes.Structure):
-    _fields_ = (
-        ("bucket", _BucketArgs),
-        ("momentum", ctypes.c_void_p),
-        ("residual", ctypes.c_void_p),
-        ("mu", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("payload", ctypes.c_void_p),
-        ("sent_momentum", ctypes.c_void_p),
-        ("nesterov", ctypes.c_int64),
-        ("gradients", _Sources),
-    )
-
-
-class _UnpackArgs(ctypes.Structure):
-    _fields_ = (
-        ("bucket", _BucketArgs),
-        ("payloads", ctypes.c_void_p),
-        ("ranks", ctypes.c_int64),
-        ("rank", ctypes.c_int64),
-        ("scale", ctypes.c_void_p),
-        ("status", ctypes.c_void_p),
-        ("out", _Sources),
-    )
-
-
-class _RestoreArgs(ctypes.Structure):
-    _fields_ = (
-        ("bucket", _BucketArgs),
-        ("payload", ctypes.c_void_p),
-        ("which", ctypes.c_void_p),
-        ("sent_momentum", ctypes.c_void_p),
-        ("momentum", ctypes.c_void_p),
-        ("residual", ctypes.c_void_p),
-    )
-
-
-class _Pair(ctypes.Structure):
-    _fields_ = (
-        ("parameter", ctypes.c_void_p),
-        ("update", ctypes.c_void_p),
-        ("numel", ctypes.c_int64),
-        ("first_block", ctypes.c_uint32),
-        ("unused", ctypes.c_uint32),
-    )
-
-
-class _SubtractArgs(ctypes.Structure):
-    _fields_ = (
-        ("skip", ctypes.c_void_p),
-        ("minus_lr", ctypes.c_float),
-        ("count", ctypes.c_int32),
-        ("pairs", _Pair * MAX_PAIRS),
-    )
-
 
 Launch = Callable[[str, int, int, ctypes.Structure], None]
 """Queues a kernel: its name, blocks in x and y, and its argument."""
@@ -121,7 +56,7 @@ class Kernels:
         known = _sound(segments)
         if sent_momentum is not None and momentum is None:
             raise RuntimeError("sent_momentum: expected None where momentum is None")
-        args = _CompressArgs(
+        args = CompressArgs(
             _bucket_args(known, workspace, wire_dtype),
             _address(momentum, "momentum", torch.float32, known.n_state, workspace, aligned=True),
             _address(residual, "residual", torch.float32, known.n_state, workspace, aligned=True),
@@ -157,7 +92,7 @@ class Kernels:
                 f"{tuple(payloads.shape)}"
             )
         ranks = payloads.size(0)
-        args = _UnpackArgs(
+        args = UnpackArgs(
             _bucket_args(known, workspace, wire_dtype),
             _address(payloads, "payloads", torch.uint8, 0, workspace, aligned=True),
             ranks,
@@ -185,7 +120,7 @@ class Kernels:
         known = _sound(segments)
         if sent_momentum is not None and momentum is None:
             raise RuntimeError("sent_momentum: expected None where momentum is None")
-        args = _RestoreArgs(
+        args = RestoreArgs(
             _bucket_args(known, workspace, wire_dtype),
             _address(payload, "payload", torch.uint8, known.wire(wire_dtype).nbytes, workspace),
             _address(which, "which", torch.uint8, len(known), workspace),
@@ -203,10 +138,10 @@ class Kernels:
             )
         for first in range(0, len(parameters), MAX_PAIRS):
             pairs = list(zip(parameters, updates, strict=True))[first : first + MAX_PAIRS]
-            args = _SubtractArgs(_address(skip, "skip", torch.uint8, 1, parameters[0]), -lr, len(pairs))
+            args = SubtractArgs(_address(skip, "skip", torch.uint8, 1, parameters[0]), -lr, len(pairs))
             blocks = 0
             for i, (p, g) in enumerate(pairs):
-                args.pairs[i] = _Pair(
+                args.pairs[i] = Pair(
                     _address(p, "parameters", torch.float32, 0, parameters[0]),
                     _address(g, "updates", torch.float32, p.numel(), parameters[0]),
                     p.numel(),
@@ -226,7 +161,7 @@ def _sound(table: Tensor) -> Segments:
     return segments
 
 
-def _bucket_args(segments: Segments, workspace: Tensor, wire_dtype: torch.dtype) -> _BucketArgs:
+def _bucket_args(segments: Segments, workspace: Tensor, wire_dtype: torch.dtype) -> BucketArgs:
     if wire_dtype not in FLOAT_TYPE:
         raise RuntimeError(f"wire_dtype: expected float32, bfloat16 or float16, got {wire_dtype}")
     nbytes = sum(workspace_sizes(len(segments), segments.n_tiles, segments.n_entries))
@@ -236,7 +171,7 @@ def _bucket_args(segments: Segments, workspace: Tensor, wire_dtype: torch.dtype)
             f"workspace: expected the {nbytes} bytes that dgc.ops.workspace() makes for these segments, got "
             f"{workspace.numel()}"
         )
-    return _BucketArgs(len(segments), segments.n_tiles, segments.n_entries, pointer, FLOAT_TYPE[wire_dtype])
+    return BucketArgs(len(segments), segments.n_tiles, segments.n_entries, pointer, FLOAT_TYPE[wire_dtype])
 
 
 def _address(
@@ -255,12 +190,12 @@ def _address(
     return pointer
 
 
-def _sources(tensors: Sequence[Tensor], name: str, segments: Segments, as_: Tensor) -> _Sources:
+def _sources(tensors: Sequence[Tensor], name: str, segments: Segments, as_: Tensor) -> Sources:
     if len(tensors) > MAX_SOURCES:
         raise RuntimeError(
             f"{name}: expected at most {MAX_SOURCES} tensors a bucket, got {len(tensors)}: use smaller buckets"
         )
-    sources = _Sources()
+    sources = Sources()
     for i, tensor in enumerate(tensors):
         if tensor.dtype not in FLOAT_TYPE:
             raise RuntimeError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
