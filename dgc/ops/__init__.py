@@ -1,6 +1,7 @@
 """What runs: the ops, their kernels, and the bytes that travel."""
 
-from .schema import backend, compress_, restore_, subtract_, unpack, workspace
+from .choice import backend, workspace
+from .schema import compress_, restore_, subtract_, unpack
 from .segments import Segments, wire_layout
 from .wire import PayloadError, WireLayout
 
