@@ -20,7 +20,7 @@ constexpr int64_t kNonFinite = 1;
 // Bits of a parameter's byte: its gradient was not zero; entries of it were left out.
 constexpr uint8_t kUsed = 1, kLeftOut = 2;
 
-// What unpack says about the payload of one rank: the low byte is one of these, kNonFiniteStatus may be added.
+// The status that unpack gives the payload of one rank: the low byte is one of these, kNonFiniteStatus may be added.
 enum Status : int32_t {
   kOk = 0,
   kBadMagic = 1,

@@ -14,7 +14,7 @@ struct Candidate {
   float value;
 };
 
-// What is known of a tile after each phase.
+// The state of a tile, filled in phase by phase.
 struct TileWork {
   TileReport report;
   std::vector<Candidate> candidates;  // in index order

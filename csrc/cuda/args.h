@@ -1,5 +1,5 @@
-// What a kernel is given: plain structs of pointers and counts, passed by value, and where everything stands in the
-// workspace. dgc/ops/args.py builds the same structs with ctypes, and dgc/ops/cuda.py the workspace: a struct whose
+// The arguments of the kernels: plain structs of pointers and counts, passed by value, and where everything stands in
+// the workspace. dgc/ops/args.py builds the same structs with ctypes, and dgc/ops/cuda.py the workspace: a struct whose
 // size is asserted here has that size there, and tests/ops/test_twins.py holds them together.
 #pragma once
 
@@ -47,7 +47,7 @@ struct DeviceSegment {
 };
 static_assert(sizeof(DeviceSegment) == 64);
 
-// What selection knows of a segment. Blocks of one kernel write it for the next kernel.
+// The state of the selection in a segment. Blocks of one kernel write it for the next kernel.
 struct SegmentState {
   uint32_t arrived;    // blocks of the running kernel that are done; 0 between kernels
   uint32_t used;       // whether any h was not zero; 0 between calls
@@ -120,7 +120,7 @@ struct Workspace {
   }
 };
 
-// What all kernels of a bucket need.
+// The part of the arguments that all kernels of a bucket need.
 struct BucketArgs {
   int64_t segments;
   int64_t tiles;

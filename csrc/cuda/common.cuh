@@ -1,5 +1,5 @@
-// What the kernels share: names for a thread's place, loads and stores, votes and scans, the histogram, and who comes
-// last.
+// Parts that the kernels share: names for a thread's place, loads and stores, votes and scans, the histogram, and who
+// comes last.
 #pragma once
 
 #include "../arithmetic.h"
@@ -21,7 +21,7 @@ struct alignas(4 * sizeof(T)) Quad {
   T x[4];
 };
 
-// How a warp may read its elements.
+// The ways in which a warp may read its elements.
 enum Reach {
   kAligned,    // all of them are there, four at a time
   kUnaligned,  // all are there, but the gradients may start anywhere, since DDP packs them without gaps: one at a time,

@@ -40,7 +40,7 @@ __device__ inline int32_t check_tile(const PayloadView<Wire>& p, const TileView&
                                      int64_t entries) {
   const int64_t begin = p.begin(tile.index), end = p.ends[tile.index];
   if (begin > end || end > entries) return kBadTiles;
-  // How many entries a parameter sends is fixed.
+  // The number of entries that a parameter sends is fixed.
   if (tile.begin + kTile >= s.numel && end != s.first_entry + s.entries) return kBadTiles;
   bool rising = true, finite = true;
   for (int64_t e = begin + lane(); e < end; e += kWarp) {
@@ -78,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) dgc_check(const __grid_co
   }
 }
 
-// Where a chunk's entries begin and end among a tile's, whose indices rise: both ends are searched at once.
+// Finds where a chunk's entries begin and end among a tile's, whose indices rise. Both ends are searched at once.
 __device__ inline void find_chunk(const uint16_t* indices, int chunk, int64_t* begin, int64_t* end) {
   int64_t low[2] = {*begin, *begin}, high[2] = {*end, *end};
   while (low[0] < high[0] || low[1] < high[1]) {

@@ -1,4 +1,4 @@
-"""What runs: the ops, their kernels, and the bytes that travel."""
+"""The ops, the kernels that run them, and the bytes that travel."""
 
 from .choice import backend, workspace
 from .schema import compress_, restore_, subtract_, unpack

@@ -10,7 +10,7 @@ import torch
 MAX_SOURCES = 256
 MAX_PAIRS = 120
 FLOAT_TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""FloatType of a dtype."""
+"""The FloatType of each dtype."""
 
 
 class Sources(ctypes.Structure):

@@ -1,4 +1,4 @@
-"""The choice of what runs the ops on a device. Importing this module loads the native library and registers all ops."""
+"""Choice of what runs the ops on a device. Importing this module loads the native library and registers all ops."""
 
 import logging
 

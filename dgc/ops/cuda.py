@@ -1,7 +1,7 @@
-"""What every CUDA device needs: the workspace of the kernels, and whether they can run there.
+"""The workspace of the CUDA kernels, and the checks whether they can run on a device and for a bucket.
 
 The kernels are csrc/cuda. Where setup.py found nvcc they are in the native library; where not, CuPy compiles them at
-first use (jit.py), and kernels.py launches them.
+first use (cupy.py), and launch.py launches them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ BINS = 2048
 STRUCT_BYTES = {"DeviceSegment": 64, "SegmentState": 40, "TileState": 16, "ChunkState": 24, "BucketState": 16}
 """Sizes of the structs of csrc/cuda/args.h that lie in a workspace."""
 ROW_COLUMNS = 5
-"""How many columns of the segment table a device knows: all but the unit, which is 1 there."""
+"""The columns of the segment table that a device knows: all but the unit, which is 1 there."""
 MIN_CAPABILITY = {"native": (8, 0), "cupy": (7, 5)}
-"""Compute capability that the kernels need: what the library holds code for, what CUDA 13's NVRTC knows."""
+"""The compute capability that the kernels need: the library holds code for 8.0, CUDA 13's NVRTC knows 7.5."""
 
 
 def workspace_sizes(n_segments: int, n_tiles: int, n_entries: int) -> list[int]:

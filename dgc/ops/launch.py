@@ -35,7 +35,7 @@ class Kernels:
     """The ops as sequences of launches. Signatures and meaning are those of dgc/ops/schema.py."""
 
     def __init__(self, launch: Launch) -> None:
-        """Takes what queues a kernel on the current stream of the current device."""
+        """Keeps the function that queues a kernel on the current stream of the current device."""
         self.launch = launch
 
     def compress_(
@@ -162,6 +162,7 @@ def _sound(table: Tensor) -> Segments:
 
 
 def _bucket_args(segments: Segments, workspace: Tensor, wire_dtype: torch.dtype) -> BucketArgs:
+    """Checks the workspace, and returns the argument that all kernels of a bucket need."""
     if wire_dtype not in FLOAT_TYPE:
         raise RuntimeError(f"wire_dtype: expected float32, bfloat16 or float16, got {wire_dtype}")
     nbytes = sum(workspace_sizes(len(segments), segments.n_tiles, segments.n_entries))
@@ -177,6 +178,7 @@ def _bucket_args(segments: Segments, workspace: Tensor, wire_dtype: torch.dtype)
 def _address(
     tensor: Tensor | None, name: str, dtype: torch.dtype, min_numel: int, as_: Tensor, *, aligned: bool = False
 ) -> int | None:
+    """Checks a tensor and returns its address; None for None."""
     if tensor is None:
         return None
     if tensor.device != as_.device or tensor.dtype != dtype or not tensor.is_contiguous() or tensor.numel() < min_numel:
@@ -191,6 +193,7 @@ def _address(
 
 
 def _sources(tensors: Sequence[Tensor], name: str, segments: Segments, as_: Tensor) -> Sources:
+    """Checks the tensors that hold gradients, and returns their addresses and types."""
     if len(tensors) > MAX_SOURCES:
         raise RuntimeError(
             f"{name}: expected at most {MAX_SOURCES} tensors a bucket, got {len(tensors)}: use smaller buckets"

@@ -1,4 +1,4 @@
-"""The native library: built by setup.py, loaded here, and its ops registered by that."""
+"""The native library, which setup.py builds: loading it registers its kernels."""
 
 import warnings
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 
 
 def load() -> bool:
-    """Loads the native library, and returns whether there is one. The schemas of its ops are defined by then."""
+    """Loads the native library, and returns whether there is one. The schemas have to be defined before."""
     library = next(Path(__file__).parent.parent.glob("_native*.so"), None)
     if library is None:
         warnings.warn(

@@ -61,9 +61,10 @@ def compress_(
 
 
 def accumulate_(u: Tensor | None, v: Tensor, h: Tensor, mu: float, nesterov: bool) -> Tensor:
-    """Momentum-corrected accumulation (paper, section 3.1): u <- mu*u + h, v <- v + u, or v + h + mu*u for Nesterov.
+    """Accumulates with momentum correction (paper, section 3.1): u <- mu*u + h, v <- v + u, or v + h + mu*u (Nesterov).
 
-    Returns whether any entry was left as it was because its result is not finite: a bool scalar.
+    Returns:
+        Whether any entry was left as it was because its result is not finite: a bool scalar.
     """
     new_u = h if u is None else u * mu + h
     new_v = v + (torch.add(h, new_u, alpha=mu) if nesterov else new_u)

@@ -1,4 +1,4 @@
-"""The ops: of each its function with the documentation, its schema, and its fake, which checks what can be known of it.
+"""The ops. Each has a block: its function with the documentation, its schema, and its fake, which checks arguments.
 
 Kernels are in csrc/, the same in plain PyTorch in dgc/ops/reference.py; dgc/ops/choice.py registers them.
 """
@@ -13,11 +13,11 @@ from .wire import layout_of
 
 LIBRARY = torch.library.Library("dgc", "DEF")
 OPS: list[str] = []
-"""The names of all ops: whatever is made for each of them is made from this list."""
+"""The names of all ops. Everything that is made for each of them is made from this list."""
 
 
 def _op(schema: str) -> Callable[[Callable[..., None]], None]:
-    """Defines an op; what it decorates is the op's fake, which runs where tensors have shapes and no contents."""
+    """Defines an op, and registers the decorated function as its fake, for tensors that have shapes and no contents."""
 
     def register(fake: Callable[..., None]) -> None:
         name = LIBRARY.define(schema)
@@ -28,6 +28,7 @@ def _op(schema: str) -> Callable[[Callable[..., None]], None]:
 
 
 def _check(tensor: Tensor | None, name: str, dtype: torch.dtype, least: int) -> None:
+    """Checks the type of a tensor, and that it has so many elements."""
     if tensor is not None:
         torch._check(tensor.dtype == dtype, lambda: f"{name}: expected {dtype}, got {tensor.dtype}")
         torch._check(
@@ -36,11 +37,13 @@ def _check(tensor: Tensor | None, name: str, dtype: torch.dtype, least: int) -> 
 
 
 def _check_floats(tensors: Sequence[Tensor], name: str) -> None:
+    """Checks that gradients have types that the kernels know."""
     for tensor in tensors:
         _check_float(tensor.dtype, name)
 
 
 def _check_float(dtype: torch.dtype, name: str) -> None:
+    """Checks that the kernels know a type."""
     floats = torch.float32, torch.bfloat16, torch.float16
     torch._check(dtype in floats, lambda: f"{name}: expected float32, bfloat16 or float16, got {dtype}")
 
@@ -61,6 +64,7 @@ def _least_bytes(rows: int, wire_dtype: torch.dtype) -> int:
 
 
 def _check_masking(sent_momentum: Tensor | None, momentum: Tensor | None, rows: int) -> None:
+    """Checks that sent_momentum goes with a momentum."""
     torch._check(
         sent_momentum is None or momentum is not None,
         lambda: "sent_momentum: expected None where momentum is None",

@@ -1,4 +1,4 @@
-"""The segment table: which parameters a bucket compresses, where they lie, and all that follows from it.
+"""The segment table, which says what a bucket compresses and where it lies, and all that follows from it.
 
 The ops take the table itself, a plain int64 tensor on the CPU. Python code takes what `Segments` has worked out of it.
 """
@@ -22,7 +22,7 @@ class Segment(NamedTuple):
     """A row of the segment table: one compressed parameter of a bucket. csrc/wire.h has its twin."""
 
     source: int
-    """Which gradient tensor holds it."""
+    """The gradient tensor that holds it."""
     offset: int
     """Its first element there."""
     state: int
@@ -32,7 +32,7 @@ class Segment(NamedTuple):
     entries: int
     """k: the entries that it sends at each step."""
     unit: int = 1
-    """How many consecutive elements are chosen as one: 1, or a group of 32."""
+    """The number of consecutive elements that are chosen as one: 1, or a group of 32."""
 
 
 COLUMNS = Segment._fields
@@ -81,7 +81,7 @@ class Segments:
 
     @property
     def source(self) -> Tensor:
-        """Which gradient tensor holds each parameter: int64 [segments], as all columns are."""
+        """The gradient tensor that holds each parameter: int64 [segments], as all columns are."""
         return self.table[:, 0]
 
     @property
@@ -166,6 +166,7 @@ class Segments:
 
     @cached_property
     def _sound(self) -> bool:
+        """Checks every row on its own, and returns whether no two overlap."""
         places = self.table[:, :3]
         in_range = (places >= 0).all() & (self.table < 2**47).all()
         if not in_range or not ((self.entries > 0) & (self.entries <= self.numel)).all():
@@ -198,7 +199,7 @@ class Segments:
 
 
 _KNOWN: MutableMapping[Tensor, Segments] = WeakIdKeyDictionary()
-"""What is known of tables that came as tensors. Segments has a copy of the table, or the tensor would never go."""
+"""The known tables that came as tensors. Segments has a copy of the table, or the tensor would never go."""
 
 
 def segments_of(table: Tensor | Segments) -> Segments:

@@ -1,4 +1,4 @@
-"""The wire format: where everything stands in the bytes that one rank sends for one bucket. csrc/wire.h is its twin.
+"""The wire format of the bytes that one rank sends for one bucket. csrc/wire.h is its twin.
 
     header (32) | used (1 a parameter) | tile ends (4 a tile) | indices (2 an entry) | values (4 or 2 an entry)
 
@@ -22,9 +22,9 @@ HEADER_BYTES = 32
 ALIGN = 16
 MAGIC = int.from_bytes(b"DGCWIRE1", "little")
 NON_FINITE = 1
-"""Flag of the header: this rank left entries out because they were not finite."""
+"""A flag of the header: this rank left entries out because they were not finite."""
 USED, LEFT_OUT = 1, 2
-"""Bits of a parameter's byte: its gradient was not zero; entries of it were left out because they were not finite."""
+"""The bits of a parameter's byte: its gradient was not zero; entries were left out because they were not finite."""
 
 NON_FINITE_STATUS = 256
 STATUS = {
