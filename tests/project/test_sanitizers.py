@@ -123,7 +123,8 @@ def run(runtimes: str, folder: Path, *arguments: str, cpu: str = "") -> subproce
 
 # Elsewhere tests/ops/kernels tries everything. What is left out here would reach no more lines or branches of csrc
 # (gcov).
-CHOSEN = "(native or test_unit and not (built or jit)) and not (hard_data and (0.02 or 0.3) or for_every_type and (0.25 or 0.01) or random_shapes and 1)"
+ROAD = "(native or test_unit and not (built or jit))"
+CHOSEN = f"{ROAD} and not (hard_data and (0.02 or 0.3) or for_every_type and (0.25 or 0.01) or random_shapes and 1)"
 # Without AVX2, update, scan and subtract differ, and nothing that reads other ranks' bytes.
 PORTABLE = "native and (for_every_type and 0.001 or non_finite or overflow and not hard_data or subtract_gives)"
 
