@@ -32,7 +32,7 @@ constexpr uint32_t kInfinity = 0x7f800000u;   // magnitudes from here on are Inf
 // |x| as an integer orders as |x| does, with Inf above every number and NaN above Inf.
 DGC_BOTH inline uint32_t magnitude(float x) { return float_bits(x) & kMagnitude; }
 
-// Whether x is 0 or -0, denormal numbers not among them.
+// Returns whether x is 0 or -0; denormal numbers are not.
 DGC_BOTH inline bool is_zero(float x) { return magnitude(x) == 0; }
 
 // Each operation rounded on its own, whatever the compiler may fuse elsewhere. In PTX, since CuPy compiles everything
@@ -77,8 +77,8 @@ DGC_BOTH inline float multiply_add(float a, float b, float c) {
 #endif
 }
 
-// How values travel. store() rounds to nearest even and saturates, so that what stays behind, v - w, is finite
-// and exact (WireHalf: up to |v| = 2^29, where v - 65504 no longer fits into 24 bits); load() is exact.
+// The types in which values travel. store() rounds to nearest even and saturates, so that what stays behind, v - w, is
+// finite and exact (WireHalf: up to |v| = 2^29, where v - 65504 no longer fits into 24 bits); load() is exact.
 struct WireFloat {
   using Raw = uint32_t;
   DGC_BOTH static Raw store(float x) { return float_bits(x); }
@@ -127,7 +127,7 @@ struct WireHalf {
   }
 };
 
-// How the sum is handed back in the gradient's type: rounded to nearest, overflow to Inf as torch does.
+// The types in which the sum is handed back, those of gradients: rounded to nearest, overflow to Inf as torch does.
 struct StoreFloat {
   using Raw = float;
   DGC_BOTH static Raw round(float x) { return x; }

@@ -1,6 +1,8 @@
 #include "bucket.h"
 
 #include <algorithm>
+#include <cstring>
+#include <mutex>
 #include <utility>
 
 namespace dgc {
@@ -19,18 +21,16 @@ void Bucket::check_apart(const F& place) const {
   }
 }
 
-Bucket::Bucket(const Tensor& table) {
-  STD_TORCH_CHECK(table.is_cpu() && table.scalar_type() == ScalarType::Long && table.is_contiguous() &&
-                      table.dim() == 2 && table.size(1) == kSegmentColumns,
-                  "segments: expected a contiguous int64 CPU tensor of shape [segments, ", kSegmentColumns, "]");
-  const auto* rows = static_cast<const Segment*>(table.const_data_ptr());
-  segments.assign(rows, rows + table.size(0));
+Bucket::Bucket(const Segment* rows, size_t count) : segments(rows, rows + count) {
   constexpr int64_t limit = int64_t{1} << 47;  // the sum of two cannot overflow
   for (const Segment& s : segments) {
     STD_TORCH_CHECK(s.source >= 0 && s.offset >= 0 && s.offset < limit && s.state >= 0 && s.state < limit &&
                         s.numel > 0 && s.numel < limit && s.entries > 0 && s.entries <= s.numel,
                     "segments: expected source, offset, state >= 0 and 0 < entries <= numel, got ", s.source, ", ",
                     s.offset, ", ", s.state, ", entries ", s.entries, ", numel ", s.numel);
+    STD_TORCH_CHECK(s.unit == 1 || (s.unit == kGroup && s.numel % kGroup == 0 && s.entries % kGroup == 0),
+                    "segments: expected unit 1, or ", kGroup, " with numel and entries multiples of it, got unit ",
+                    s.unit, ", entries ", s.entries, ", numel ", s.numel);
     first_tile.push_back(tiles);
     first_entry.push_back(entries);
     tiles += div_up(s.numel, kTile);
@@ -44,6 +44,52 @@ Bucket::Bucket(const Tensor& table) {
   // Two segments on the same elements would race, and change them after their largest were found.
   check_apart([](const Segment& s) { return std::make_pair(int64_t{0}, s.state); });
   check_apart([](const Segment& s) { return std::make_pair(s.source, s.offset); });
+}
+
+namespace {
+
+// The tables that passed last. More buckets than fit, or larger ones, are checked at each call.
+class Passed {
+ public:
+  std::shared_ptr<const Bucket> find(const Segment* rows, size_t count) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto& bucket : buckets_)
+      if (bucket->segments.size() == count && std::memcmp(bucket->segments.data(), rows, count * sizeof *rows) == 0)
+        return bucket;
+    return nullptr;
+  }
+
+  void add(const std::shared_ptr<const Bucket>& bucket) {
+    if (bucket->segments.empty() || bucket->segments.size() > kMostRows) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (buckets_.size() < kMost) {
+      buckets_.push_back(bucket);
+    } else {
+      buckets_[oldest_] = bucket;
+      oldest_ = (oldest_ + 1) % kMost;
+    }
+  }
+
+ private:
+  static constexpr size_t kMost = 64, kMostRows = 4096;
+  std::mutex mutex_;
+  std::vector<std::shared_ptr<const Bucket>> buckets_;
+  size_t oldest_ = 0;
+};
+
+}  // namespace
+
+std::shared_ptr<const Bucket> bucket_of(const Tensor& table) {
+  STD_TORCH_CHECK(table.is_cpu() && table.scalar_type() == ScalarType::Long && table.is_contiguous() &&
+                      table.dim() == 2 && table.size(1) == kSegmentColumns,
+                  "segments: expected a contiguous int64 CPU tensor of shape [segments, ", kSegmentColumns, "]");
+  static Passed passed;
+  const auto* rows = static_cast<const Segment*>(table.const_data_ptr());
+  const size_t count = table.size(0);
+  if (auto bucket = passed.find(rows, count)) return bucket;
+  const auto bucket = std::make_shared<const Bucket>(rows, count);  // throws where it does not pass
+  passed.add(bucket);
+  return bucket;
 }
 
 WireLayout Bucket::wire(ScalarType dtype) const {

@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <memory>
 #include <vector>
 
 #include "wire.h"
@@ -17,9 +18,9 @@ using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The segment table, checked. Throws on a table that no layout of ours produces.
+// A segment table, checked, and what follows from it. Throws on a table that no layout of ours produces.
 struct Bucket {
-  explicit Bucket(const Tensor& table);
+  Bucket(const Segment* rows, size_t count);
 
   WireLayout wire(ScalarType dtype) const;
 
@@ -34,6 +35,10 @@ struct Bucket {
   template <class F>
   void check_apart(const F& place) const;
 };
+
+// Returns the bucket of a segment table. A table is checked when it first comes, and not again while one with the same
+// contents is among the last that passed: what is compared are the rows, since memory is used again.
+std::shared_ptr<const Bucket> bucket_of(const Tensor& table);
 
 // Throws unless the tensor is contiguous, on this device, of this type, and has that many elements.
 void check_tensor(const Tensor& tensor, const char* name, DeviceType device, ScalarType dtype, int64_t min_numel);

@@ -1,4 +1,4 @@
-// What lets one source compile as C++, as CUDA, and under NVRTC, which has no standard library.
+// Definitions that let one source compile as C++, as CUDA, and under NVRTC, which has no standard library.
 #pragma once
 
 #if defined(__CUDACC_RTC__)

@@ -20,7 +20,7 @@ constexpr int64_t kNonFinite = 1;
 // Bits of a parameter's byte: its gradient was not zero; entries of it were left out.
 constexpr uint8_t kUsed = 1, kLeftOut = 2;
 
-// What unpack says about the payload of one rank: the low byte is one of these, kNonFiniteStatus may be added.
+// The status that unpack gives the payload of one rank: the low byte is one of these, kNonFiniteStatus may be added.
 enum Status : int32_t {
   kOk = 0,
   kBadMagic = 1,
@@ -39,8 +39,10 @@ struct Segment {
   int64_t state;    // its first element in momentum and residual
   int64_t numel;    // elements
   int64_t entries;  // k: entries sent at each step
+  int64_t unit;     // how many consecutive elements are chosen as one: 1, or kGroup
 };
-constexpr int64_t kSegmentColumns = sizeof(Segment) / sizeof(int64_t);
+constexpr int64_t kSegmentColumns = 6;
+static_assert(sizeof(Segment) == kSegmentColumns * sizeof(int64_t), "a row is nothing but its columns");
 
 struct Header {
   int64_t magic;

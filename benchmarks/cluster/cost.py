@@ -12,8 +12,8 @@ import dgc
 from benchmarks.shapes import Shapes
 from dgc.memory.refusals import dense_reasons
 from dgc.memory.slots import lay_out
+from dgc.ops import Segments
 from dgc.ops.codec import Plain
-from dgc.ops.wire import wire_layout
 from dgc.step.phase import phase_at
 from dgc.step.schedule import entries
 
@@ -140,7 +140,7 @@ def dgc_traffic(buckets: Sequence[Shapes], workers: int, config: dgc.DGCConfig) 
     for bucket in buckets:
         numel = {name: math.prod(shape) for name, shape in bucket.items()}
         rows = [(0, 0, 0, n, entries(phase.density, n)) for name, n in numel.items() if name not in phase.dense]
-        payload = wire_layout(torch.tensor(rows), config.wire_dtype).nbytes if rows else 0
+        payload = Segments.from_rows(rows).wire(config.wire_dtype).nbytes if rows else 0
         compressed = sum(row[3] for row in rows)
         dense = 4 * (sum(numel.values()) - compressed)
         found.append(Traffic(payload, dense, compressed, sum(row[4] for row in rows)))

@@ -79,7 +79,7 @@ def compare(
     kept = [g.clone() for g in [*gradients, *halves]]
     refill = partial(torch._foreach_copy_, [*gradients, *halves], kept)  # the op uses gradients up
     u, v = torch.zeros(n), torch.zeros(n)
-    segments = torch.tensor([[0, 0, 0, n, k]])
+    segments = torch.tensor([[0, 0, 0, n, k, 1]])
     fused = Fused(gradients, u, v, segments)
     payloads = torch.zeros(8, fused.payload.numel(), dtype=torch.uint8)
     out, status = torch.zeros(n), torch.zeros(9, dtype=torch.int32)

@@ -30,7 +30,7 @@ class Fused(Step):
     def __init__(self, gradients: list[Tensor], u: Tensor, v: Tensor, segments: Tensor) -> None:
         super().__init__(gradients, u, v, int(segments[:, 4].sum()))
         self.segments = segments
-        nbytes = wire.wire_layout(segments, torch.float32).nbytes
+        nbytes = ops.wire_layout(segments, torch.float32).nbytes
         self.payload = torch.zeros(nbytes, dtype=torch.uint8, device=u.device)
         wire.stamp(self.payload, fingerprint=0)
         self.workspace = ops.workspace(segments, u.device)

@@ -1,4 +1,4 @@
-// What the CPU ops share: the tiles of a bucket, the choice of instructions, and the scan for large magnitudes.
+// Parts that the CPU ops share: the tiles of a bucket, the choice of instructions, and the scan for large magnitudes.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

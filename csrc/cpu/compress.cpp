@@ -14,7 +14,7 @@ struct Candidate {
   float value;
 };
 
-// What is known of a tile after each phase.
+// The state of a tile, filled in phase by phase.
 struct TileWork {
   TileReport report;
   std::vector<Candidate> candidates;  // in index order
@@ -58,22 +58,25 @@ class Compressor {
   void select() {
     over_segments([&](int64_t i) {
       const Segment& s = bucket_.segments[i];
-      const int64_t group = tiles_[bucket_.first_tile[i]].group;
-      bound_[i] = threshold_from_groups(s)
-                      ? bound_on_kth_largest(group_max_ + group, div_up(s.numel, kGroup), s.entries)
-                      : kth_largest(bits(s.state), s.numel, s.entries);
+      const uint32_t* groups = group_max_ + tiles_[bucket_.first_tile[i]].group;
+      const int64_t n = div_up(s.numel, kGroup);
+      bound_[i] = by_group(s)                ? kth_largest(groups, n, s.entries / kGroup)
+                  : threshold_from_groups(s) ? bound_on_kth_largest(groups, n, s.entries)
+                                             : kth_largest(bits(s.state), s.numel, s.entries);
     });
     over_tiles([&](const Tile& tile, TileWork& work) { collect(tile, work); });
     over_segments([&](int64_t i) {
       threshold_[i] = bound_[i];
-      if (threshold_from_groups(bucket_.segments[i])) threshold_[i] = refine(i);
+      if (!by_group(bucket_.segments[i]) && threshold_from_groups(bucket_.segments[i])) threshold_[i] = refine(i);
     });
     over_tiles([&](const Tile& tile, TileWork& work) {
       const uint32_t threshold = threshold_[tile.segment];
-      for (const Candidate& c : work.candidates) {
-        work.above += magnitude(c.value) > threshold;
-        work.ties += magnitude(c.value) == threshold;
-      }
+      with_size(tile, [&](auto size_of) {
+        for (const Candidate& c : work.candidates) {
+          work.above += size_of(c) > threshold;
+          work.ties += size_of(c) == threshold;
+        }
+      });
     });
     int64_t entry = 0;
     for (size_t i = 0; i < bucket_.segments.size(); ++i) {
@@ -100,25 +103,27 @@ class Compressor {
       const int64_t state = bucket_.segments[tile.segment].state + tile.begin;
       int64_t entry = work.entry, ties_left = work.ties_sent;
       const size_t n = work.candidates.size();
-      for (size_t j = 0; j < n; ++j) {
-        constexpr size_t kAhead = 32;
-        if (j + kAhead < n) prefetch(state + work.candidates[j + kAhead].index);
-        const Candidate c = work.candidates[j];
-        const uint32_t size = magnitude(c.value);
-        if (size < threshold || (size == threshold && ties_left-- <= 0)) continue;
-        const Raw raw = Wire::store(c.value);
-        const float sent = Wire::load(raw);
-        indices[entry] = static_cast<uint16_t>(c.index);
-        values[entry] = raw;
-        residual_[state + c.index] = c.value - sent;  // exact: what the wire type cannot say stays here
-        if (sent_momentum != nullptr) {
-          // Momentum factor masking (paper, section 3.2), where something was sent.
-          float& u = momentum_[state + c.index];
-          sent_momentum[entry] = u;
-          if (sent != 0.0f) u = 0.0f;
+      with_size(tile, [&](auto size_of) {
+        for (size_t j = 0; j < n; ++j) {
+          constexpr size_t kAhead = 32;
+          if (j + kAhead < n) prefetch(state + work.candidates[j + kAhead].index);
+          const Candidate c = work.candidates[j];
+          const uint32_t size = size_of(c);
+          if (size < threshold || (size == threshold && ties_left-- <= 0)) continue;
+          const Raw raw = Wire::store(c.value);
+          const float sent = Wire::load(raw);
+          indices[entry] = static_cast<uint16_t>(c.index);
+          values[entry] = raw;
+          residual_[state + c.index] = c.value - sent;  // exact: what the wire type cannot say stays here
+          if (sent_momentum != nullptr) {
+            // Momentum factor masking (paper, section 3.2), where something was sent.
+            float& u = momentum_[state + c.index];
+            sent_momentum[entry] = u;
+            if (sent != 0.0f) u = 0.0f;
+          }
+          ++entry;
         }
-        ++entry;
-      }
+      });
       ends[&tile - tiles_.data()] = static_cast<uint32_t>(entry);
     });
     write_reports(payload, at);
@@ -150,6 +155,17 @@ class Compressor {
       if (segments[i].numel >= kLarge) f(i);
   }
 
+  static bool by_group(const Segment& s) { return s.unit == kGroup; }
+
+  // Calls f with what a candidate of a tile is ranked by: its own magnitude, or the largest of its group.
+  template <class F>
+  void with_size(const Tile& tile, const F& f) const {
+    const uint32_t* groups = group_max_ + tile.group;
+    if (by_group(bucket_.segments[tile.segment]))
+      return f([groups](const Candidate& c) { return groups[c.index / kGroup]; });
+    f([](const Candidate& c) { return magnitude(c.value); });
+  }
+
   static bool threshold_from_groups(const Segment& s) { return s.numel >= s.entries * kMinElementsPerEntry; }
 
   const uint32_t* bits(int64_t at) const { return reinterpret_cast<const uint32_t*>(residual_ + at); }
@@ -163,13 +179,15 @@ class Compressor {
     const Segment& s = bucket_.segments[tile.segment];
     const int64_t state = s.state + tile.begin;
     uint32_t bound = bound_[tile.segment];
-    // Zeros are sent only where fewer than k entries are not zero; then k zeros lie among the first 2k elements.
+    // Zeros are sent only where fewer than k entries are not zero; then k zeros lie among the first 2k elements. The
+    // same holds for groups.
     if (bound == 0 && tile.begin >= 2 * s.entries) bound = 1;
     uint16_t hits[kGroupsPerTile];
     int64_t n = 0;
     scan(avx2_, group_max_ + tile.group, div_up(tile.numel, kGroup), bound,
          [&](int64_t group) { hits[n++] = static_cast<uint16_t>(group); });
-    work.candidates.reserve(n + n / 4);
+    const bool whole = by_group(s);
+    work.candidates.reserve(whole ? n * kGroup : n + n / 4);
     for (int64_t j = 0; j < n; ++j) {
       constexpr int64_t kAhead = 32;
       if (j + kAhead < n) {  // a group is two cache lines
@@ -178,7 +196,7 @@ class Compressor {
         __builtin_prefetch(next + kGroup / 2);
       }
       const int64_t begin = hits[j] * kGroup;
-      scan(avx2_, bits(state + begin), std::min(kGroup, tile.numel - begin), bound, [&](int64_t i) {
+      scan(avx2_, bits(state + begin), std::min(kGroup, tile.numel - begin), whole ? 0 : bound, [&](int64_t i) {
         work.candidates.push_back({static_cast<uint32_t>(begin + i), residual_[state + begin + i]});
       });
     }
@@ -211,14 +229,15 @@ class Compressor {
   uint32_t* group_max_;
   std::vector<TileWork> work_;
   std::vector<uint32_t> bound_;      // of each segment: no entry below it can be sent
-  std::vector<uint32_t> threshold_;  // of each segment: the k-th largest |v|
+  std::vector<uint32_t> threshold_;  // of each segment: the k-th largest |v|, or of groups the (k / 32)-th largest
   const bool avx2_ = use_avx2();
 };
 
 void compress_cpu(std::vector<Tensor> gradients, std::optional<Tensor> momentum, Tensor residual, Tensor segments,
                   Tensor mu, Tensor scale, Tensor payload, Tensor workspace, std::optional<Tensor> sent_momentum,
                   bool nesterov, ScalarType wire_dtype) {
-  const Bucket bucket(segments);
+  const auto known = bucket_of(segments);
+  const Bucket& bucket = *known;
   check_sources(gradients, "gradients", DeviceType::CPU, bucket);
   check_cpu(residual, "residual", ScalarType::Float, bucket.state);
   if (momentum) check_cpu(*momentum, "momentum", ScalarType::Float, bucket.state);

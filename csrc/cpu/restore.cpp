@@ -8,7 +8,8 @@ namespace {
 
 void restore_cpu(Tensor payload, Tensor which, Tensor segments, Tensor, std::optional<Tensor> sent_momentum,
                  std::optional<Tensor> momentum, Tensor residual, ScalarType wire_dtype) {
-  const Bucket bucket(segments);
+  const auto known = bucket_of(segments);
+  const Bucket& bucket = *known;
   const WireLayout at = bucket.wire(wire_dtype);
   check_cpu(payload, "payload", ScalarType::Byte, at.bytes);
   check_aligned(payload, "payload");

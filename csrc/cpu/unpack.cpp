@@ -146,7 +146,8 @@ void unpack_to(const std::vector<Payload<Wire>>& payloads, int64_t rank, const B
 
 void unpack_cpu(Tensor payloads, int64_t rank, Tensor segments, Tensor, Tensor scale, ScalarType wire_dtype,
                 std::vector<Tensor> out, Tensor status) {
-  const Bucket bucket(segments);
+  const auto known = bucket_of(segments);
+  const Bucket& bucket = *known;
   const WireLayout at = bucket.wire(wire_dtype);
   check_sources(out, "out", DeviceType::CPU, bucket);
   check_cpu(payloads, "payloads", ScalarType::Byte, 0);

@@ -1,6 +1,6 @@
 // accumulate: u <- mu*u + h, v <- v + u (or v + h + mu*u), one tile at a time. Where the gradient was, zeros are left:
 // unpack writes averages among them, and to fill a gradient there would mean to fetch it from memory once more. On the
-// way, what selection and the payload need to know of the tile: the largest |v| of every group, whether any h was
+// way, a report of what selection and the payload need: the largest |v| of every group, whether any h was
 // non-zero, whether any was lost.
 #pragma once
 
@@ -25,7 +25,7 @@ struct UpdateArgs {
   bool nesterov;
 };
 
-// How a gradient is read: one element, and eight of them.
+// The types in which gradients are read: one element, and eight of them.
 struct ReadFloat {
   using Raw = float;
   static float one(const Raw* p) { return *p; }

@@ -1,5 +1,6 @@
-// What a kernel is given: plain structs of pointers and counts, passed by value, and where everything stands in the
-// workspace. dgc/ops/launch.py builds the same structs with ctypes.
+// The arguments of the kernels: plain structs of pointers and counts, passed by value, and where everything stands in
+// the workspace. dgc/ops/args.py builds the same structs with ctypes, and dgc/ops/cuda.py the workspace: a struct whose
+// size is asserted here has that size there, and tests/ops/test_twins.py holds them together.
 #pragma once
 
 #include "../wire.h"
@@ -30,16 +31,23 @@ struct Sources {
   void* data[kMaxSources];
   uint8_t type[kMaxSources];  // FloatType
 };
+static_assert(sizeof(Sources) == 2304);
 
-// A segment as the device knows it: the row of the table, and where its tiles and entries start in the bucket.
+// A segment as the device knows it: its row of the table, without the unit, which is 1 here, and where its tiles and
+// entries start in the bucket.
 struct DeviceSegment {
-  Segment row;
+  int64_t source;
+  int64_t offset;
+  int64_t state;
+  int64_t numel;
+  int64_t entries;
   int64_t first_tile;
   int64_t tiles;
   int64_t first_entry;
 };
+static_assert(sizeof(DeviceSegment) == 64);
 
-// What selection knows of a segment. Blocks of one kernel write it for the next kernel.
+// The state of the selection in a segment. Blocks of one kernel write it for the next kernel.
 struct SegmentState {
   uint32_t arrived;    // blocks of the running kernel that are done; 0 between kernels
   uint32_t used;       // whether any h was not zero; 0 between calls
@@ -50,11 +58,13 @@ struct SegmentState {
   int64_t rank;        // of the wanted magnitude among those that share the prefix; 0: there is none
   int64_t ties;        // entries at the threshold that are sent
 };
+static_assert(sizeof(SegmentState) == 40);
 
 struct TileState {
   int64_t above;  // candidates above the threshold; after the scan, in the segment's tiles before this one
   int64_t ties;   // candidates at the threshold; likewise
 };
+static_assert(sizeof(TileState) == 16);
 
 struct ChunkState {
   int64_t first;   // candidates of the chunk in the buffer, or kReread: they did not fit, look through v again
@@ -63,6 +73,7 @@ struct ChunkState {
   uint32_t ties;   // at the threshold
   uint32_t unused;
 };
+static_assert(sizeof(ChunkState) == 24);
 constexpr int64_t kReread = -1;
 
 struct BucketState {
@@ -70,6 +81,7 @@ struct BucketState {
   uint32_t nonfinite;             // whether compress_ left entries out; 0 between calls
   uint32_t arrived;               // blocks of check that are done; 0 between calls
 };
+static_assert(sizeof(BucketState) == 16);
 
 // The workspace: tables that dgc.ops.workspace() wrote, then scratch, zero between calls where it says so.
 struct Workspace {
@@ -108,7 +120,7 @@ struct Workspace {
   }
 };
 
-// What all kernels of a bucket need.
+// The part of the arguments that all kernels of a bucket need.
 struct BucketArgs {
   int64_t segments;
   int64_t tiles;
@@ -120,6 +132,7 @@ struct BucketArgs {
   DGC_BOTH Workspace work() const { return Workspace(workspace, segments, tiles, entries); }
   DGC_BOTH WireLayout wire() const { return WireLayout(segments, tiles, entries, wire_type == kFloat ? 4 : 2); }
 };
+static_assert(sizeof(BucketArgs) == 40);
 
 struct CompressArgs {
   BucketArgs bucket;
@@ -132,6 +145,7 @@ struct CompressArgs {
   int64_t nesterov;
   Sources gradients;
 };
+static_assert(sizeof(CompressArgs) == 2400);
 
 struct UnpackArgs {
   BucketArgs bucket;
@@ -142,6 +156,7 @@ struct UnpackArgs {
   int32_t* status;
   Sources out;
 };
+static_assert(sizeof(UnpackArgs) == 2384);
 
 struct RestoreArgs {
   BucketArgs bucket;
@@ -151,6 +166,7 @@ struct RestoreArgs {
   float* momentum;
   float* residual;
 };
+static_assert(sizeof(RestoreArgs) == 80);
 
 struct Pair {
   float* parameter;
@@ -159,6 +175,7 @@ struct Pair {
   uint32_t first_block;
   uint32_t unused;
 };
+static_assert(sizeof(Pair) == 32);
 
 struct SubtractArgs {
   const uint8_t* skip;  // null, or not zero there: change nothing
@@ -166,5 +183,6 @@ struct SubtractArgs {
   int32_t count;
   Pair pairs[kMaxPairs];
 };
+static_assert(sizeof(SubtractArgs) == 3856);
 
 }  // namespace dgc

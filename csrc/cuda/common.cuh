@@ -1,4 +1,5 @@
-// What the kernels share: names for a thread's place, votes and scans, the histogram, and who comes last.
+// Parts that the kernels share: names for a thread's place, loads and stores, votes and scans, the histogram, and who
+// comes last.
 #pragma once
 
 #include "../arithmetic.h"
@@ -20,6 +21,37 @@ struct alignas(4 * sizeof(T)) Quad {
   T x[4];
 };
 
+// The ways in which a warp may read its elements.
+enum Reach {
+  kAligned,    // all of them are there, four at a time
+  kUnaligned,  // all are there, but the gradients may start anywhere, since DDP packs them without gaps: one at a time,
+               // and the four loads of a warp meet in the L1 cache
+  kTail,       // the end of a segment: one at a time, if there
+};
+
+template <class T, Reach kReach>
+__device__ inline Quad<T> load(const T* x, int count) {
+  if constexpr (kReach == kAligned) {
+    return *reinterpret_cast<const Quad<T>*>(x);
+  } else {
+    Quad<T> quad;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) quad.x[i] = kReach == kUnaligned || i < count ? x[i] : T{};
+    return quad;
+  }
+}
+
+template <class T, Reach kReach>
+__device__ inline void store(T* to, int count, const Quad<T>& quad) {
+  if constexpr (kReach == kAligned) {
+    *reinterpret_cast<Quad<T>*>(to) = quad;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (i < count) to[i] = quad.x[i];
+  }
+}
+
 // One tile of the bucket, as a block finds it.
 struct TileView {
   int64_t index;    // in the bucket
@@ -30,7 +62,7 @@ struct TileView {
   __device__ TileView(const Workspace& w, int64_t tile) : index(tile), segment(w.segment_of_tile[tile]) {
     const DeviceSegment& s = w.segments[segment];
     begin = (tile - s.first_tile) * kTile;
-    numel = s.row.numel - begin < kTile ? s.row.numel - begin : kTile;
+    numel = s.numel - begin < kTile ? s.numel - begin : kTile;
   }
 
   // Elements of one of its chunks; 0 or less beyond its end.

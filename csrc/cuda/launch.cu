@@ -1,5 +1,5 @@
-// The launch sequences: which kernel with how many blocks. dgc/ops/launch.py has the same for the kernels that NVRTC
-// compiles.
+// The launchers: each queues the kernels of its op, as kernels.cuh lists them. dgc/ops/launch.py has the same for the
+// kernels that NVRTC compiles.
 #include <cuda_runtime.h>
 
 #include "kernels.cuh"
@@ -43,37 +43,41 @@ cudaError_t launch(void (*kernel)(Args), int64_t blocks, int64_t rows, const Arg
 
 using namespace dgc;
 
+// Queues one kernel of the lists in kernels.cuh, unless one before it failed.
+#define DGC_LAUNCH(kernel, x, y) \
+  if (code == cudaSuccess) code = launch(kernel, x, y, *args, stream);
+
 int dgc_cuda_compress(const CompressArgs* args, int device, void* stream) {
   const OnDevice on(device);
-  if (on.code() != cudaSuccess) return on.code();
+  cudaError_t code = on.code();
   const int64_t tiles = args->bucket.tiles;
-  cudaError_t code = launch(dgc_update, tiles * kChunksPerTile, 1, *args, stream);
-  for (const auto kernel : {dgc_bound, dgc_collect, dgc_digit, dgc_last, dgc_place, dgc_emit})
-    if (code == cudaSuccess) code = launch(kernel, tiles, 1, *args, stream);
+  DGC_COMPRESS_KERNELS(DGC_LAUNCH)
   return code;
 }
 
 int dgc_cuda_unpack(const UnpackArgs* args, int device, void* stream) {
   const OnDevice on(device);
-  if (on.code() != cudaSuccess) return on.code();
-  const int64_t tiles = args->bucket.tiles;
-  cudaError_t code =
-      cudaMemsetAsync(args->status, 0, (args->ranks + 1) * sizeof(int32_t), static_cast<cudaStream_t>(stream));
-  if (code == cudaSuccess) code = launch(dgc_check, div_up(tiles, kWarps), args->ranks, *args, stream);
-  if (code == cudaSuccess) code = launch(dgc_average, tiles * kChunksPerTile, 1, *args, stream);
+  cudaError_t code = on.code();
+  const int64_t tiles = args->bucket.tiles, ranks = args->ranks;
+  if (code == cudaSuccess)
+    code = cudaMemsetAsync(args->status, 0, (ranks + 1) * sizeof(int32_t), static_cast<cudaStream_t>(stream));
+  DGC_UNPACK_KERNELS(DGC_LAUNCH)
   return code;
 }
 
 int dgc_cuda_restore(const RestoreArgs* args, int device, void* stream) {
   const OnDevice on(device);
-  if (on.code() != cudaSuccess) return on.code();
-  return launch(dgc_restore, args->bucket.tiles, 1, *args, stream);
+  cudaError_t code = on.code();
+  const int64_t tiles = args->bucket.tiles;
+  DGC_RESTORE_KERNELS(DGC_LAUNCH)
+  return code;
 }
 
 int dgc_cuda_subtract(const SubtractArgs* args, int64_t blocks, int device, void* stream) {
   const OnDevice on(device);
-  if (on.code() != cudaSuccess) return on.code();
-  return launch(dgc_subtract, blocks, 1, *args, stream);
+  cudaError_t code = on.code();
+  DGC_SUBTRACT_KERNELS(DGC_LAUNCH)
+  return code;
 }
 
 const char* dgc_cuda_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

@@ -37,6 +37,8 @@ BucketArgs bucket_args(const Bucket& bucket, const Tensor& workspace, ScalarType
   for (const Segment& s : bucket.segments) {
     STD_TORCH_CHECK(s.state % kGroup == 0, "segments: expected state to be a multiple of ", kGroup, " on CUDA, got ",
                     s.state);
+    STD_TORCH_CHECK(s.unit == 1, "segments: expected unit 1 on CUDA, got ", s.unit,
+                    ": larger units are for the CPU and plain PyTorch");
   }
   BucketArgs args{};
   args.segments = bucket.segments.size();
@@ -81,7 +83,8 @@ void check_launch(int code, int device) {
 void compress_cuda(std::vector<Tensor> gradients, std::optional<Tensor> momentum, Tensor residual, Tensor segments,
                    Tensor mu, Tensor scale, Tensor payload, Tensor workspace, std::optional<Tensor> sent_momentum,
                    bool nesterov, ScalarType wire_dtype) {
-  const Bucket bucket(segments);
+  const auto known = bucket_of(segments);
+  const Bucket& bucket = *known;
   CompressArgs args{};
   check(payload, "payload", ScalarType::Byte, bucket.wire(wire_dtype).bytes, workspace);
   check_aligned(payload, "payload");  // it, u and v are read up to 16 bytes at a time
@@ -112,7 +115,8 @@ void compress_cuda(std::vector<Tensor> gradients, std::optional<Tensor> momentum
 
 void unpack_cuda(Tensor payloads, int64_t rank, Tensor segments, Tensor workspace, Tensor scale, ScalarType wire_dtype,
                  std::vector<Tensor> out, Tensor status) {
-  const Bucket bucket(segments);
+  const auto known = bucket_of(segments);
+  const Bucket& bucket = *known;
   const int64_t bytes = bucket.wire(wire_dtype).bytes;
   UnpackArgs args{};
   args.bucket = bucket_args(bucket, workspace, wire_dtype);
@@ -135,7 +139,8 @@ void unpack_cuda(Tensor payloads, int64_t rank, Tensor segments, Tensor workspac
 
 void restore_cuda(Tensor payload, Tensor which, Tensor segments, Tensor workspace, std::optional<Tensor> sent_momentum,
                   std::optional<Tensor> momentum, Tensor residual, ScalarType wire_dtype) {
-  const Bucket bucket(segments);
+  const auto known = bucket_of(segments);
+  const Bucket& bucket = *known;
   RestoreArgs args{};
   args.bucket = bucket_args(bucket, workspace, wire_dtype);
   check(payload, "payload", ScalarType::Byte, bucket.wire(wire_dtype).bytes, workspace);

@@ -11,7 +11,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) dgc_restore(const __grid_
   const TileView tile(w, blockIdx.x);
   if (a.which[tile.segment] == 0) return;
   const WireLayout wire = a.bucket.wire();
-  const int64_t to = w.segments[tile.segment].row.state + tile.begin;
+  const int64_t to = w.segments[tile.segment].state + tile.begin;
   with_wire_type(a.bucket.wire_type, [&](auto type) {
     using Wire = decltype(type);
     const auto* ends = reinterpret_cast<const uint32_t*>(a.payload + wire.ends);

@@ -40,8 +40,8 @@ __device__ inline int32_t check_tile(const PayloadView<Wire>& p, const TileView&
                                      int64_t entries) {
   const int64_t begin = p.begin(tile.index), end = p.ends[tile.index];
   if (begin > end || end > entries) return kBadTiles;
-  // How many entries a parameter sends is fixed.
-  if (tile.begin + kTile >= s.row.numel && end != s.first_entry + s.row.entries) return kBadTiles;
+  // The number of entries that a parameter sends is fixed.
+  if (tile.begin + kTile >= s.numel && end != s.first_entry + s.entries) return kBadTiles;
   bool rising = true, finite = true;
   for (int64_t e = begin + lane(); e < end; e += kWarp) {
     rising &= p.indices[e] < tile.numel && (e == begin || p.indices[e - 1] < p.indices[e]);
@@ -78,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) dgc_check(const __grid_co
   }
 }
 
-// Where a chunk's entries begin and end among a tile's, whose indices rise: both ends are searched at once.
+// Finds where a chunk's entries begin and end among a tile's, whose indices rise. Both ends are searched at once.
 __device__ inline void find_chunk(const uint16_t* indices, int chunk, int64_t* begin, int64_t* end) {
   int64_t low[2] = {*begin, *begin}, high[2] = {*end, *end};
   while (low[0] < high[0] || low[1] < high[1]) {
@@ -215,9 +215,9 @@ extern "C" __global__ void __launch_bounds__(kThreads) dgc_average(const __grid_
                    [&](auto type) { sum_chunk<decltype(type)>(a, wire, tile.index, chunk, shared); });
   }
   const bool mark = used && tile.begin == 0 && chunk == 0;
-  const int64_t at = s.row.offset + tile.begin + chunk * kChunk;
-  void* out = a.out.data[s.row.source];
-  const uint8_t type = a.out.type[s.row.source];
+  const int64_t at = s.offset + tile.begin + chunk * kChunk;
+  void* out = a.out.data[s.source];
+  const uint8_t type = a.out.type[s.source];
   if (type == kFloat) {
     finish_chunk<StoreFloat>(a, out, at, numel, shared.sum, mark);
   } else if (type == kBFloat16) {

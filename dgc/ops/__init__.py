@@ -1,10 +1,13 @@
-"""What runs: the ops, their kernels, and the bytes that travel."""
+"""The ops, the kernels that run them, and the bytes that travel."""
 
-from .schema import backend, compress_, restore_, subtract_, unpack, workspace
-from .wire import PayloadError, WireLayout, wire_layout
+from .choice import backend, workspace
+from .schema import compress_, restore_, subtract_, unpack
+from .segments import Segments, wire_layout
+from .wire import PayloadError, WireLayout
 
 __all__ = [
     "PayloadError",
+    "Segments",
     "WireLayout",
     "backend",
     "compress_",

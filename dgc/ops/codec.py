@@ -7,7 +7,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from .wire import Entries, wire_layout
+from .segments import Segments
+from .selection import Entries
 
 
 class Codec(ABC):
@@ -26,11 +27,11 @@ class Codec(ABC):
     entry_bytes: float
 
     @abstractmethod
-    def nbytes(self, segments: Tensor) -> int:
+    def nbytes(self, segments: Segments) -> int:
         """Returns the bytes that a bucket's entries take on the wire, header and marks not counted."""
 
     @abstractmethod
-    def encode(self, entries: Entries, segments: Tensor, body: Tensor) -> None:
+    def encode(self, entries: Entries, segments: Segments, body: Tensor) -> None:
         """Writes entries as bytes.
 
         Values that lose something are replaced, in `entries`, by what receivers will read: what is lost stays in the
@@ -43,7 +44,7 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def decode(self, body: Tensor, segments: Tensor, entries: Entries) -> None:
+    def decode(self, body: Tensor, segments: Segments, entries: Entries) -> None:
         """Reads one rank's bytes, whatever they hold.
 
         What comes out is checked by dgc::unpack as a selection is: number of entries, indices, finite values. Bytes
@@ -60,13 +61,13 @@ class Plain(Codec):
         self.name = str(dtype).removeprefix("torch.")
         self.entry_bytes = 2 + dtype.itemsize
 
-    def nbytes(self, segments: Tensor) -> int:
+    def nbytes(self, segments: Segments) -> int:
         """Returns the bytes of a selection behind its header and marks."""
-        at = wire_layout(segments, self.dtype)
+        at = segments.wire(self.dtype)
         return at.nbytes - at.ends
 
-    def encode(self, entries: Entries, segments: Tensor, body: Tensor) -> None:
+    def encode(self, entries: Entries, segments: Segments, body: Tensor) -> None:
         """Copies nothing: the caller hands the selection itself to the exchange."""
 
-    def decode(self, body: Tensor, segments: Tensor, entries: Entries) -> None:
+    def decode(self, body: Tensor, segments: Segments, entries: Entries) -> None:
         """Copies nothing: what came is a selection."""

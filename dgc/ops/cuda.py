@@ -1,7 +1,7 @@
-"""What every CUDA device needs: the workspace of the kernels, and whether they can run there.
+"""The workspace of the CUDA kernels, and the checks whether they can run on a device and for a bucket.
 
 The kernels are csrc/cuda. Where setup.py found nvcc they are in the native library; where not, CuPy compiles them at
-first use (jit.py), and kernels.py launches them.
+first use (cupy.py), and launch.py launches them.
 """
 
 from __future__ import annotations
@@ -9,26 +9,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .segments import Segments, segments_of
 from .wire import GROUP, TILE, align_up
 
 THREADS = 256
 CHUNK = 8192
 CHUNKS_PER_TILE = TILE // CHUNK
 BINS = 2048
+STRUCT_BYTES = {"DeviceSegment": 64, "SegmentState": 40, "TileState": 16, "ChunkState": 24, "BucketState": 16}
+"""Sizes of the structs of csrc/cuda/args.h that lie in a workspace."""
+ROW_COLUMNS = 5
+"""The columns of the segment table that a device knows: all but the unit, which is 1 there."""
 MIN_CAPABILITY = {"native": (8, 0), "cupy": (7, 5)}
-"""Compute capability that the kernels need: what the library holds code for, what CUDA 13's NVRTC knows."""
+"""The compute capability that the kernels need: the library holds code for 8.0, CUDA 13's NVRTC knows 7.5."""
 
 
 def workspace_sizes(n_segments: int, n_tiles: int, n_entries: int) -> list[int]:
     """Returns the bytes of each part of a workspace, padded: csrc/cuda/args.h is its twin."""
     capacity = 2 * n_entries
     sizes = [
-        64 * n_segments,  # the segment table
+        STRUCT_BYTES["DeviceSegment"] * n_segments,  # the segment table
         4 * n_tiles,  # the segment of each tile
-        16,  # the bucket's state
-        40 * n_segments,  # states
-        16 * n_tiles,  # counts
-        24 * n_tiles * CHUNKS_PER_TILE,  # candidates of each chunk
+        STRUCT_BYTES["BucketState"],  # the bucket's state
+        STRUCT_BYTES["SegmentState"] * n_segments,  # states
+        STRUCT_BYTES["TileState"] * n_tiles,  # counts
+        STRUCT_BYTES["ChunkState"] * n_tiles * CHUNKS_PER_TILE,  # candidates of each chunk
         4 * n_segments * BINS,  # histograms
         4 * n_tiles * (TILE // GROUP),  # group maxima
         4 * capacity,  # candidates
@@ -37,26 +42,37 @@ def workspace_sizes(n_segments: int, n_tiles: int, n_entries: int) -> list[int]:
     return [align_up(size) for size in sizes]
 
 
-def workspace(segments: Tensor, device: torch.device) -> Tensor:
+def workspace(segments: Tensor | Segments, device: torch.device) -> Tensor:
     """Returns the device's tables of a bucket and the scratch of its kernels: uint8.
 
     Made once a layout, and then the kernels' alone: they count on finding it as they left it.
 
     Args:
-        segments: int64 [segments, 5] on the CPU, rows as in wire.SEGMENT_COLUMNS.
+        segments: the table, or what is known of it.
         device: of the gradients.
     """
-    tiles, entries = (segments[:, 3] + TILE - 1) // TILE, segments[:, 4]
-    starts = torch.stack([tiles.cumsum(0) - tiles, tiles, entries.cumsum(0) - entries], dim=1)
-    tables = (
-        torch.cat([segments, starts], dim=1),
-        torch.repeat_interleave(torch.arange(len(segments), dtype=torch.int32, device="cpu"), tiles),
-    )
-    sizes = workspace_sizes(len(segments), len(tables[1]), int(entries.sum()))
+    known = segments_of(segments)
+    check_units(known)
+    starts = torch.stack([known.first_tile, known.tiles, known.first_entry], dim=1)
+    tables = torch.cat([known.table[:, :ROW_COLUMNS], starts], dim=1), known.segment_of_tile.int()
+    sizes = workspace_sizes(len(known), known.n_tiles, known.n_entries)
     buffer = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
     for table, begin in zip(tables, (0, sizes[0]), strict=True):
         buffer[begin : begin + table.nbytes].copy_(table.view(-1).view(torch.uint8))
     return buffer
+
+
+def check_units(segments: Segments) -> None:
+    """Checks that every parameter is selected by single elements, as the CUDA kernels do it.
+
+    Raises:
+        RuntimeError: one is not.
+    """
+    for row in segments.rows:
+        if row.unit != 1:
+            raise RuntimeError(
+                f"segments: expected unit 1 on CUDA, got {row.unit}: larger units are for the CPU and plain PyTorch"
+            )
 
 
 def check_capability(device: torch.device, backend: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def _on_device(op: str) -> Callable[..., None]:
     return run
 
 
-def register_cupy(library: torch.library.Library) -> None:
-    """Makes CuPy's kernels the ops' implementation for CUDA tensors."""
-    for op in ("compress_", "unpack", "restore_", "subtract_"):
+def register_cupy(library: torch.library.Library, ops: Iterable[str]) -> None:
+    """Makes CuPy's kernels the implementation of these ops for CUDA tensors."""
+    for op in ops:
         library.impl(op, _on_device(op), "CUDA")

@@ -1,98 +1,31 @@
 """The CUDA ops from Python, for kernels that were not built with the native library: arguments, checks, launches.
 
-The twin of csrc/cuda/ops.cpp, which fills the arguments, and of csrc/cuda/launch.cu, which queues the kernels: the
-structs are those of csrc/cuda/args.h.
+The twin of csrc/cuda/ops.cpp, which fills the arguments, and of csrc/cuda/launch.cu, which queues the kernels.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, MutableMapping, Sequence
-from itertools import pairwise
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from .cuda import CHUNK, CHUNKS_PER_TILE, THREADS, workspace_sizes
-from .wire import GROUP, TILE, div_up, wire_layout
-
-MAX_SOURCES = 256
-MAX_PAIRS = 120
-FLOAT_TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-class _Sources(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p * MAX_SOURCES), ("type", ctypes.c_uint8 * MAX_SOURCES))
-
-
-class _BucketArgs(ctypes.Structure):
-    _fields_ = (
-        ("segments", ctypes.c_int64),
-        ("tiles", ctypes.c_int64),
-        ("entries", ctypes.c_int64),
-        ("workspace", ctypes.c_void_p),
-        ("wire_type", ctypes.c_int32),
-        ("unused", ctypes.c_int32),
-    )
-
-
-class _CompressArgs(ctypes.Structure):
-    _fields_ = (
-        ("bucket", _BucketArgs),
-        ("momentum", ctypes.c_void_p),
-        ("residual", ctypes.c_void_p),
-        ("mu", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("payload", ctypes.c_void_p),
-        ("sent_momentum", ctypes.c_void_p),
-        ("nesterov", ctypes.c_int64),
-        ("gradients", _Sources),
-    )
-
-
-class _UnpackArgs(ctypes.Structure):
-    _fields_ = (
-        ("bucket", _BucketArgs),
-        ("payloads", ctypes.c_void_p),
-        ("ranks", ctypes.c_int64),
-        ("rank", ctypes.c_int64),
-        ("scale", ctypes.c_void_p),
-        ("status", ctypes.c_void_p),
-        ("out", _Sources),
-    )
-
-
-class _RestoreArgs(ctypes.Structure):
-    _fields_ = (
-        ("bucket", _BucketArgs),
-        ("payload", ctypes.c_void_p),
-        ("which", ctypes.c_void_p),
-        ("sent_momentum", ctypes.c_void_p),
-        ("momentum", ctypes.c_void_p),
-        ("residual", ctypes.c_void_p),
-    )
-
-
-class _Pair(ctypes.Structure):
-    _fields_ = (
-        ("parameter", ctypes.c_void_p),
-        ("update", ctypes.c_void_p),
-        ("numel", ctypes.c_int64),
-        ("first_block", ctypes.c_uint32),
-        ("unused", ctypes.c_uint32),
-    )
-
-
-class _SubtractArgs(ctypes.Structure):
-    _fields_ = (
-        ("skip", ctypes.c_void_p),
-        ("minus_lr", ctypes.c_float),
-        ("count", ctypes.c_int32),
-        ("pairs", _Pair * MAX_PAIRS),
-    )
-
+from .args import (
+    FLOAT_TYPE,
+    MAX_PAIRS,
+    MAX_SOURCES,
+    BucketArgs,
+    CompressArgs,
+    Pair,
+    RestoreArgs,
+    Sources,
+    SubtractArgs,
+    UnpackArgs,
+)
+from .cuda import CHUNK, CHUNKS_PER_TILE, THREADS, check_units, workspace_sizes
+from .segments import Segments, checked
+from .wire import GROUP, div_up
 
 Launch = Callable[[str, int, int, ctypes.Structure], None]
 """Queues a kernel: its name, blocks in x and y, and its argument."""
@@ -102,7 +35,7 @@ class Kernels:
     """The ops as sequences of launches. Signatures and meaning are those of dgc/ops/schema.py."""
 
     def __init__(self, launch: Launch) -> None:
-        """Takes what queues a kernel on the current stream of the current device."""
+        """Keeps the function that queues a kernel on the current stream of the current device."""
         self.launch = launch
 
     def compress_(
@@ -120,21 +53,19 @@ class Kernels:
         wire_dtype: torch.dtype,
     ) -> None:
         """Accumulates, selects and packs: see dgc.ops.compress_."""
-        state, _, entries, _ = _layout(segments)
+        known = _sound(segments)
         if sent_momentum is not None and momentum is None:
             raise RuntimeError("sent_momentum: expected None where momentum is None")
-        args = _CompressArgs(
-            _bucket_args(segments, workspace, wire_dtype),
-            _address(momentum, "momentum", torch.float32, state, workspace, aligned=True),
-            _address(residual, "residual", torch.float32, state, workspace, aligned=True),
-            _address(mu, "mu", torch.float32, len(segments), workspace),
+        args = CompressArgs(
+            _bucket_args(known, workspace, wire_dtype),
+            _address(momentum, "momentum", torch.float32, known.n_state, workspace, aligned=True),
+            _address(residual, "residual", torch.float32, known.n_state, workspace, aligned=True),
+            _address(mu, "mu", torch.float32, len(known), workspace),
             _address(scale, "scale", torch.float32, 1, workspace),
-            _address(
-                payload, "payload", torch.uint8, wire_layout(segments, wire_dtype).nbytes, workspace, aligned=True
-            ),
-            _address(sent_momentum, "sent_momentum", torch.float32, entries, workspace),
+            _address(payload, "payload", torch.uint8, known.wire(wire_dtype).nbytes, workspace, aligned=True),
+            _address(sent_momentum, "sent_momentum", torch.float32, known.n_entries, workspace),
             nesterov,
-            _sources(gradients, "gradients", segments, workspace),
+            _sources(gradients, "gradients", known, workspace),
         )
         tiles = args.bucket.tiles
         self.launch("dgc_update", CHUNKS_PER_TILE * tiles, 1, args)
@@ -153,22 +84,22 @@ class Kernels:
         status: Tensor,
     ) -> None:
         """Checks all payloads, then averages them: see dgc.ops.unpack."""
-        _layout(segments)
-        nbytes = wire_layout(segments, wire_dtype).nbytes
+        known = _sound(segments)
+        nbytes = known.wire(wire_dtype).nbytes
         if payloads.dim() != 2 or payloads.size(1) != nbytes or not 0 <= rank < payloads.size(0) < 65536:
             raise RuntimeError(
                 f"payloads: expected a row of {nbytes} bytes for each rank, this rank's ({rank}) among them, got "
                 f"{tuple(payloads.shape)}"
             )
         ranks = payloads.size(0)
-        args = _UnpackArgs(
-            _bucket_args(segments, workspace, wire_dtype),
+        args = UnpackArgs(
+            _bucket_args(known, workspace, wire_dtype),
             _address(payloads, "payloads", torch.uint8, 0, workspace, aligned=True),
             ranks,
             rank,
             _address(scale, "scale", torch.float32, 1, workspace),
             _address(status, "status", torch.int32, ranks + 1, workspace),
-            _sources(out, "out", segments, workspace),
+            _sources(out, "out", known, workspace),
         )
         status.zero_()
         self.launch("dgc_check", div_up(args.bucket.tiles, THREADS // 32), ranks, args)
@@ -186,16 +117,16 @@ class Kernels:
         wire_dtype: torch.dtype,
     ) -> None:
         """Puts back what was taken out for the chosen parameters: see dgc.ops.restore_."""
-        state, _, entries, _ = _layout(segments)
+        known = _sound(segments)
         if sent_momentum is not None and momentum is None:
             raise RuntimeError("sent_momentum: expected None where momentum is None")
-        args = _RestoreArgs(
-            _bucket_args(segments, workspace, wire_dtype),
-            _address(payload, "payload", torch.uint8, wire_layout(segments, wire_dtype).nbytes, workspace),
-            _address(which, "which", torch.uint8, len(segments), workspace),
-            _address(sent_momentum, "sent_momentum", torch.float32, entries, workspace),
-            _address(momentum, "momentum", torch.float32, state, workspace),
-            _address(residual, "residual", torch.float32, state, workspace),
+        args = RestoreArgs(
+            _bucket_args(known, workspace, wire_dtype),
+            _address(payload, "payload", torch.uint8, known.wire(wire_dtype).nbytes, workspace),
+            _address(which, "which", torch.uint8, len(known), workspace),
+            _address(sent_momentum, "sent_momentum", torch.float32, known.n_entries, workspace),
+            _address(momentum, "momentum", torch.float32, known.n_state, workspace),
+            _address(residual, "residual", torch.float32, known.n_state, workspace),
         )
         self.launch("dgc_restore", args.bucket.tiles, 1, args)
 
@@ -207,10 +138,10 @@ class Kernels:
             )
         for first in range(0, len(parameters), MAX_PAIRS):
             pairs = list(zip(parameters, updates, strict=True))[first : first + MAX_PAIRS]
-            args = _SubtractArgs(_address(skip, "skip", torch.uint8, 1, parameters[0]), -lr, len(pairs))
+            args = SubtractArgs(_address(skip, "skip", torch.uint8, 1, parameters[0]), -lr, len(pairs))
             blocks = 0
             for i, (p, g) in enumerate(pairs):
-                args.pairs[i] = _Pair(
+                args.pairs[i] = Pair(
                     _address(p, "parameters", torch.float32, 0, parameters[0]),
                     _address(g, "updates", torch.float32, p.numel(), parameters[0]),
                     p.numel(),
@@ -221,67 +152,33 @@ class Kernels:
                 self.launch("dgc_subtract", blocks, 1, args)
 
 
-class _Layout(NamedTuple):
-    """What a segment table says, worked out once: a table is never changed once it is in use."""
-
-    state: int
-    """Elements that momentum and residual have at least."""
-    tiles: int
-    entries: int
-    workspace_bytes: int
-
-
-_LAYOUTS: MutableMapping[Tensor, _Layout] = WeakIdKeyDictionary()
+def _sound(table: Tensor) -> Segments:
+    """Returns what a segment table says, where the kernels can work with it."""
+    segments = checked(table)
+    check_units(segments)
+    if any(row.state % GROUP for row in segments.rows):
+        raise RuntimeError(f"segments: expected each state to be a multiple of {GROUP} on CUDA")
+    return segments
 
 
-def _layout(segments: Tensor) -> _Layout:
-    """Checks a segment table and returns what it says."""
-    known = _LAYOUTS.get(segments)
-    if known is None:
-        state = _check_segments(segments)
-        tiles, entries = int(((segments[:, 3] + TILE - 1) // TILE).sum()), int(segments[:, 4].sum())
-        if entries >= 2**32:
-            raise RuntimeError(
-                f"segments: expected fewer than 2^32 entries a bucket, got {entries}: use smaller buckets"
-            )
-        known = _Layout(state, tiles, entries, sum(workspace_sizes(len(segments), tiles, entries)))
-        _LAYOUTS[segments] = known
-    return known
-
-
-def _check_segments(segments: Tensor) -> int:
-    """Checks a segment table and returns how many elements momentum and residual have to have."""
-    if segments.device.type != "cpu" or segments.dtype != torch.int64 or segments.dim() != 2 or segments.size(1) != 5:
-        raise RuntimeError("segments: expected a contiguous int64 CPU tensor of shape [segments, 5]")
-    sound = (segments[:, :3] >= 0).all() & (segments[:, 2] % GROUP == 0).all() & (segments < 2**47).all()
-    if not sound or not ((segments[:, 4] > 0) & (segments[:, 4] <= segments[:, 3])).all():
-        raise RuntimeError(
-            f"segments: expected source, offset, state >= 0, state a multiple of {GROUP}, and 0 < entries <= numel"
-        )
-    for columns in ([2], [0, 1]):  # two segments on the same elements would race
-        spans = sorted(([row[c] for c in columns], row[3]) for row in segments.tolist())
-        for (before, numel), (start, _) in pairwise(spans):
-            if before[:-1] == start[:-1] and before[-1] + numel > start[-1]:
-                raise RuntimeError("segments: expected none to overlap")
-    return int((segments[:, 2] + segments[:, 3]).max())
-
-
-def _bucket_args(segments: Tensor, workspace: Tensor, wire_dtype: torch.dtype) -> _BucketArgs:
+def _bucket_args(segments: Segments, workspace: Tensor, wire_dtype: torch.dtype) -> BucketArgs:
+    """Checks the workspace, and returns the argument that all kernels of a bucket need."""
     if wire_dtype not in FLOAT_TYPE:
         raise RuntimeError(f"wire_dtype: expected float32, bfloat16 or float16, got {wire_dtype}")
-    _, tiles, entries, nbytes = _layout(segments)
+    nbytes = sum(workspace_sizes(len(segments), segments.n_tiles, segments.n_entries))
     pointer = _address(workspace, "workspace", torch.uint8, nbytes, workspace)
     if workspace.numel() != nbytes:
         raise RuntimeError(
             f"workspace: expected the {nbytes} bytes that dgc.ops.workspace() makes for these segments, got "
             f"{workspace.numel()}"
         )
-    return _BucketArgs(len(segments), tiles, entries, pointer, FLOAT_TYPE[wire_dtype])
+    return BucketArgs(len(segments), segments.n_tiles, segments.n_entries, pointer, FLOAT_TYPE[wire_dtype])
 
 
 def _address(
     tensor: Tensor | None, name: str, dtype: torch.dtype, min_numel: int, as_: Tensor, *, aligned: bool = False
 ) -> int | None:
+    """Checks a tensor and returns its address; None for None."""
     if tensor is None:
         return None
     if tensor.device != as_.device or tensor.dtype != dtype or not tensor.is_contiguous() or tensor.numel() < min_numel:
@@ -295,18 +192,19 @@ def _address(
     return pointer
 
 
-def _sources(tensors: Sequence[Tensor], name: str, segments: Tensor, as_: Tensor) -> _Sources:
+def _sources(tensors: Sequence[Tensor], name: str, segments: Segments, as_: Tensor) -> Sources:
+    """Checks the tensors that hold gradients, and returns their addresses and types."""
     if len(tensors) > MAX_SOURCES:
         raise RuntimeError(
             f"{name}: expected at most {MAX_SOURCES} tensors a bucket, got {len(tensors)}: use smaller buckets"
         )
-    sources = _Sources()
+    sources = Sources()
     for i, tensor in enumerate(tensors):
         if tensor.dtype not in FLOAT_TYPE:
             raise RuntimeError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
         sources.data[i] = _address(tensor, name, tensor.dtype, 0, as_)
         sources.type[i] = FLOAT_TYPE[tensor.dtype]
-    for source, offset, _, numel, _ in segments.tolist():
+    for source, offset, _, numel, *_ in segments.rows:
         if source >= len(tensors) or offset + numel > tensors[source].numel():
             raise RuntimeError(
                 f"{name}: a segment of {numel} elements at offset {offset} of tensor {source} does not fit"

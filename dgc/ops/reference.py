@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .wire import LEFT_OUT, MAGIC, NON_FINITE, NON_FINITE_STATUS, TILE, USED, div_up, header, wire_layout
+from .segments import Segments, checked
+from .wire import LEFT_OUT, MAGIC, NON_FINITE, NON_FINITE_STATUS, TILE, USED, header
 
 
 def compress_(
@@ -25,11 +26,12 @@ def compress_(
     wire_dtype: torch.dtype,
 ) -> None:
     """Accumulates, selects and packs, one parameter after the other: see dgc.ops.compress_."""
-    at = wire_layout(segments, wire_dtype)
-    ends, all_indices, all_values = _sections(payload, segments, wire_dtype)
+    known = checked(segments)
+    at = known.wire(wire_dtype)
+    ends, all_indices, all_values = _sections(payload, known, wire_dtype)
     entry = tile = 0
     flags = torch.zeros((), dtype=torch.bool, device=payload.device)
-    for row, (source, offset, state, numel, k) in enumerate(segments.tolist()):
+    for row, (source, offset, state, numel, k, unit) in enumerate(known.rows):
         gradient = gradients[source].view(-1)[offset : offset + numel]
         h = gradient.float() * scale
         gradient.zero_()
@@ -39,7 +41,7 @@ def compress_(
         payload[at.used + row] = USED * (h != 0).any() + LEFT_OUT * left_out
         flags |= left_out
 
-        chosen = select(v, k)
+        chosen = select(v, k, unit)
         largest = torch.finfo(wire_dtype).max
         sent = v[chosen].clamp(-largest, largest).to(wire_dtype)
         w = sent.float()
@@ -50,7 +52,7 @@ def compress_(
                 raise ValueError("sent_momentum: expected None where momentum is None")
             sent_momentum[mine] = u[chosen]
             u[chosen] = torch.where(w != 0, 0.0, u[chosen])
-        tiles = div_up(numel, TILE)
+        tiles = int(known.tiles[row])
         ends[tile : tile + tiles] = entry + torch.bincount(chosen // TILE, minlength=tiles).cumsum(0).int()
         all_indices[mine] = (chosen % TILE).to(torch.int16)
         all_values[mine] = sent
@@ -59,9 +61,10 @@ def compress_(
 
 
 def accumulate_(u: Tensor | None, v: Tensor, h: Tensor, mu: float, nesterov: bool) -> Tensor:
-    """Momentum-corrected accumulation (paper, section 3.1): u <- mu*u + h, v <- v + u, or v + h + mu*u for Nesterov.
+    """Accumulates with momentum correction (paper, section 3.1): u <- mu*u + h, v <- v + u, or v + h + mu*u (Nesterov).
 
-    Returns whether any entry was left as it was because its result is not finite: a bool scalar.
+    Returns:
+        Whether any entry was left as it was because its result is not finite: a bool scalar.
     """
     new_u = h if u is None else u * mu + h
     new_v = v + (torch.add(h, new_u, alpha=mu) if nesterov else new_u)
@@ -72,9 +75,15 @@ def accumulate_(u: Tensor | None, v: Tensor, h: Tensor, mu: float, nesterov: boo
     return ~finite.all()
 
 
-def select(v: Tensor, k: int) -> Tensor:
-    """Returns the indices of the k entries largest in magnitude, ties to the smaller index, rising: int64 [k]."""
+def select(v: Tensor, k: int, unit: int = 1) -> Tensor:
+    """Returns the indices of the k entries largest in magnitude, ties to the smaller index, rising: int64 [k].
+
+    With a unit of 32 they are whole groups of 32: those k / 32 whose largest magnitudes are the largest.
+    """
     size = v.abs()
+    if unit != 1:
+        groups = select(size.view(-1, unit).amax(1), k // unit)
+        return (groups[:, None] * unit + torch.arange(unit, device=v.device)).view(-1)
     threshold = size.topk(k).values[-1]
     above = (size > threshold).nonzero().view(-1)
     ties = (size == threshold).nonzero().view(-1)[: k - len(above)]
@@ -92,22 +101,23 @@ def unpack(
     status: Tensor,
 ) -> None:
     """Checks all payloads, then averages them in rank order: see dgc.ops.unpack."""
-    at = wire_layout(segments, wire_dtype)
+    known = checked(segments)
+    at = known.wire(wire_dtype)
     if payloads.size(1) != at.nbytes:
         raise ValueError(f"payloads: expected rows of {at.nbytes} bytes, got {payloads.size(1)}")
     if not 0 <= rank < len(payloads):
         raise ValueError(f"payloads: expected a row for this rank, {rank}, got {len(payloads)}")
     headers = header(payloads).tolist()
-    found = [_check(payload, headers[r], headers[rank], segments, wire_dtype) for r, payload in enumerate(payloads)]
+    found = [_check(payload, headers[r], headers[rank], known, wire_dtype) for r, payload in enumerate(payloads)]
     codes = [s + NON_FINITE_STATUS * (s == 0 and h[3] & NON_FINITE) for s, h in zip(found, headers, strict=True)]
     status.copy_(torch.tensor([*codes, 0], dtype=torch.int32, device="cpu"))
     if any(found):
         return
-    used = (payloads[:, at.used : at.used + len(segments)] & USED).any(0).tolist()
-    positions = [_positions(payload, segments, wire_dtype) for payload in payloads]
-    values = [_sections(payload, segments, wire_dtype)[2].float() for payload in payloads]
+    used = (payloads[:, at.used : at.used + len(known)] & USED).any(0).tolist()
+    positions = [_positions(payload, known, wire_dtype) for payload in payloads]
+    values = [_sections(payload, known, wire_dtype)[2].float() for payload in payloads]
     entry = 0
-    for row, (source, offset, _, numel, k) in enumerate(segments.tolist()):
+    for row, (source, offset, _, numel, k, _) in enumerate(known.rows):
         mine = slice(entry, entry + k)
         entry += k
         if not used[row]:
@@ -133,11 +143,12 @@ def restore_(
     wire_dtype: torch.dtype,
 ) -> None:
     """Puts back what was taken out for the chosen parameters: see dgc.ops.restore_."""
-    positions = _positions(payload, segments, wire_dtype)
-    values = _sections(payload, segments, wire_dtype)[2].float()
+    known = checked(segments)
+    positions = _positions(payload, known, wire_dtype)
+    values = _sections(payload, known, wire_dtype)[2].float()
     chosen = which.tolist()
     entry = 0
-    for row, (_, _, state, _, k) in enumerate(segments.tolist()):
+    for row, (_, _, state, _, k, _) in enumerate(known.rows):
         mine = slice(entry, entry + k)
         entry += k
         if not chosen[row]:
@@ -155,27 +166,24 @@ def subtract_(parameters: list[Tensor], updates: list[Tensor], lr: float, skip: 
         parameter.add_(update, alpha=-lr)
 
 
-def _sections(payload: Tensor, segments: Tensor, wire_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _sections(payload: Tensor, segments: Segments, wire_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Returns views of one payload: tile ends int32, indices int16 (unsigned in truth), values in the wire type."""
-    at = wire_layout(segments, wire_dtype)
-    tiles = sum(div_up(numel, TILE) for numel in segments[:, 3].tolist())
-    entries = int(segments[:, 4].sum())
+    at, entries = segments.wire(wire_dtype), segments.n_entries
     return (
-        payload[at.ends : at.ends + 4 * tiles].view(torch.int32),
+        payload[at.ends : at.ends + 4 * segments.n_tiles].view(torch.int32),
         payload[at.indices : at.indices + 2 * entries].view(torch.int16),
         payload[at.values : at.values + wire_dtype.itemsize * entries].view(wire_dtype),
     )
 
 
-def _positions(payload: Tensor, segments: Tensor, wire_dtype: torch.dtype) -> Tensor:
+def _positions(payload: Tensor, segments: Segments, wire_dtype: torch.dtype) -> Tensor:
     """Returns each entry's index inside its parameter: int64 [entries]."""
     ends, indices, _ = _sections(payload, segments, wire_dtype)
-    first = torch.cat([torch.arange(div_up(n, TILE), device="cpu") * TILE for n in segments[:, 3].tolist()])
     counts = ends.diff(prepend=ends.new_zeros(1)).long()
-    return torch.repeat_interleave(first.to(payload.device), counts) + (indices.long() & 0xFFFF)
+    return torch.repeat_interleave(segments.tile_begin.to(payload.device), counts) + (indices.long() & 0xFFFF)
 
 
-def _check(payload: Tensor, words: list[int], own: list[int], segments: Tensor, wire_dtype: torch.dtype) -> int:
+def _check(payload: Tensor, words: list[int], own: list[int], segments: Segments, wire_dtype: torch.dtype) -> int:
     """Returns the status code of one payload, from dgc.ops.wire.STATUS; 0 where it is sound."""
     for code, (word, expected) in enumerate(zip(words[:3], (MAGIC, *own[1:3]), strict=True), start=1):
         if word != expected:
@@ -183,16 +191,13 @@ def _check(payload: Tensor, words: list[int], own: list[int], segments: Tensor, 
     ends, indices, values = _sections(payload, segments, wire_dtype)
     begins = torch.cat([ends.new_zeros(1), ends[:-1]]).long() & 0xFFFFFFFF
     tile_ends = ends.long() & 0xFFFFFFFF
-    tiles = torch.tensor([div_up(numel, TILE) for numel in segments[:, 3].tolist()], device="cpu").cumsum(0) - 1
-    if (tile_ends < begins).any() or not torch.equal(tile_ends[tiles.to(ends.device)].cpu(), segments[:, 4].cumsum(0)):
+    last_tile = (segments.first_tile + segments.tiles - 1).to(ends.device)
+    due = segments.first_entry + segments.entries
+    if (tile_ends < begins).any() or not torch.equal(tile_ends[last_tile].cpu(), due):
         return 4
-    length = torch.tensor(
-        [min(TILE, numel - begin) for numel in segments[:, 3].tolist() for begin in range(0, numel, TILE)],
-        device="cpu",
-    )
     position = indices.long() & 0xFFFF
     tile = torch.repeat_interleave(torch.arange(len(ends), device=ends.device), tile_ends - begins)
-    out_of_bounds = (position >= length.to(ends.device)[tile]).any()
+    out_of_bounds = (position >= segments.tile_numel.to(ends.device)[tile]).any()
     if out_of_bounds or ((position.diff() <= 0) & (tile.diff() == 0)).any():
         return 5
     return 0 if values.float().isfinite().all() else 6

@@ -1,88 +1,75 @@
-"""The ops: schemas, fakes and documentation. Kernels are in csrc/, the same in plain PyTorch in dgc/ops/reference.py.
+"""The ops. Each has a block: its function with the documentation, its schema, and its fake, which checks arguments.
 
-Importing this module loads the native library, where it was built.
+Kernels are in csrc/, the same in plain PyTorch in dgc/ops/reference.py; dgc/ops/choice.py registers them.
 """
 
-import logging
-import warnings
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from . import cuda, cupy, reference
-from .wire import GROUP, TILE, WireLayout, div_up, wire_layout
+from .segments import COLUMNS
+from .wire import layout_of
 
-_LIBRARY = torch.library.Library("dgc", "DEF")
-_LIBRARY.define(
-    "compress_(Tensor(a!)[] gradients, Tensor(b!)? momentum, Tensor(c!) residual, Tensor segments, Tensor mu, "
-    "Tensor scale, Tensor(d!) payload, Tensor(e!) workspace, Tensor(f!)? sent_momentum, bool nesterov, "
-    "ScalarType wire_dtype) -> ()"
-)
-_LIBRARY.define(
-    "unpack(Tensor payloads, int rank, Tensor segments, Tensor(a!) workspace, Tensor scale, ScalarType wire_dtype, "
-    "Tensor(b!)[] out, Tensor(c!) status) -> ()"
-)
-_LIBRARY.define(
-    "restore_(Tensor payload, Tensor which, Tensor segments, Tensor workspace, Tensor? sent_momentum, "
-    "Tensor(a!)? momentum, Tensor(b!) residual, ScalarType wire_dtype) -> ()"
-)
-_LIBRARY.define("subtract_(Tensor(a!)[] parameters, Tensor[] updates, float lr, Tensor? skip) -> ()")
-# The reference serves every device that has no kernel of its own.
-for _name in ("compress_", "unpack", "restore_", "subtract_"):
-    _LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+LIBRARY = torch.library.Library("dgc", "DEF")
+OPS: list[str] = []
+"""The names of all ops. Everything that is made for each of them is made from this list."""
 
 
-def _load_native() -> bool:
-    library = next(Path(__file__).parent.parent.glob("_native*.so"), None)
-    if library is None:
-        warnings.warn(
-            "dgc: the native library was not built, so plain PyTorch is used: correct, but some 25 times slower. "
-            "Install g++ and reinstall with `pip install --no-build-isolation .`",
-            RuntimeWarning,
-            stacklevel=2,
+def _op(schema: str) -> Callable[[Callable[..., None]], None]:
+    """Defines an op, and registers the decorated function as its fake, for tensors that have shapes and no contents."""
+
+    def register(fake: Callable[..., None]) -> None:
+        name = LIBRARY.define(schema)
+        torch.library.register_fake(f"dgc::{name}", fake, lib=LIBRARY)
+        OPS.append(name)
+
+    return register
+
+
+def _check(tensor: Tensor | None, name: str, dtype: torch.dtype, least: int) -> None:
+    """Checks the type of a tensor, and that it has so many elements."""
+    if tensor is not None:
+        torch._check(tensor.dtype == dtype, lambda: f"{name}: expected {dtype}, got {tensor.dtype}")
+        torch._check(
+            tensor.numel() >= least, lambda: f"{name}: expected at least {least} elements, got {tensor.numel()}"
         )
-        return False
-    torch.ops.load_library(library)
-    return True
 
 
-_NATIVE = _load_native()
-_NATIVE_CUDA = torch._C._dispatch_has_kernel_for_dispatch_key("dgc::compress_", "CUDA")
-_CUPY = not _NATIVE_CUDA and cupy.has_cupy()
-if _CUPY:
-    cupy.register_cupy(_LIBRARY)
+def _check_floats(tensors: Sequence[Tensor], name: str) -> None:
+    """Checks that gradients have types that the kernels know."""
+    for tensor in tensors:
+        _check_float(tensor.dtype, name)
 
 
-def backend(device: str | torch.device) -> str:
-    """Returns what runs the ops on a device.
-
-    "native": built by setup.py; "cupy", on CUDA only: the same kernels, compiled by CuPy at first use; "reference":
-    plain PyTorch.
-    """
-    kind = torch.device(device).type
-    if (kind == "cpu" and _NATIVE) or (kind == "cuda" and _NATIVE_CUDA):
-        return "native"
-    return "cupy" if kind == "cuda" and _CUPY else "reference"
+def _check_float(dtype: torch.dtype, name: str) -> None:
+    """Checks that the kernels know a type."""
+    floats = torch.float32, torch.bfloat16, torch.float16
+    torch._check(dtype in floats, lambda: f"{name}: expected float32, bfloat16 or float16, got {dtype}")
 
 
-def workspace(segments: Tensor, device: torch.device) -> Tensor:
-    """Returns what the ops need besides their arguments, for these segments: uint8.
-
-    On the CPU it is scratch, 4 bytes for every 32 elements. On CUDA it holds tables too, and must be left as it is.
-
-    Raises:
-        RuntimeError: a CUDA device older than the kernels need.
-    """
-    choice = backend(device)
-    if device.type == "cuda" and choice != "reference":
-        cuda.check_capability(device, choice)
-        return cuda.workspace(segments, device)
-    groups = sum(
-        tiles * (TILE // GROUP) + div_up(rest, GROUP)
-        for tiles, rest in (divmod(n, TILE) for n in segments[:, 3].tolist())
+def _check_segments(segments: Tensor) -> int:
+    """Checks the form of a segment table, and returns its rows."""
+    torch._check(
+        segments.dtype == torch.int64 and segments.dim() == 2 and segments.size(1) == len(COLUMNS),
+        lambda: f"segments: expected int64 [segments, {len(COLUMNS)}], got {segments.dtype} {tuple(segments.shape)}",
     )
-    return torch.empty(4 * groups, dtype=torch.uint8, device=device)
+    return segments.size(0)
+
+
+def _least_bytes(rows: int, wire_dtype: torch.dtype) -> int:
+    """Returns the bytes of the smallest payload: every parameter has a tile and an entry."""
+    _check_float(wire_dtype, "wire_dtype")
+    return layout_of(rows, rows, rows, wire_dtype.itemsize).nbytes
+
+
+def _check_masking(sent_momentum: Tensor | None, momentum: Tensor | None, rows: int) -> None:
+    """Checks that sent_momentum goes with a momentum."""
+    torch._check(
+        sent_momentum is None or momentum is not None,
+        lambda: "sent_momentum: expected None where momentum is None",
+    )
+    _check(sent_momentum, "sent_momentum", torch.float32, rows)
 
 
 def compress_(
@@ -105,12 +92,15 @@ def compress_(
     taken off v; where something was sent, u becomes 0 (momentum factor masking). An entry whose new v would not be
     finite keeps its u and v, and the payload's non-finite flag is set.
 
+    Where a parameter's unit is 32, what is chosen are whole groups of 32 consecutive elements, counted from its first:
+    the k / 32 groups whose largest |v| are the largest (ties to the smaller index).
+
     Args:
         gradients: contiguous tensors, float32, bfloat16 or float16, that hold the bucket's gradients. Used up: what is
             left in them is what unpack expects there, zeros on the CPU.
         momentum: u, float32 [elements], or None where mu is 0 throughout.
         residual: v, float32 [elements].
-        segments: int64 [segments, 5] on the CPU, a row per parameter as in wire.SEGMENT_COLUMNS.
+        segments: int64 [segments, 6] on the CPU, a row per parameter as in segments.COLUMNS.
         mu: float32 [segments], the momentum factor of each parameter.
         scale: float32 [1], what gradients are multiplied with: clipping, and the inverse of a loss scale.
         payload: uint8 [wire_layout(...).nbytes]. Its header is the caller's (wire.stamp), except the flags.
@@ -125,6 +115,35 @@ def compress_(
     torch.ops.dgc.compress_(
         gradients, momentum, residual, segments, mu, scale, payload, workspace, sent_momentum, nesterov, wire_dtype
     )
+
+
+@_op(
+    "compress_(Tensor(a!)[] gradients, Tensor(b!)? momentum, Tensor(c!) residual, Tensor segments, Tensor mu, "
+    "Tensor scale, Tensor(d!) payload, Tensor(e!) workspace, Tensor(f!)? sent_momentum, bool nesterov, "
+    "ScalarType wire_dtype) -> ()"
+)
+def _(
+    gradients: list[Tensor],
+    momentum: Tensor | None,
+    residual: Tensor,
+    segments: Tensor,
+    mu: Tensor,
+    scale: Tensor,
+    payload: Tensor,
+    workspace: Tensor,
+    sent_momentum: Tensor | None,
+    nesterov: bool,
+    wire_dtype: torch.dtype,
+) -> None:
+    rows = _check_segments(segments)
+    _check_floats(gradients, "gradients")
+    _check(momentum, "momentum", torch.float32, rows)
+    _check(residual, "residual", torch.float32, rows)
+    _check(mu, "mu", torch.float32, rows)
+    _check(scale, "scale", torch.float32, 1)
+    _check(payload, "payload", torch.uint8, _least_bytes(rows, wire_dtype))
+    _check(workspace, "workspace", torch.uint8, 4 * rows)
+    _check_masking(sent_momentum, momentum, rows)
 
 
 def unpack(
@@ -159,6 +178,36 @@ def unpack(
     torch.ops.dgc.unpack(payloads, rank, segments, workspace, scale, wire_dtype, out, status)
 
 
+@_op(
+    "unpack(Tensor payloads, int rank, Tensor segments, Tensor(a!) workspace, Tensor scale, ScalarType wire_dtype, "
+    "Tensor(b!)[] out, Tensor(c!) status) -> ()"
+)
+def _(
+    payloads: Tensor,
+    rank: int,
+    segments: Tensor,
+    workspace: Tensor,
+    scale: Tensor,
+    wire_dtype: torch.dtype,
+    out: list[Tensor],
+    status: Tensor,
+) -> None:
+    rows = _check_segments(segments)
+    least = _least_bytes(rows, wire_dtype)
+    torch._check(
+        payloads.dim() == 2 and payloads.size(1) >= least and 0 <= rank < payloads.size(0),
+        lambda: (
+            f"payloads: expected a row of {least} bytes or more for each rank, this rank's ({rank}) among them, "
+            f"got {tuple(payloads.shape)}"
+        ),
+    )
+    _check(payloads, "payloads", torch.uint8, 0)
+    _check(workspace, "workspace", torch.uint8, 4 * rows)
+    _check(scale, "scale", torch.float32, 1)
+    _check_floats(out, "out")
+    _check(status, "status", torch.int32, payloads.size(0) + 1)
+
+
 def restore_(
     payload: Tensor,
     which: Tensor,
@@ -186,6 +235,29 @@ def restore_(
     torch.ops.dgc.restore_(payload, which, segments, workspace, sent_momentum, momentum, residual, wire_dtype)
 
 
+@_op(
+    "restore_(Tensor payload, Tensor which, Tensor segments, Tensor workspace, Tensor? sent_momentum, "
+    "Tensor(a!)? momentum, Tensor(b!) residual, ScalarType wire_dtype) -> ()"
+)
+def _(
+    payload: Tensor,
+    which: Tensor,
+    segments: Tensor,
+    workspace: Tensor,
+    sent_momentum: Tensor | None,
+    momentum: Tensor | None,
+    residual: Tensor,
+    wire_dtype: torch.dtype,
+) -> None:
+    rows = _check_segments(segments)
+    _check(payload, "payload", torch.uint8, _least_bytes(rows, wire_dtype))
+    _check(which, "which", torch.uint8, rows)
+    _check(workspace, "workspace", torch.uint8, 4 * rows)
+    _check_masking(sent_momentum, momentum, rows)
+    _check(momentum, "momentum", torch.float32, rows)
+    _check(residual, "residual", torch.float32, rows)
+
+
 def subtract_(parameters: list[Tensor], updates: list[Tensor], lr: float, skip: Tensor | None = None) -> None:
     """Takes lr * update off each parameter, at the cost of reading the updates where these are nearly all zero.
 
@@ -200,25 +272,13 @@ def subtract_(parameters: list[Tensor], updates: list[Tensor], lr: float, skip: 
     torch.autograd.graph.increment_version(parameters)
 
 
-@torch.library.register_fake("dgc::compress_", lib=_LIBRARY)
-def _(*_args: object) -> None:
-    return None
-
-
-@torch.library.register_fake("dgc::unpack", lib=_LIBRARY)
-def _(*_args: object) -> None:
-    return None
-
-
-@torch.library.register_fake("dgc::restore_", lib=_LIBRARY)
-def _(*_args: object) -> None:
-    return None
-
-
-@torch.library.register_fake("dgc::subtract_", lib=_LIBRARY)
-def _(*_args: object) -> None:
-    return None
-
-
-__all__ = ["WireLayout", "backend", "compress_", "restore_", "subtract_", "unpack", "wire_layout", "workspace"]
-logging.getLogger("dgc").debug("ops on the CPU: %s", backend("cpu"))
+@_op("subtract_(Tensor(a!)[] parameters, Tensor[] updates, float lr, Tensor? skip) -> ()")
+def _(parameters: list[Tensor], updates: list[Tensor], lr: float, skip: Tensor | None) -> None:
+    torch._check(
+        len(parameters) == len(updates),
+        lambda: f"updates: expected one for each of {len(parameters)} parameters, got {len(updates)} of them",
+    )
+    _check(skip, "skip", torch.uint8, 1)
+    for parameter, update in zip(parameters, updates, strict=True):
+        _check(parameter, "parameters", torch.float32, 0)
+        _check(update, "updates", torch.float32, parameter.numel())

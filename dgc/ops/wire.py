@@ -1,4 +1,4 @@
-"""The wire format: where everything stands in the bytes that one rank sends for one bucket. csrc/wire.h is its twin.
+"""The wire format of the bytes that one rank sends for one bucket. csrc/wire.h is its twin.
 
     header (32) | used (1 a parameter) | tile ends (4 a tile) | indices (2 an entry) | values (4 or 2 an entry)
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,13 +22,9 @@ HEADER_BYTES = 32
 ALIGN = 16
 MAGIC = int.from_bytes(b"DGCWIRE1", "little")
 NON_FINITE = 1
-"""Flag of the header: this rank left entries out because they were not finite."""
+"""A flag of the header: this rank left entries out because they were not finite."""
 USED, LEFT_OUT = 1, 2
-"""Bits of a parameter's byte: its gradient was not zero; entries of it were left out because they were not finite."""
-
-SEGMENT_COLUMNS = ("source", "offset", "state", "numel", "entries")
-"""A row of the int64 segment table, one per compressed parameter of a bucket: which gradient tensor holds it, its first
-element there, its first element in momentum and residual, its elements, and k, the entries it sends."""
+"""The bits of a parameter's byte: its gradient was not zero; entries were left out because they were not finite."""
 
 NON_FINITE_STATUS = 256
 STATUS = {
@@ -52,11 +47,6 @@ def div_up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def div_up_all(a: Tensor, b: int) -> Tensor:
-    """Returns a / b, rounded up, of integers."""
-    return (a + b - 1) // b
-
-
 def align_up(nbytes: int, to: int = ALIGN) -> int:
     """Returns the next multiple of `to` that is not below nbytes."""
     return div_up(nbytes, to) * to
@@ -73,67 +63,20 @@ class WireLayout:
     nbytes: int
 
 
-def wire_layout(segments: Tensor, wire_dtype: torch.dtype) -> WireLayout:
-    """Returns where the sections of a bucket's payload start.
+def layout_of(segments: int, tiles: int, entries: int, value_bytes: int) -> WireLayout:
+    """Returns where the sections of a payload start.
 
     Args:
-        segments: int64 [segments, 5], rows as in SEGMENT_COLUMNS.
-        wire_dtype: of the values: float32, bfloat16 or float16.
+        segments: parameters of the bucket.
+        tiles: of all its parameters.
+        entries: of all its parameters.
+        value_bytes: 4 or 2, of one value.
     """
-    tiles = sum(div_up(numel, TILE) for numel in segments[:, 3].tolist())
-    entries = int(segments[:, 4].sum())
     used = HEADER_BYTES
-    ends = align_up(used + len(segments))
+    ends = align_up(used + segments)
     indices = align_up(ends + 4 * tiles)
     values = align_up(indices + 2 * entries)
-    return WireLayout(used, ends, indices, values, align_up(values + wire_dtype.itemsize * entries))
-
-
-class Entries(NamedTuple):
-    """The sections of a selection behind its header and its marks: views, to be read and written.
-
-    A selection is what dgc::compress_ writes and dgc::unpack reads; see docs/wire.md.
-    """
-
-    ends: Tensor
-    """int32 [tiles]: entries of the bucket up to and including each tile."""
-    indices: Tensor
-    """int16 [entries], unsigned in truth: elements inside their tile, rising."""
-    values: Tensor
-    """[entries], in the selection's type."""
-
-
-def entries_of(selection: Tensor, segments: Tensor, dtype: torch.dtype) -> Entries:
-    """Returns the sections of a selection.
-
-    Args:
-        selection: uint8 [bytes].
-        segments: int64 [segments, columns], rows as in SEGMENT_COLUMNS.
-        dtype: of its values.
-    """
-    at = wire_layout(segments, dtype)
-    tiles = int(div_up_all(segments[:, 3], TILE).sum())
-    count = int(segments[:, 4].sum())
-    return Entries(
-        ends=selection[at.ends : at.ends + 4 * tiles].view(torch.int32),
-        indices=selection[at.indices : at.indices + 2 * count].view(torch.int16),
-        values=selection[at.values : at.values + dtype.itemsize * count].view(dtype),
-    )
-
-
-def positions(selection: Tensor, segments: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns where a selection's entries stand in the flat tensors of memory, int64 [entries], and their values.
-
-    Args:
-        selection: uint8 [bytes], this rank's own.
-        segments: int64 [segments, columns], rows as in SEGMENT_COLUMNS.
-        dtype: of its values.
-    """
-    entries = entries_of(selection, segments, dtype)
-    first = [state + tile * TILE for _, _, state, numel, *_ in segments.tolist() for tile in range(div_up(numel, TILE))]
-    counts = entries.ends.diff(prepend=entries.ends.new_zeros(1)).long()
-    tiles = torch.tensor(first, dtype=torch.int64, device="cpu").to(selection.device)
-    return torch.repeat_interleave(tiles, counts) + (entries.indices.long() & 0xFFFF), entries.values.float()
+    return WireLayout(used, ends, indices, values, align_up(values + value_bytes * entries))
 
 
 def header(payload: Tensor) -> Tensor:
@@ -151,23 +94,6 @@ def stamp(payload: Tensor, fingerprint: int) -> Tensor:
     words[0] = MAGIC
     words[2] = fingerprint
     return words[1:2]
-
-
-def first_indices(payload: Tensor, segments: Tensor, layout: WireLayout) -> Tensor:
-    """Returns where the first entry of each parameter in a payload is: int64 [segments], an element of the parameter.
-
-    Args:
-        payload: uint8 [bytes], this rank's own.
-        segments: int64 [segments, 5], rows as in SEGMENT_COLUMNS.
-        layout: of this payload.
-    """
-    tiles = div_up_all(segments[:, 3], TILE)
-    first = (segments[:, 4].cumsum(0) - segments[:, 4]).to(payload.device)
-    first_tile = (tiles.cumsum(0) - tiles).to(payload.device)
-    ends = payload[layout.ends : layout.ends + 4 * int(tiles.sum())].view(torch.int32)
-    tile = torch.searchsorted(ends, first.to(torch.int32), right=True)
-    inside = payload[layout.indices : layout.values].view(torch.int16)[first].long() & 0xFFFF
-    return (tile - first_tile) * TILE + inside
 
 
 def check_status(codes: Sequence[int], payloads: Tensor) -> list[int]:

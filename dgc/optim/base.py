@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from dgc.ops import Segments
+
 
 class Reducer(Protocol):
     """What an optimizer asks of the DGCState that reduces its gradients."""
@@ -48,11 +50,11 @@ class Work:
 
     gradients: list[Tensor]
     """The tensors that `source` and `offset` of `receiving` refer to; used up, see dgc.ops.compress_."""
-    receiving: Tensor
+    receiving: Segments
     """The segment table of the gradients."""
     updates: list[Tensor]
     """Where `fused` is not set: one float32 tensor for what the rule adds to v; else the gradients."""
-    sending: Tensor
+    sending: Segments
     """The segment table of the updates; with `fused`, that of the gradients."""
     kinds: Mapping[str, Tensor]
     """What the rule keeps, flat float32, by kind."""

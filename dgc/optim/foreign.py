@@ -96,7 +96,7 @@ class Foreign(Rule):
             gradients=work.gradients,
             momentum=None,
             residual=work.residual,
-            segments=work.receiving,
+            segments=work.receiving.table,
             mu=work.factors[0],
             scale=work.scale,
             payload=work.selection,

@@ -69,7 +69,7 @@ class MomentumCorrection(Rule):
             gradients=work.gradients,
             momentum=work.kinds.get(MOMENTUM),
             residual=work.residual,
-            segments=work.receiving,
+            segments=work.receiving.table,
             mu=work.factors[0],
             scale=work.scale,
             payload=work.selection,

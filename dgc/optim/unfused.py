@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dgc import ops
-from dgc.ops.wire import LEFT_OUT, USED, positions, wire_layout
+from dgc.ops.selection import positions
+from dgc.ops.wire import LEFT_OUT, USED
 
 from .base import Rule, Work
 
@@ -39,9 +40,10 @@ class Unfused(Rule):
         (updates,) = work.updates
         used = []
         columns = work.factors.t().tolist()
-        rows = zip(work.receiving.tolist(), work.sending.tolist(), columns, strict=True)
-        for (source, begin, state, numel, *_), (_, at, *_), factors in rows:
-            gradient = work.gradients[source].view(-1)[begin : begin + numel]
+        rows = zip(work.receiving.rows, work.sending.rows, columns, strict=True)
+        for row, update_row, factors in rows:
+            state, numel, at = row.state, row.numel, update_row.offset
+            gradient = work.gradients[row.source].view(-1)[row.offset : row.offset + numel]
             h = gradient.float() * work.scale
             gradient.zero_()
             used.append((h != 0).any())
@@ -57,7 +59,7 @@ class Unfused(Rule):
             gradients=work.updates,
             momentum=None,
             residual=work.residual,
-            segments=work.sending,
+            segments=work.sending.table,
             mu=torch.zeros(len(work.sending), dtype=torch.float32, device=updates.device),
             scale=torch.ones(1, dtype=torch.float32, device=updates.device),
             payload=work.selection,
@@ -66,8 +68,8 @@ class Unfused(Rule):
             nesterov=False,
             wire_dtype=work.dtype,
         )
-        at = wire_layout(work.sending, work.dtype)
-        marks = work.selection[at.used : at.used + len(used)]
+        layout = work.sending.wire(work.dtype)
+        marks = work.selection[layout.used : layout.used + len(used)]
         # Whether the gradient was not zero; the op has seen updates, which go on where a parameter is unused.
         marks.copy_((marks & LEFT_OUT) | torch.stack(used) * USED)
         self._mask(work)

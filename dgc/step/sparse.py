@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from dgc.memory.memory import Memory
 from dgc.memory.slots import Gradients, Slot
 from dgc.ops import wire
 from dgc.ops.codec import Codec, Plain
+from dgc.ops.segments import Segment, Segments
+from dgc.ops.selection import entries_of, first_indices, positions
 from dgc.optim.base import Rule, Work
 
 from .undo import Undo
@@ -69,21 +72,21 @@ class Sparse:
         self._codec, self._plain = codec, isinstance(codec, Plain)
         self._row = topology.row
         # Types and devices are written out everywhere: torch has defaults of its own that users change.
-        rows = [(*gradients.places[m.index], m.slot.offset, m.slot.numel, m.entries) for m in members]
-        self.receiving = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        rows = [Segment(*gradients.places[m.index], m.slot.offset, m.slot.numel, m.entries) for m in members]
+        self.receiving = Segments.from_rows(rows)
         self.numel = sum(m.slot.numel for m in members)
         self.entries = sum(m.entries for m in members)
         self._updates: Tensor | None = None
         self.sending = self.receiving
         if not rule.fused:
-            self.sending = self.receiving.clone()
-            self.sending[:, 0] = 0
-            self.sending[:, 1] = self.sending[:, 3].cumsum(0) - self.sending[:, 3]
+            begins = accumulate((row.numel for row in rows), initial=0)
+            updates = zip(rows, begins, strict=False)
+            self.sending = Segments.from_rows(row._replace(source=0, offset=begin) for row, begin in updates)
             self._updates = torch.zeros(self.numel, dtype=torch.float32, device=device)
         self._workspace = ops.workspace(self.receiving, device)
         self._sending_workspace = self._workspace if rule.fused else ops.workspace(self.sending, device)
 
-        self._layout = wire.wire_layout(self.receiving, codec.dtype)
+        self._layout = self.receiving.wire(codec.dtype)
         self.selection = torch.zeros(self._layout.nbytes, dtype=torch.uint8, device=device)
         self.selections = torch.zeros(topology.rows, self._layout.nbytes, dtype=torch.uint8, device=device)
         """uint8 [rows, bytes]: what all ranks selected, as received."""
@@ -183,12 +186,12 @@ class Sparse:
 
     def _encode(self, memory: Memory) -> None:
         """Turns the selection into the payload; what the codec loses stays in v."""
-        entries = wire.entries_of(self.selection, self.sending, self._codec.dtype)
+        entries = entries_of(self.selection, self.sending, self._codec.dtype)
         before = entries.values.float()
         head = self._layout.ends
         self.payload[:head].copy_(self.selection[:head])
         self._codec.encode(entries, self.sending, self.payload[head:])
-        where, _ = wire.positions(self.selection, self.sending, self._codec.dtype)
+        where, _ = positions(self.selection, self.sending, self._codec.dtype)
         memory.residual[where] += before - entries.values.float()
 
     def decompress(self, gradients: Gradients, loss_scale: Tensor | None, report: Tensor) -> None:
@@ -203,12 +206,12 @@ class Sparse:
             head = self._layout.ends
             self.selections[:, :head].copy_(self.gathered[:, :head])
             for payload, selection in zip(self.gathered, self.selections, strict=True):
-                entries = wire.entries_of(selection, self.receiving, self._codec.dtype)
+                entries = entries_of(selection, self.receiving, self._codec.dtype)
                 self._codec.decode(payload[head:], self.receiving, entries)
         ops.unpack(
             payloads=self.selections,
             rank=self._row,
-            segments=self.receiving,
+            segments=self.receiving.table,
             workspace=self._workspace,
             scale=self._one if loss_scale is None else loss_scale,
             wire_dtype=self._codec.dtype,
@@ -246,9 +249,9 @@ class Sparse:
         Returns:
             int64 [members], elements of the flat parameters; bool [members].
         """
-        first = wire.first_indices(self.selection, self.sending, self._layout)
+        first = first_indices(self.selection, self.sending, self._codec.dtype)
         if len(gradients.buffers) == 1:
-            averages = gradients.buffers[0].view(-1)[first + self.receiving[:, 1].to(first.device)]
+            averages = gradients.buffers[0].view(-1)[first + self.receiving.offset.to(first.device)]
         else:
             flat = [gradients.of(m.index) for m in self.members]
             averages = torch.cat([g.index_select(0, i).float() for g, i in zip(flat, first.split(1), strict=True)])

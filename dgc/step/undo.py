@@ -10,7 +10,8 @@ from torch import Tensor
 from dgc import ops
 from dgc.memory.memory import Memory
 from dgc.memory.slots import Slot
-from dgc.ops import wire
+from dgc.ops.segments import Segments
+from dgc.ops.selection import positions
 
 
 class Undo:
@@ -24,7 +25,7 @@ class Undo:
     def __init__(
         self,
         slots: Sequence[Slot],
-        segments: Tensor,
+        segments: Segments,
         workspace: Tensor,
         selection: Tensor,
         dtype: torch.dtype,
@@ -67,7 +68,7 @@ class Undo:
         ops.restore_(
             payload=self._selection,
             which=which,
-            segments=self._segments,
+            segments=self._segments.table,
             workspace=self._workspace,
             sent_momentum=self.sent[kinds[0]] if kinds else None,
             momentum=memory.kinds[kinds[0]] if kinds else None,
@@ -75,8 +76,8 @@ class Undo:
             wire_dtype=self._dtype,
         )
         if len(kinds) > 1:
-            where, _ = wire.positions(self._selection, self._segments, self._dtype)
-            chosen = torch.repeat_interleave(which, self._segments[:, 4].to(which.device)) != 0
+            where, _ = positions(self._selection, self._segments, self._dtype)
+            chosen = torch.repeat_interleave(which, self._segments.entries.to(which.device)) != 0
             for kind in kinds[1:]:
                 flat = memory.kinds[kind]
                 flat[where] = torch.where(chosen, self.sent[kind], flat[where])

@@ -133,7 +133,7 @@ def count_bytes(rank, world_size):
     align = lambda n: -(-n // 16) * 16  # noqa: E731
     formula = 0
     for bucket in run.state._pass.buckets:
-        rows = bucket.sparse.receiving.tolist() if bucket.sparse else []
+        rows = bucket.sparse.receiving.rows if bucket.sparse else []
         if rows:
             k = sum(r[4] for r in rows)
             tiles = sum(-(-r[3] // 65536) for r in rows)

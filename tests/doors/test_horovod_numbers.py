@@ -214,7 +214,7 @@ def count_bytes():
     align = lambda n: -(-n // 16) * 16  # noqa: E731
     formula = 0
     for bucket in run.state._pass.buckets:
-        rows = bucket.sparse.receiving.tolist() if bucket.sparse else []
+        rows = bucket.sparse.receiving.rows if bucket.sparse else []
         k, tiles = sum(r[4] for r in rows), sum(-(-r[3] // 65536) for r in rows)
         formula += align(32 + len(rows)) + align(4 * tiles) + align(2 * k) + align(4 * k)
     return sizes, formula, run.state.stats.bytes_sent

@@ -25,7 +25,7 @@ struct Bucket {
     for (const int64_t n : sizes) {
       const auto k = std::max<int64_t>(1, static_cast<int64_t>(density * n));
       const int64_t tiles = dgc::div_up(n, dgc::kTile);
-      table.push_back({{0, offset, state, n, k}, static_cast<int64_t>(segment_of_tile.size()), tiles, entries});
+      table.push_back({0, offset, state, n, k, static_cast<int64_t>(segment_of_tile.size()), tiles, entries});
       segment_of_tile.insert(segment_of_tile.end(), tiles, static_cast<int32_t>(table.size()) - 1);
       offset += n;
       state += dgc::div_up(n, dgc::kGroup) * dgc::kGroup;

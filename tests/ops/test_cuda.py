@@ -170,10 +170,10 @@ def test_a_large_bucket_of_many_segments_has_exactly_the_largest():
     sizes = [20_000_000, 16_384, 4_000_000, 65_536, 65_537, 1_000_001] + [20_000] * 100
     args = on_gpu(make(sizes, 0.001))
     before = [args[2][state : state + n].clone() for _, _, state, n, _ in args[3].tolist()]
-    for row, (_, offset, state, n, _) in enumerate(args[3].tolist()):
+    for row, (_, offset, state, n, *_) in enumerate(args[3].tolist()):
         before[row] += args[4][row] * args[1][state : state + n] + args[0][0][offset : offset + n]
     ops.compress_(*args)
-    for row, (_, _, state, n, k) in enumerate(args[3].tolist()):
+    for row, (_, _, state, n, k, _) in enumerate(args[3].tolist()):
         sent = before[row] != args[2][state : state + n]
         assert int(sent.sum()) == k
         assert before[row][sent].abs().min() >= before[row][~sent].abs().max()

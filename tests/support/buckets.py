@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgc.ops import reference, wire
+from dgc.ops import reference, wire, wire_layout
 from support.roads import ops
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -40,7 +40,7 @@ class Args:
 
     def entries(self, segment: int) -> dict[int, float]:
         """Returns what the payload says of one parameter: value by index."""
-        at = wire.wire_layout(self.segments, self.wire_dtype)
+        at = wire_layout(self.segments, self.wire_dtype)
         numel, k = self.segments[:, 3].tolist(), self.segments[:, 4].tolist()
         tiles = [math.ceil(n / 65536) for n in numel]
         ends = [0, *self.payload[at.ends : at.ends + 4 * sum(tiles)].view(torch.int32).tolist()]
@@ -59,7 +59,7 @@ class Args:
 
     @property
     def used(self) -> list[int]:
-        at = wire.wire_layout(self.segments, self.wire_dtype)
+        at = wire_layout(self.segments, self.wire_dtype)
         return self.payload[at.used : at.used + len(self.segments)].tolist()
 
 
@@ -80,12 +80,12 @@ def make(
     generator = torch.Generator().manual_seed(seed)
     rows, at, state = [], offset, 0
     for n in sizes:
-        rows.append((0, at, state, n, max(1, math.ceil(density * n))))
+        rows.append((0, at, state, n, max(1, math.ceil(density * n)), 1))
         at += n
         state += wire.align_up(n, 32)
     segments = torch.tensor(rows)
     entries = int(segments[:, 4].sum())
-    payload = torch.zeros(wire.wire_layout(segments, wire_dtype).nbytes, dtype=torch.uint8)
+    payload = torch.zeros(wire_layout(segments, wire_dtype).nbytes, dtype=torch.uint8)
     wire.stamp(payload, fingerprint=42).fill_(7)
     return Args(
         gradients=[torch.randn(at, generator=generator).to(dtype)],
@@ -132,7 +132,7 @@ def unpack_both(
     """Runs the op and the reference, compares all bits, and returns the averages and the status."""
     numel = int((args.segments[:, 1] + args.segments[:, 3]).max())
     out = torch.full((numel,), 7.0, dtype=dtype)
-    for _, offset, _, n, _ in args.segments.tolist():
+    for _, offset, _, n, *_ in args.segments.tolist():
         out[offset : offset + n] = before
     expected = out.clone()
     status, reference_status = torch.full((2, len(payloads) + 1), 9, dtype=torch.int32)

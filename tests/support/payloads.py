@@ -134,7 +134,7 @@ def encode(row: np.ndarray, segments: Tensor, wire_dtype: torch.dtype, seed: int
     _, used, ends, indices, raw = sections(row, segments, wire_dtype)
     used[:] = random.integers(0, 256, len(used)) * random.integers(0, 2, len(used))
     entry = tile = 0
-    for n, k in segments[:, 3:].tolist():
+    for n, k in segments[:, 3:5].tolist():
         chosen = np.sort(random.choice(n, k, replace=False))
         indices[entry : entry + k] = chosen % 65_536
         tiles = -(-n // 65_536)

@@ -25,6 +25,7 @@ from torch.utils import cpp_extension
 from dgc import ops as dgc_ops
 from dgc.ops import cuda
 from dgc.ops import launch as kernels
+from dgc.ops.schema import OPS
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -73,13 +74,22 @@ def cuda_workspace(segments: Tensor) -> Tensor:
     return cuda.workspace(segments, CPU)
 
 
+def known(name: str) -> str:
+    """Returns the name of an op.
+
+    Raises:
+        AttributeError: it is none.
+    """
+    if name not in OPS:
+        raise AttributeError(name)
+    return name
+
+
 class Native:
     """The ops on the CPU."""
 
-    compress_ = staticmethod(dgc_ops.compress_)
-    unpack = staticmethod(dgc_ops.unpack)
-    restore_ = staticmethod(dgc_ops.restore_)
-    subtract_ = staticmethod(dgc_ops.subtract_)
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return getattr(dgc_ops, known(name))
 
     @staticmethod
     def workspace(segments: Tensor) -> Tensor:
@@ -95,7 +105,7 @@ class Built:
         emulator().emulate_order(3)
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        op = getattr(torch.ops.dgc, name).default
+        op = getattr(torch.ops.dgc, known(name)).default
 
         def run(*args: Any) -> None:
             if name == "subtract_" and len(args) == 3:
@@ -126,14 +136,15 @@ class Cuda:
         return dgc_ops.workspace(segments, torch.device("cuda", torch.cuda.current_device()))
 
     def __getattr__(self, name: str) -> Callable[..., None]:
+        arguments = [argument.name for argument in getattr(torch.ops.dgc, known(name)).default._schema.arguments]
+
         def run(*args: Any) -> None:
             there: list[tuple[Tensor, Tensor]] = []
 
             def move(x: Any, index: int) -> Any:
                 if isinstance(x, list):
                     return [move(item, -1) for item in x]
-                is_table = name != "subtract_" and index == {"compress_": 3}.get(name, 2)
-                if not isinstance(x, Tensor) or x.is_cuda or is_table:
+                if not isinstance(x, Tensor) or x.is_cuda or (index >= 0 and arguments[index] == "segments"):
                     return x
                 # As it lies in memory, gaps and all.
                 whole = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)

@@ -88,7 +88,7 @@ def test_restore_undoes_compress_to_the_bit(road, examples):
         args.residual *= 10.0 ** (case["exponent"] // 2)
         args.residual += 0.0  # no -0: no sum of another number gives it, and it would come back as 0
         accumulated = args.clone()
-        for row, (_, offset, state, n, _) in enumerate(args.segments.tolist()):
+        for row, (_, offset, state, n, *_) in enumerate(args.segments.tolist()):
             u, v = (None if x is None else x[state : state + n] for x in (accumulated.momentum, accumulated.residual))
             h = gradient[offset : offset + n].float() * args.scale
             reference.accumulate_(u, v, h, float(args.mu[row]), case["nesterov"])
@@ -103,7 +103,7 @@ def test_restore_undoes_compress_to_the_bit(road, examples):
             if after is None:
                 continue
             assert after.isfinite().all()
-            for row, (_, _, at, n, _) in enumerate(args.segments.tolist()):
+            for row, (_, _, at, n, *_) in enumerate(args.segments.tolist()):
                 expected = getattr(accumulated if which[row] else compressed, name)[at : at + n]
                 # Where float16 saturates so far below v, v - w is rounded (docs/wire.md).
                 rounded = (expected.abs() >= 2.0**29) & (case["wire_dtype"] == torch.float16)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgc.ops import wire
+from dgc.ops import wire, wire_layout
 from support.buckets import make
 from support.payloads import (
     fuzz,
@@ -44,14 +44,14 @@ def test_a_malformed_segment_table_is_an_error_for_every_op():
         for row, column, value in changes:
             args.segments[row, column] = value
         table = args.segments.tolist()
-        rows_fit = all(0 < entries <= n for *_, n, entries in table)
-        state_fits = rows_fit and apart([(state, n) for _, _, state, n, _ in table], len(args.residual))
+        rows_fit = all(0 < entries <= n for *_, n, entries, _ in table)
+        state_fits = rows_fit and apart([(state, n) for _, _, state, n, *_ in table], len(args.residual))
         gradient_fits = rows_fit and all(source == 0 for source, *_ in table)
-        gradient_fits &= apart([(offset, n) for _, offset, _, n, _ in table], len(args.gradients[0]))
+        gradient_fits &= apart([(offset, n) for _, offset, _, n, *_ in table], len(args.gradients[0]))
         fits = state_fits and gradient_fits
         seen[fits] += 1
         if fits:  # its payload has another size
-            args.payload = torch.zeros(wire.wire_layout(args.segments, torch.float32).nbytes, dtype=torch.uint8)
+            args.payload = torch.zeros(wire_layout(args.segments, torch.float32).nbytes, dtype=torch.uint8)
             wire.stamp(args.payload, fingerprint=42).fill_(7)
             args.sent_momentum = torch.zeros(int(args.segments[:, 4].sum()))
             args.workspace = ops.workspace(args.segments)
@@ -79,7 +79,7 @@ def test_a_malformed_segment_table_is_an_error_for_every_op():
 
 def test_a_segment_table_whose_sums_overflow_is_an_error():
     # 2^17 rows, each within its limits, of 2^47 entries in all.
-    table = torch.tensor([[0, 0, 0, 2**47 - 1, 2**47 - 1]]).repeat(2**17, 1)
+    table = torch.tensor([[0, 0, 0, 2**47 - 1, 2**47 - 1, 1]]).repeat(2**17, 1)
     args = make([64])
     assert refused(ops, args, args.payload.view(1, -1), 0, table)
     with pytest.raises(RuntimeError, match="segments"):
@@ -88,7 +88,7 @@ def test_a_segment_table_whose_sums_overflow_is_an_error():
 
 def test_a_huge_segment_is_refused_before_memory_is_taken_for_it():
     args = make([64])
-    table = torch.tensor([[0, 0, 0, 2**47 - 1, 1]])
+    table = torch.tensor([[0, 0, 0, 2**47 - 1, 1, 1]])
     call = (args.payload, torch.ones(1, dtype=torch.uint8), table, args.workspace, None, None, args.residual)
     with pytest.raises(RuntimeError, match="payload: expected"):
         ops.restore_(*call, torch.float32)

@@ -41,7 +41,7 @@ def average(
     """
     result, size = before.copy(), np.zeros_like(before)
     first = []
-    for i, (_, offset, _, n, _) in enumerate(segments.tolist()):
+    for i, (_, offset, _, n, *_) in enumerate(segments.tolist()):
         total, magnitudes = np.zeros(n), np.zeros(n)
         if any(rank[i][0] & 1 for rank in parts):
             first.append(offset)
@@ -66,7 +66,7 @@ def check_unpack(road: str, case: dict[str, Any], seen: Counter[str]) -> None:
 
     before = torch.arange(1, len(args.gradients[0]) + 6).to(case["out_dtype"])
     if not any(code % 256 for code in codes):  # as compress_ leaves them; else whatever is there has to stay
-        for _, offset, _, n, _ in args.segments.tolist():
+        for _, offset, _, n, *_ in args.segments.tolist():
             before[offset : offset + n] = 0
     out, expected = before.clone(), before.clone()
     *statuses, overflowed = unpack(ops, args, payloads, rank, [out], scale=case["scale"])
@@ -102,7 +102,7 @@ def check_unpack(road: str, case: dict[str, Any], seen: Counter[str]) -> None:
     # A sum of N in float32, a product, and the rounding to the type of the gradient; 0 where nothing was sent.
     tolerance = (len(payloads) + 1) * 2.0**-24 * size + limits.eps * abs(exact) + limits.smallest_normal * limits.eps
     inside = np.zeros(len(before), dtype=bool)
-    for _, offset, _, n, _ in args.segments.tolist():
+    for _, offset, _, n, *_ in args.segments.tolist():
         inside[offset : offset + n] = True
     error = abs(out.double().numpy()[inside & ~marked] - exact[inside & ~marked])
     assert (error <= np.where(sent_to, tolerance, 0)[inside & ~marked]).all()

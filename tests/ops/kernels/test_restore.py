@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dgc.ops import reference, wire
+from dgc.ops import reference, wire_layout
 from support.buckets import FLOATS, equal, make
 from support.roads import ops
 
@@ -16,7 +16,7 @@ def test_restore_gives_back_every_bit(wire_dtype, masking):
     args = make([70_000, 500, 3_000], 0.01, wire_dtype=wire_dtype, masking=masking)
     args.gradients[0] *= 3e4
     before = args.clone()
-    for row, (_, offset, state, n, _) in enumerate(args.segments.tolist()):
+    for row, (_, offset, state, n, *_) in enumerate(args.segments.tolist()):
         u, v = before.momentum[state : state + n], before.residual[state : state + n]
         reference.accumulate_(u, v, before.gradients[0][offset : offset + n], float(args.mu[row]), False)
     ops.compress_(*args.list())
@@ -25,7 +25,7 @@ def test_restore_gives_back_every_bit(wire_dtype, masking):
     for op, a in ((ops, args), (reference, after)):
         op.restore_(a.payload, which, a.segments, a.workspace, a.sent_momentum, a.momentum, a.residual, a.wire_dtype)
     equal(args, after)
-    for row, (_, _, state, n, _) in enumerate(args.segments.tolist()):
+    for row, (_, _, state, n, *_) in enumerate(args.segments.tolist()):
         mine = slice(state, state + n)
         restored = torch.equal(args.residual[mine], before.residual[mine])
         assert restored == bool(which[row])
@@ -35,7 +35,7 @@ def test_restore_gives_back_every_bit(wire_dtype, masking):
 def test_restore_refuses_a_payload_of_other_segments(road):
     args = make([100], 0.05)
     ops.compress_(*args.list())
-    at = wire.wire_layout(args.segments, args.wire_dtype)
+    at = wire_layout(args.segments, args.wire_dtype)
     args.payload[at.indices : at.indices + 2].view(torch.int16).fill_(-1)
     which = torch.ones(1, dtype=torch.uint8)
     call = (args.payload, which, args.segments, args.workspace, None, None, args.residual, torch.float32)

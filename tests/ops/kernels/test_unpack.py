@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dgc.ops import wire
+from dgc.ops import wire, wire_layout
 from support.buckets import FLOATS, Args, compress_both, make, unpack_both
 from support.roads import ops
 
@@ -22,7 +22,7 @@ def test_a_parameter_that_no_rank_used_gets_zeros():
     assert out[:100].count_nonzero() == 0
     assert out[100:].count_nonzero() == 700
     other = args.payload.clone()
-    other[wire.wire_layout(args.segments, args.wire_dtype).used] = 1
+    other[wire_layout(args.segments, args.wire_dtype).used] = 1
     out, _ = unpack_both(args, torch.stack([args.payload, other]))
     assert out[:100].count_nonzero() == 1
 
@@ -136,7 +136,7 @@ def test_gradients_in_tensors_of_their_own():
 
 def corrupt(args: Args, what: str) -> torch.Tensor:
     """Returns three payloads of which the middle one is wrong."""
-    at = wire.wire_layout(args.segments, args.wire_dtype)
+    at = wire_layout(args.segments, args.wire_dtype)
     bad = args.payload.clone()
     ends = bad[at.ends : at.ends + 4 * 3].view(torch.int32)  # two tiles and one
     indices = bad[at.indices : at.values].view(torch.int16)
@@ -206,7 +206,7 @@ def test_every_rank_has_a_status_of_its_own():
     payloads = torch.stack([args.payload, *(corrupt(args, what)[1] for what in wrong)])
     # Two things wrong with one payload: the smaller code.
     payloads[1] = corrupt(args, "nan")[1]
-    at = wire.wire_layout(args.segments, args.wire_dtype).indices
+    at = wire_layout(args.segments, args.wire_dtype).indices
     payloads[1, at : at + 4].view(torch.int16).copy_(torch.tensor([5, 5], dtype=torch.int16))
     _, status = unpack_both(args, payloads)
     assert status == [0, 5, 2, 5, 4, 3, 0]
@@ -227,7 +227,7 @@ def test_random_bytes_never_crash_and_never_pass():
     args = make([70_000, 300], 0.01)
     ops.compress_(*args.list())
     generator = torch.Generator().manual_seed(0)
-    at = wire.wire_layout(args.segments, args.wire_dtype)
+    at = wire_layout(args.segments, args.wire_dtype)
     for _ in range(200):
         payloads = torch.stack([args.payload] * 2)
         noise = torch.randint(0, 256, (at.nbytes - at.ends,), generator=generator, dtype=torch.uint8)

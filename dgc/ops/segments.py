@@ -1,0 +1,229 @@
+"""The segment table, which says what a bucket compresses and where it lies, and all that follows from it.
+
+The ops take the table itself, a plain int64 tensor on the CPU. Python code takes what `Segments` has worked out of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .wire import GROUP, TILE, WireLayout, div_up, layout_of
+
+
+class Segment(NamedTuple):
+    """A row of the segment table: one compressed parameter of a bucket. csrc/wire.h has its twin."""
+
+    source: int
+    """The gradient tensor that holds it."""
+    offset: int
+    """Its first element there."""
+    state: int
+    """Its first element in momentum and residual."""
+    numel: int
+    """Its elements."""
+    entries: int
+    """k: the entries that it sends at each step."""
+    unit: int = 1
+    """The number of consecutive elements that are chosen as one: 1, or a group of 32."""
+
+
+COLUMNS = Segment._fields
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """A segment table, and what follows from it, each worked out once.
+
+    The table is its own copy, so nobody else changes it, and nobody may change it here.
+    """
+
+    table: Tensor
+    """int64 [segments, columns] on the CPU, what the ops take as `segments`."""
+    _layouts: dict[torch.dtype, WireLayout] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Copies the table.
+
+        Raises:
+            RuntimeError: it is no table of segments.
+        """
+        table = self.table
+        if table.device.type != "cpu" or table.dtype != torch.int64 or table.shape[1:] != (len(COLUMNS),):
+            raise RuntimeError(
+                f"segments: expected a contiguous int64 CPU tensor of shape [segments, {len(COLUMNS)}], got "
+                f"{table.dtype} on {table.device} of shape {tuple(table.shape)}"
+            )
+        object.__setattr__(self, "table", table.detach().clone(memory_format=torch.contiguous_format))
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Segment | tuple[int, ...]]) -> Segments:
+        """Returns the table of these rows, in the order of COLUMNS."""
+        # Types and devices are written out: torch has defaults of its own that users change.
+        table = torch.tensor([Segment(*row) for row in rows], dtype=torch.int64, device="cpu")
+        return cls(table.view(-1, len(COLUMNS)))
+
+    def __len__(self) -> int:
+        """Returns the number of parameters."""
+        return len(self.table)
+
+    @cached_property
+    def rows(self) -> tuple[Segment, ...]:
+        """The rows as numbers."""
+        return tuple(Segment(*row) for row in self.table.tolist())
+
+    @property
+    def source(self) -> Tensor:
+        """The gradient tensor that holds each parameter: int64 [segments], as all columns are."""
+        return self.table[:, 0]
+
+    @property
+    def offset(self) -> Tensor:
+        """The first element of each parameter in its gradient tensor."""
+        return self.table[:, 1]
+
+    @property
+    def state(self) -> Tensor:
+        """The first element of each parameter in momentum and residual."""
+        return self.table[:, 2]
+
+    @property
+    def numel(self) -> Tensor:
+        """The elements of each parameter."""
+        return self.table[:, 3]
+
+    @property
+    def entries(self) -> Tensor:
+        """The entries that each parameter sends."""
+        return self.table[:, 4]
+
+    @property
+    def unit(self) -> Tensor:
+        """The elements of each parameter that are chosen as one."""
+        return self.table[:, 5]
+
+    @cached_property
+    def tiles(self) -> Tensor:
+        """The tiles of each parameter: int64 [segments]."""
+        return (self.numel + TILE - 1) // TILE
+
+    @cached_property
+    def n_tiles(self) -> int:
+        """The tiles of the bucket."""
+        return sum(div_up(row.numel, TILE) for row in self.rows)
+
+    @cached_property
+    def n_entries(self) -> int:
+        """The entries that the bucket sends."""
+        return sum(row.entries for row in self.rows)
+
+    @cached_property
+    def n_state(self) -> int:
+        """The elements that momentum and residual have at least."""
+        return max((row.state + row.numel for row in self.rows), default=0)
+
+    @cached_property
+    def first_tile(self) -> Tensor:
+        """The first tile of each parameter, counted in the bucket: int64 [segments]."""
+        return self.tiles.cumsum(0) - self.tiles
+
+    @cached_property
+    def first_entry(self) -> Tensor:
+        """The first entry of each parameter, counted in the payload: int64 [segments]."""
+        return self.entries.cumsum(0) - self.entries
+
+    @cached_property
+    def segment_of_tile(self) -> Tensor:
+        """The parameter that each tile belongs to: int64 [tiles]."""
+        return torch.repeat_interleave(torch.arange(len(self), dtype=torch.int64, device="cpu"), self.tiles)
+
+    @cached_property
+    def tile_begin(self) -> Tensor:
+        """The first element of each tile, counted in its parameter: int64 [tiles]."""
+        tile = torch.arange(self.n_tiles, dtype=torch.int64, device="cpu")
+        return (tile - self.first_tile[self.segment_of_tile]) * TILE
+
+    @cached_property
+    def tile_numel(self) -> Tensor:
+        """The elements of each tile: int64 [tiles]."""
+        return (self.numel[self.segment_of_tile] - self.tile_begin).clamp(max=TILE)
+
+    def check(self) -> None:
+        """Checks that the kernels stay inside their memory with this table; what passed once is not checked again.
+
+        Raises:
+            RuntimeError: a row is out of range, or two lie on the same elements, which would race.
+        """
+        if not self._sound:
+            raise RuntimeError("segments: expected none to overlap")
+
+    @cached_property
+    def _sound(self) -> bool:
+        """Checks every row on its own, and returns whether no two overlap."""
+        places = self.table[:, :3]
+        in_range = (places >= 0).all() & (self.table < 2**47).all()
+        if not in_range or not ((self.entries > 0) & (self.entries <= self.numel)).all():
+            raise RuntimeError("segments: expected source, offset, state >= 0 and 0 < entries <= numel")
+        for row in self.rows:
+            whole = row.numel % GROUP == row.entries % GROUP == 0
+            if not (row.unit == 1 or (row.unit == GROUP and whole)):
+                raise RuntimeError(
+                    f"segments: expected unit 1, or {GROUP} with numel and entries multiples of it, got unit "
+                    f"{row.unit}, entries {row.entries}, numel {row.numel}"
+                )
+        if self.n_entries >= 2**32:
+            raise RuntimeError(
+                f"segments: expected fewer than 2^32 entries a bucket, got {self.n_entries}: use smaller buckets"
+            )
+        in_state = sorted((0, row.state, row.numel) for row in self.rows)
+        in_gradients = sorted((row.source, row.offset, row.numel) for row in self.rows)
+        return all(
+            before[0] != after[0] or before[1] + before[2] <= after[1]
+            for spans in (in_state, in_gradients)
+            for before, after in pairwise(spans)
+        )
+
+    def wire(self, wire_dtype: torch.dtype) -> WireLayout:
+        """Returns where the sections of a payload start, with values of this type."""
+        if wire_dtype not in self._layouts:
+            layout = layout_of(len(self), self.n_tiles, self.n_entries, wire_dtype.itemsize)
+            self._layouts[wire_dtype] = layout
+        return self._layouts[wire_dtype]
+
+
+_KNOWN: MutableMapping[Tensor, Segments] = WeakIdKeyDictionary()
+"""The known tables that came as tensors. Segments has a copy of the table, or the tensor would never go."""
+
+
+def segments_of(table: Tensor | Segments) -> Segments:
+    """Returns what a segment table says: worked out once for each tensor, and again where its contents changed."""
+    if isinstance(table, Segments):
+        return table
+    known = _KNOWN.get(table)
+    if known is None or not torch.equal(known.table, table):
+        known = _KNOWN[table] = Segments(table)
+    return known
+
+
+def checked(table: Tensor) -> Segments:
+    """Returns what a segment table says, where it is sound: see Segments.check."""
+    segments = segments_of(table)
+    segments.check()
+    return segments
+
+
+def wire_layout(segments: Tensor | Segments, wire_dtype: torch.dtype) -> WireLayout:
+    """Returns where the sections of a bucket's payload start.
+
+    Args:
+        segments: the table, or what is known of it.
+        wire_dtype: of the values: float32, bfloat16 or float16.
+    """
+    return segments_of(segments).wire(wire_dtype)

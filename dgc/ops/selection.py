@@ -1,0 +1,72 @@
+"""The entries that a bucket's selection holds: where the sections of its bytes are, and what they say.
+
+A selection is what dgc::compress_ writes and dgc::unpack reads; docs/wire.md has its layout.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .segments import Segments
+from .wire import TILE
+
+
+class Entries(NamedTuple):
+    """The sections of a selection behind its header and its marks: views, to be read and written."""
+
+    ends: Tensor
+    """int32 [tiles]: entries of the bucket up to and including each tile."""
+    indices: Tensor
+    """int16 [entries], unsigned in truth: elements inside their tile, rising."""
+    values: Tensor
+    """[entries], in the selection's type."""
+
+
+def entries_of(selection: Tensor, segments: Segments, dtype: torch.dtype) -> Entries:
+    """Returns the sections of a selection.
+
+    Args:
+        selection: uint8 [bytes].
+        segments: of its bucket.
+        dtype: of its values.
+    """
+    at = segments.wire(dtype)
+    return Entries(
+        ends=selection[at.ends : at.ends + 4 * segments.n_tiles].view(torch.int32),
+        indices=selection[at.indices : at.indices + 2 * segments.n_entries].view(torch.int16),
+        values=selection[at.values : at.values + dtype.itemsize * segments.n_entries].view(dtype),
+    )
+
+
+def positions(selection: Tensor, segments: Segments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns where a selection's entries stand in the flat tensors of memory, int64 [entries], and their values.
+
+    Args:
+        selection: uint8 [bytes], this rank's own.
+        segments: of its bucket.
+        dtype: of its values.
+    """
+    entries = entries_of(selection, segments, dtype)
+    begin = (segments.state[segments.segment_of_tile] + segments.tile_begin).to(selection.device)
+    counts = entries.ends.diff(prepend=entries.ends.new_zeros(1)).long()
+    return torch.repeat_interleave(begin, counts) + (entries.indices.long() & 0xFFFF), entries.values.float()
+
+
+def first_indices(payload: Tensor, segments: Segments, wire_dtype: torch.dtype) -> Tensor:
+    """Returns where the first entry of each parameter in a payload is: int64 [segments], an element of the parameter.
+
+    Args:
+        payload: uint8 [bytes], this rank's own.
+        segments: of its bucket.
+        wire_dtype: of its values.
+    """
+    at = segments.wire(wire_dtype)
+    first = segments.first_entry.to(payload.device)
+    first_tile = segments.first_tile.to(payload.device)
+    ends = payload[at.ends : at.ends + 4 * segments.n_tiles].view(torch.int32)
+    tile = torch.searchsorted(ends, first.to(torch.int32), right=True)
+    inside = payload[at.indices : at.values].view(torch.int16)[first].long() & 0xFFFF
+    return (tile - first_tile) * TILE + inside
