@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dgc.ops import Segments, reference, wire
-from dgc.ops.segments import COLUMNS, first_indices, segments_of, wire_layout
+from dgc.ops.segments import COLUMNS, segments_of, wire_layout
+from dgc.ops.selection import first_indices
 from support.buckets import equal, make
 from support.roads import ops
 
