@@ -9,15 +9,9 @@ directory of DGC's says that the whole step is there.
 
 from __future__ import annotations
 
-import ctypes
 import json
-import pickle
-import re
 import shutil
-import warnings
-import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,22 +20,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata
 
+from .checkpoint_reader import Reader, crc32, without_process_group
 from .exchange.distributed import DistributedExchange
 from .memory import share as shares
 from .state import DGCState
-
-_KEY = re.compile(r"rank(\d+)\.(?:about|[^.]+\.(.+))", re.DOTALL)
-_IN_METADATA = {
-    *(("torch.distributed.checkpoint.metadata", name) for name in dcp.metadata.__all__),
-    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    *(("torch", name) for name in ("Size", "float32", "uint8")),
-    *((module, "PosixPath") for module in ("pathlib", "pathlib._local")),
-}
-"""All that the metadata of our checkpoints is pickled from."""
 
 
 def save(state: DGCState, directory: str | Path) -> None:
@@ -74,7 +57,7 @@ def save(state: DGCState, directory: str | Path) -> None:
     # Also a barrier: DCP makes the directory on every rank, before any rank writes.
     _raise_on_all(exchange, failure, "save", whole)
     try:
-        with _without_process_group():
+        with without_process_group():
             dcp.save(
                 {f"rank{exchange.rank}.{name}": tensor for name, tensor in tensors.items()},
                 storage_writer=dcp.FileSystemWriter(str(partial)),
@@ -82,7 +65,7 @@ def save(state: DGCState, directory: str | Path) -> None:
                 no_dist=not dist.is_initialized(),
             )
         if exchange.rank == 0:
-            if missing := [rank for rank, there in _Reader(partial).complete().items() if not there]:
+            if missing := [rank for rank, there in Reader(partial).complete().items() if not there]:
                 raise RuntimeError(f"rank {missing} wrote somewhere else: expected a file system that all ranks share")
             _replace(whole, partial)
     except (Exception, dcp.CheckpointException) as error:
@@ -133,7 +116,7 @@ def _choose(
         if replaced.exists():
             why = f"the run died when it replaced one: rename {replaced}, which is complete, and remove {partial}"
         raise FileNotFoundError(f"expected a checkpoint, but {why}")
-    reader = _Reader(directory)
+    reader = Reader(directory)
     complete = reader.complete()
     there = [rank for rank, is_there in complete.items() if is_there]
     wanted = shares.weights(exchange.rank, exchange.world_size, len(complete))
@@ -141,95 +124,6 @@ def _choose(
     state_dicts = [reader.state_dict_of(rank) for rank in chosen]
     place = exchange.rank, exchange.world_size
     return shares.choose(state.memory, state_dicts, *place, allow_missing_ranks)
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads our checkpoints, believing nothing: neither the pickled metadata, nor the bytes."""
-
-    def __init__(self, directory: Path) -> None:
-        super().__init__(str(directory))
-        self._directory = directory
-        with (directory / ".metadata").open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-        if not isinstance(metadata, Metadata):
-            raise ValueError(f".metadata: expected DCP's, got {type(metadata).__name__}")
-        self._metadata = metadata
-        self._keys: dict[int, list[str]] = {}
-        for key in metadata.state_dict_metadata:
-            match = _KEY.fullmatch(key)
-            if match is None:
-                raise ValueError(f".metadata: expected what dgc.checkpoint.save() writes, got an entry {key!r:.100}")
-            self._keys.setdefault(int(match[1]), []).append(key)
-        if sorted(self._keys) != list(range(len(self._keys))):
-            raise ValueError(f".metadata: expected entries of ranks from 0 on, got those of {sorted(self._keys)}")
-        self._files: dict[str, tuple[Path, int]] = {}  # by key: the file, and where the entry ends there
-        for index, info in metadata.storage_data.items():
-            self._files[index.fqn] = directory / Path(info.relative_path).name, info.offset + info.length
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Returns the metadata that has been checked."""
-        self._metadata.storage_meta = dcp.metadata.StorageMeta(load_id=self.load_id)
-        return self._metadata
-
-    def complete(self) -> dict[int, bool]:
-        """Returns for each rank whether its part is there.
-
-        Raises:
-            ValueError: a file is shorter than it should be.
-        """
-        there = {}
-        for rank, keys in sorted(self._keys.items()):
-            if unknown := [key for key in keys if key not in self._files]:
-                raise ValueError(f".metadata: expected a file for every entry, got none for {unknown[0]}")
-            files = [self._files[key] for key in keys]
-            there[rank] = all(file.exists() for file, _ in files)
-            for file, end in files:
-                if there[rank] and file.stat().st_size < end:
-                    raise ValueError(f"{file.name}: expected {end} bytes or more, got {file.stat().st_size}: truncated")
-        return there
-
-    def state_dict_of(self, rank: int) -> dict[str, Any]:
-        """Returns what a rank's state_dict() was."""
-        template = {}
-        for key in self._keys[rank]:
-            entry = self._metadata.state_dict_metadata[key]
-            file, _ = self._files[key]
-            # What a damaged size asks for might be more memory than there is.
-            if not isinstance(entry, dcp.metadata.TensorStorageMetadata) or entry.size.numel() > file.stat().st_size:
-                raise ValueError(f"{key}: expected a tensor that fits into {file.name}, got {entry!r:.100}")
-            template[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
-        with _without_process_group():
-            dcp.load(template, storage_reader=self, no_dist=True)
-        prefix = f"rank{rank}."
-        tensors = {key[len(prefix) :]: tensor for key, tensor in template.items()}
-        about = json.loads(bytes(tensors.pop("about").tolist()))
-        expected = about.pop("crc32")
-        if damaged := [name for name, tensor in tensors.items() if _crc32(tensor) != expected.get(name)]:
-            raise ValueError(f"rank {rank}: {', '.join(damaged)} is not what was saved: the file is damaged")
-        kinds: dict[str, dict[str, Tensor]] = {"momentum": {}, "residual": {}}
-        for key, tensor in tensors.items():
-            kind, name = key.split(".", 1)
-            kinds.setdefault(kind, {})[name] = tensor
-        version = about.pop("version", None)
-        if version not in (1, shares.VERSION):
-            raise ValueError(
-                f"rank {rank}: expected version 1 or {shares.VERSION} of dgc's checkpoints, got {version!r}"
-            )
-        return {**about, **kinds}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """DCP reads its metadata with plain pickle, which runs whatever a file says."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Returns a class that metadata is made of.
-
-        Raises:
-            pickle.UnpicklingError: another one is asked for.
-        """
-        if (module, name) not in _IN_METADATA:
-            raise pickle.UnpicklingError(f".metadata: expected what dgc.checkpoint.save() writes, got {module}.{name}")
-        return super().find_class(module, name)
 
 
 def _exchange_of(state: DGCState) -> DistributedExchange:
@@ -270,7 +164,7 @@ def _entries(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     tensors = {f"{kind}.{name}": tensor for kind, named in kinds.items() for name, tensor in named.items()}
     about = {key: value for key, value in state_dict.items() if key not in kinds}
     about["version"] = shares.VERSION
-    about["crc32"] = {name: _crc32(tensor) for name, tensor in tensors.items()}
+    about["crc32"] = {name: crc32(tensor) for name, tensor in tensors.items()}
     tensors["about"] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
     return tensors
 
@@ -304,17 +198,3 @@ def _replace(whole: Path, partial: Path) -> None:
 def _remove(directory: Path) -> None:
     if directory.exists():
         shutil.rmtree(directory)
-
-
-def _crc32(tensor: Tensor) -> int:
-    tensor = tensor.detach().cpu().contiguous()
-    # Through ctypes, since numpy need not be there.
-    return zlib.crc32((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())) if tensor.numel() else 0
-
-
-@contextmanager
-def _without_process_group() -> Iterator[None]:
-    """Keeps DCP from warning where it is told to work without a process group, as we mean it to."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield

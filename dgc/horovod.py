@@ -8,7 +8,7 @@ optimizer = dgc.horovod.DistributedOptimizer(optimizer, named_parameters=model.n
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,23 +20,18 @@ except ImportError as error:
         f"dgc.horovod: expected Horovod with support for this torch, got: {error}. launch/install_horovod.sh builds "
         "and installs Horovod 0.28.1"
     ) from error
-from horovod.common.util import split_list
 from horovod.torch.compression import Compressor
 from horovod.torch.optimizer import _DistributedOptimizer as _Horovod
 from torch import Tensor
 from torch.amp import GradScaler
-from torch.futures import Future
 from torch.optim.optimizer import Optimizer
 
 from . import horovod_elastic
 from .config import DGCConfig
 from .exchange.horovod import HorovodExchange
-from .memory.slots import Gradients, Slot, has_strides
+from .horovod_fusion import Fusion, fuse
 from .optim import SGD
 from .state import DGCState
-
-MAX_GROUP = 256
-"""Parameters in one group: the kernels for a GPU take no more gradient tensors at once."""
 
 
 class DGCCompressor(Compressor):
@@ -61,6 +56,10 @@ class DGCCompressor(Compressor):
         """How gradients are compressed."""
         self.bucket_cap_mb = bucket_cap_mb
         """MiB of gradients that are compressed and sent together."""
+
+    def __repr__(self) -> str:
+        """Says how gradients are to be compressed."""
+        return f"DGCCompressor({self.config}, bucket_cap_mb={self.bucket_cap_mb:g})"
 
     @staticmethod
     def compress(tensor: Tensor) -> tuple[Tensor, Any]:
@@ -164,7 +163,7 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     distributed.state.update(optimizer.state)
     if not process_set.included():
         distributed.process_set = _Alone()  # or synchronize() would leave out what DGC does by itself
-    distributed._groups = None  # hooks then ask for each parameter; _Fusion puts them together
+    distributed._groups = None  # hooks then ask for each parameter; Fusion puts them together
 
     names = distributed._parameter_names
     held = [p for group in distributed.param_groups for p in group["params"]]
@@ -185,98 +184,9 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
         exchange=exchange,
         average=op == hvd.Average,
     )
-    distributed._fusion = _Fusion(distributed.dgc_state, fused)
+    distributed._fusion = Fusion(distributed.dgc_state, fused)
     _Horovod._register_hooks(distributed)  # with one process too, where Horovod has none
     return distributed
-
-
-def fuse(
-    parameters: Sequence[Tensor], groups: int | list[list[Tensor]] | None, bucket_cap_mb: float
-) -> list[list[Tensor]]:
-    """Returns the groups of parameters that travel together.
-
-    Args:
-        parameters: all trainable ones, in the order of the model.
-        groups: how many there shall be; or the groups themselves, where parameters that none of them has get one each;
-            or None: as many as fit into bucket_cap_mb, from the last to the first, since gradients come in about that
-            order.
-        bucket_cap_mb: MiB of gradients in a group.
-    """
-    if isinstance(groups, int):
-        chosen = split_list(list(parameters), groups)
-    elif groups is not None:
-        known, grouped = set(map(id, parameters)), {id(p) for group in groups for p in group}
-        chosen = [[p for p in group if id(p) in known] for group in groups]
-        chosen += [[p] for p in parameters if id(p) not in grouped]
-    else:
-        chosen = []
-        filling: dict[torch.dtype, list[Tensor]] = {}
-        for p in reversed(parameters):
-            group = filling.get(p.dtype)
-            if group is None or sum(q.nbytes for q in group) + p.nbytes > bucket_cap_mb * 2**20:
-                chosen.append(group := [])
-            group.append(p)
-            filling[p.dtype] = group
-    return [list(group[i : i + MAX_GROUP]) for group in chosen for i in range(0, len(group), MAX_GROUP)]
-
-
-class _Fusion:
-    """Which gradients of a backward pass are there already; hands a group to DGCState when all of its are."""
-
-    def __init__(self, state: DGCState, groups: Sequence[Sequence[Tensor]]) -> None:
-        self._state = state
-        self._groups = groups
-        self._group_of = {p: i for i, group in enumerate(groups) for p in group}
-        self._sent: dict[int, tuple[Future[Tensor], dict[Tensor, Tensor]]] = {}
-        """By group: what completes when it is reduced, and the gradients."""
-        self.reset()
-
-    def reset(self) -> None:
-        """Waits for the first gradient of a backward pass."""
-        self._missing = [set(group) for group in self._groups]
-        self._left = len(self._groups)
-
-    def forget(self) -> None:
-        """Lets go of the gradients, so that zero_grad() can free their memory."""
-        self._sent.clear()
-
-    def add(self, p: Tensor) -> Callable[[], Tensor]:
-        """Takes note of a gradient; returns what waits for the reduced one."""
-        index = self._group_of[p]
-        self._missing[index].discard(p)
-        if not self._missing[index]:
-            if self._left == len(self._groups):
-                self._state.begin()
-            self._left -= 1
-            group = self._groups[index]
-            slots = [self._state.slot(p) for p in group]
-            flat = [_flat_gradient(p, slot) for p, slot in zip(group, slots, strict=True)]
-            future = self._state.reduce(Gradients(slots, flat, [(i, 0) for i in range(len(group))]))
-            self._sent[index] = future, {p: p.grad for p in group if p.grad is not None}
-            if self._left == 0:
-                self._state.end()
-                self.reset()
-
-        def reduced() -> Tensor:
-            self._state.wait()
-            future, gradients = self._sent[index]
-            future.wait()
-            return gradients[p]  # which p.grad need not be any more
-
-        return reduced
-
-
-def _flat_gradient(p: Tensor, slot: Slot) -> Tensor:
-    """Returns the gradient, flat, in the order of the parameter's memory; changes .grad where that has another."""
-    if p.grad is None:  # unused here, but another rank may have one
-        p.grad = torch.zeros_like(p)
-    if p.grad.is_sparse:
-        raise ValueError(
-            "dgc.horovod: expected dense gradients, got a sparse one (nn.Embedding(sparse=True)?): use sparse=False"
-        )
-    if not has_strides(p.grad, slot.strides):
-        p.grad = torch.empty_strided(slot.shape, slot.strides, dtype=p.dtype, device=p.device).copy_(p.grad)
-    return p.grad.as_strided((slot.numel,), (1,))
 
 
 def _answer_grad_scaler(optimizer: Any) -> bool:

@@ -18,7 +18,7 @@ LEVELS = [
     {"memory"},
     {"step"},
     {"ddp", "state"},
-    {"checkpoint", "horovod", "horovod_elastic", "__init__"},
+    {"checkpoint", "checkpoint_reader", "horovod", "horovod_elastic", "horovod_fusion", "__init__"},
 ]
 """From the bottom up: each imports from those before it, and from its own level without a circle."""
 ROOMS = {"ops", "exchange", "optim", "memory", "step"}

@@ -1,0 +1,105 @@
+"""Fusion: which gradients travel together in Horovod, and which of a backward pass are there already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from horovod.common.util import split_list
+from torch import Tensor
+from torch.futures import Future
+
+from .memory.slots import Gradients, Slot, has_strides
+from .state import DGCState
+
+MAX_GROUP = 256
+"""Parameters in one group: the kernels for a GPU take no more gradient tensors at once."""
+
+
+def fuse(
+    parameters: Sequence[Tensor], groups: int | list[list[Tensor]] | None, bucket_cap_mb: float
+) -> list[list[Tensor]]:
+    """Returns the groups of parameters that travel together.
+
+    Args:
+        parameters: all trainable ones, in the order of the model.
+        groups: how many there shall be; or the groups themselves, where parameters that none of them has get one each;
+            or None: as many as fit into bucket_cap_mb, from the last to the first, since gradients come in about that
+            order.
+        bucket_cap_mb: MiB of gradients in a group.
+    """
+    if isinstance(groups, int):
+        chosen = split_list(list(parameters), groups)
+    elif groups is not None:
+        known, grouped = set(map(id, parameters)), {id(p) for group in groups for p in group}
+        chosen = [[p for p in group if id(p) in known] for group in groups]
+        chosen += [[p] for p in parameters if id(p) not in grouped]
+    else:
+        chosen = []
+        filling: dict[torch.dtype, list[Tensor]] = {}
+        for p in reversed(parameters):
+            group = filling.get(p.dtype)
+            if group is None or sum(q.nbytes for q in group) + p.nbytes > bucket_cap_mb * 2**20:
+                chosen.append(group := [])
+            group.append(p)
+            filling[p.dtype] = group
+    return [list(group[i : i + MAX_GROUP]) for group in chosen for i in range(0, len(group), MAX_GROUP)]
+
+
+class Fusion:
+    """Which gradients of a backward pass are there already; hands a group to DGCState when all of its are."""
+
+    def __init__(self, state: DGCState, groups: Sequence[Sequence[Tensor]]) -> None:
+        self._state = state
+        self._groups = groups
+        self._group_of = {p: i for i, group in enumerate(groups) for p in group}
+        self._sent: dict[int, tuple[Future[Tensor], dict[Tensor, Tensor]]] = {}
+        """By group: what completes when it is reduced, and the gradients."""
+        self.reset()
+
+    def reset(self) -> None:
+        """Waits for the first gradient of a backward pass."""
+        self._missing = [set(group) for group in self._groups]
+        self._left = len(self._groups)
+
+    def forget(self) -> None:
+        """Lets go of the gradients, so that zero_grad() can free their memory."""
+        self._sent.clear()
+
+    def add(self, p: Tensor) -> Callable[[], Tensor]:
+        """Takes note of a gradient; returns what waits for the reduced one."""
+        index = self._group_of[p]
+        self._missing[index].discard(p)
+        if not self._missing[index]:
+            if self._left == len(self._groups):
+                self._state.begin()
+            self._left -= 1
+            group = self._groups[index]
+            slots = [self._state.slot(p) for p in group]
+            flat = [_flat_gradient(p, slot) for p, slot in zip(group, slots, strict=True)]
+            future = self._state.reduce(Gradients(slots, flat, [(i, 0) for i in range(len(group))]))
+            self._sent[index] = future, {p: p.grad for p in group if p.grad is not None}
+            if self._left == 0:
+                self._state.end()
+                self.reset()
+
+        def reduced() -> Tensor:
+            self._state.wait()
+            future, gradients = self._sent[index]
+            future.wait()
+            return gradients[p]  # which p.grad need not be any more
+
+        return reduced
+
+
+def _flat_gradient(p: Tensor, slot: Slot) -> Tensor:
+    """Returns the gradient, flat, in the order of the parameter's memory; changes .grad where that has another."""
+    if p.grad is None:  # unused here, but another rank may have one
+        p.grad = torch.zeros_like(p)
+    if p.grad.is_sparse:
+        raise ValueError(
+            "dgc.horovod: expected dense gradients, got a sparse one (nn.Embedding(sparse=True)?): use sparse=False"
+        )
+    if not has_strides(p.grad, slot.strides):
+        p.grad = torch.empty_strided(slot.shape, slot.strides, dtype=p.dtype, device=p.device).copy_(p.grad)
+    return p.grad.as_strided((slot.numel,), (1,))
