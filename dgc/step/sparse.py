@@ -187,7 +187,7 @@ class Sparse:
     def _encode(self, memory: Memory) -> None:
         """Turns the selection into the payload; what the codec loses stays in v."""
         entries = entries_of(self.selection, self.sending, self._codec.dtype)
-        before = entries.values.float()
+        before = entries.values.to(torch.float32, copy=True)
         head = self._layout.ends
         self.payload[:head].copy_(self.selection[:head])
         self._codec.encode(entries, self.sending, self.payload[head:])

@@ -307,3 +307,35 @@ def test_after_a_backward_pass_that_broke_off_only_discard_goes_on():
         one.state.end()
     one.train(g)
     assert one.state.step == 1
+
+
+def test_dense_in_the_middle_of_a_pass_is_refused():
+    one = alone()
+    one.train(normals(SHAPES, 0))
+    one.backward(normals(SHAPES, 1))
+    with pytest.raises(RuntimeError, match=r"DGCState\.dense: expected to be called between optimizer\.step"):
+        one.state.dense = True
+    assert not one.state.dense
+    one.optimizer.step()
+    one.state.dense = True
+    one.train(normals(SHAPES, 2))
+    assert one.state.stats.sent_density == 0
+
+
+def test_what_is_printed_says_where_the_run_stands():
+    one = alone()
+    one.train(normals(SHAPES, 0))
+    assert repr(one.state) == "DGCState(1 of 3 parameters compressed, density 0.01, step 1, 0 bytes sent, rank 0 of 1)"
+    one.state.dense = True
+    assert "density 0.01, switched off, step 1" in repr(one.state)
+    assert repr(one.state.config).startswith("DGCConfig(density=0.01, warmup_steps=0")
+    assert repr(one.state.stats).startswith("Stats(steps=1, density=0.01, sent_density=0.01, bytes_sent=0")
+
+
+def test_a_pass_goes_through_its_stages_and_through_no_others():
+    one = alone()
+    one.train(normals(SHAPES, 0))
+    its_pass = one.state._pass
+    for step in (its_pass.close, its_pass.claim, its_pass.settle):
+        with pytest.raises(RuntimeError, match=r"Pass: expected .*, got OVER"):
+            step()
