@@ -16,7 +16,7 @@ SGD = {"lr": 0.25, "momentum": 0.5, "weight_decay": 0.125}
 
 
 class Pairs(Exchange):
-    """Ranks 2i and 2i+1 share a payload; what travels between pairs goes by two groups, of even ranks and of odd ones."""
+    """Ranks 2i and 2i+1 share a payload; between pairs there are two groups, of even ranks and of odd ones."""
 
     def __init__(self):
         ranks = range(dist.get_world_size())

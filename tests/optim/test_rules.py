@@ -1,4 +1,4 @@
-"""Rules other than dgc.SGD's: one in plain PyTorch has the fused one's bits, one that keeps three tensors works throughout."""
+"""Rules in plain PyTorch: momentum has the fused op's bits, and one that keeps three tensors works throughout."""
 
 import copy
 
