@@ -156,8 +156,15 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     if isinstance(optimizer, SGD):
         methods["_step_supports_amp_scaling"] = property(_answer_grad_scaler)
     distributed: Any = type(parent.__name__, (parent, horovod_elastic.Compressed), {**vars(_Horovod), **methods})(
-        *(optimizer.param_groups, named, compression, backward_passes_per_step, op, gradient_predivide_factor),
-        *(groups, False, process_set),
+        params=optimizer.param_groups,
+        named_parameters=named,
+        compression=compression,
+        backward_passes_per_step=backward_passes_per_step,
+        op=op,
+        gradient_predivide_factor=gradient_predivide_factor,
+        groups=groups,
+        sparse_as_dense=False,
+        process_set=process_set,
     )
     distributed.defaults = optimizer.defaults
     distributed.state.update(optimizer.state)

@@ -87,7 +87,11 @@ def regroup(exchange: Exchange, memory: Memory, mine: Share | None) -> Share | N
         before, now = one.world_size, topology.shares
         logger.info(
             "dgc: %d ranks now, %d before, %d new; residuals multiplied by %d/%d",
-            *(now, before, now - len(survivors), now, before),
+            now,
+            before,
+            now - len(survivors),
+            now,
+            before,
         )
         if lost := sorted(set(range(before)) - {share.rank for share in survivors.values()}):
             log_lost(lost, before)

@@ -225,5 +225,8 @@ def log_lost(lost: Sequence[int], before: int) -> None:
     """Says what has gone with ranks that left."""
     logger.warning(
         "dgc: rank %s of %d left: what it had not sent is lost, %d/%d of all that waited",
-        *(numbers(lost), before, len(lost), before),
+        numbers(lost),
+        before,
+        len(lost),
+        before,
     )
