@@ -6,16 +6,14 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.futures import Future
 
 
-@dataclass(frozen=True)
-class Topology:
+class Topology(NamedTuple):
     """The numbers that "world size" stands for; all the same where every rank sends a payload of its own.
 
     Where several ranks share one, as the GPUs of a node whose gradients are summed first, they differ.

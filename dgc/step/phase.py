@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from dgc.config import DGCConfig
 from dgc.memory.slots import Slot
@@ -15,8 +15,7 @@ MASKED_BELOW = 0.01
 """Density from which on DGCConfig.momentum_masking "auto" does not mask."""
 
 
-@dataclass(frozen=True)
-class Phase:
+class Phase(NamedTuple):
     """A stretch of steps that send alike."""
 
     density: float
