@@ -7,6 +7,9 @@ discard()                                                 in place of step(), fr
 
 from __future__ import annotations
 
+from functools import partial
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.futures import Future
@@ -226,25 +229,43 @@ class Reducer(Claims):
         transfer = bucket.send(gradients, context, scale)
         self._pass.sent.append(future)
         # Runs in the backend's thread, or in exchange.finish(): local work only, it must never wait.
-        transfer.done.add_done_callback(lambda _: self._receive(bucket, gradients, context, transfer, future))
-
-    def _receive(
-        self,
-        bucket: Bucket,
-        gradients: Gradients,
-        context: PassContext,
-        transfer: Transfer,
-        future: Future[Tensor],
-    ) -> None:
-        try:
-            with transfer.arrived(), record_function("dgc.unpack"):
-                bucket.receive(gradients, context, self._late)
-                future.set_result(gradients.buffers[0])
-        except Exception as error:
-            # Left to itself, an exception in a callback would leave backward() waiting past every timeout.
-            future.set_exception(error)  # type: ignore[arg-type]  # torch's annotation is wrong
+        arrival = _Arrival(bucket, gradients, context, transfer, future, self._late)
+        transfer.done.add_done_callback(partial(_receive, [arrival]))
 
     def _look_for_a_lost_residual(self) -> None:
         if self._standing.step == 0 and (steps := self._standing.parameters.rule.steps_taken):
             self._tell("residual", advice.residual_missing(steps))
         self._told.add("residual")
+
+
+class _Arrival(NamedTuple):
+    """What is needed when a bucket's exchange is through."""
+
+    bucket: Bucket
+    gradients: Gradients
+    context: PassContext
+    transfer: Transfer
+    future: Future[Tensor]
+    late: bool
+
+
+def _receive(arrivals: list[_Arrival], _: object) -> None:
+    """Writes the averages into the gradients and completes the future, with the result or with the error.
+
+    The backend's thread lets go of all that leads to the process group before the result is there: a run that ends then
+    would otherwise leave it as the last owner, and gloo's process group ends the process where it is freed by a thread
+    of its own.
+
+    Args:
+        arrivals: one, which is taken out.
+    """
+    bucket, gradients, context, transfer, future, late = arrivals.pop()
+    buffer = gradients.buffers[0]
+    try:
+        with transfer.arrived(), record_function("dgc.unpack"):
+            bucket.receive(gradients, context, late)
+            del bucket, gradients, context
+            future.set_result(buffer)
+    except Exception as error:
+        # Left to itself, an exception in a callback would leave backward() waiting past every timeout.
+        future.set_exception(error)  # type: ignore[arg-type]  # torch's annotation is wrong
