@@ -87,9 +87,9 @@ class Parameters:
             f"{tuple(parameter.shape)}. Pass named_parameters() of the model that the hook is registered on"
         )
 
-    def factors(self, name: str) -> tuple[float, ...]:
-        """Returns the rule's numbers for a parameter, now."""
-        return self.rule.factors(self._groups[name])
+    def factors(self, name: str, workers: int) -> tuple[float, ...]:
+        """Returns the rule's numbers for a parameter in the coming pass; see Rule.factors."""
+        return self.rule.factors(self.by_name[name], self._groups[name], workers)
 
     def brought(self) -> list[tuple[str, dict[str, Tensor]]]:
         """Returns what a dense run left in the optimizer's state, by name and kind, and has it forgotten there."""

@@ -90,8 +90,14 @@ class Rule(ABC):
         """The kinds of tensor that it keeps of each parameter now, by the names that they have in checkpoints."""
 
     @abstractmethod
-    def factors(self, group: Mapping[str, Any]) -> tuple[float, ...]:
-        """Returns the numbers that go into compress(), of a parameter group as it is now."""
+    def factors(self, parameter: Tensor, group: Mapping[str, Any], workers: int) -> tuple[float, ...]:
+        """Returns the numbers that go into compress() for one parameter in the coming pass.
+
+        Args:
+            parameter: the optimizer's state may hold more of it, as the steps that it has taken.
+            group: its parameter group, as it is now.
+            workers: the number of gradients whose mean is the update.
+        """
 
     @abstractmethod
     def check(self) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from dgc import ops
@@ -38,7 +39,7 @@ class Foreign(Rule):
         """Nothing."""
         return ()
 
-    def factors(self, group: Mapping[str, Any]) -> tuple[float, ...]:
+    def factors(self, parameter: Tensor, group: Mapping[str, Any], workers: int) -> tuple[float, ...]:
         """Returns none."""
         return ()
 

@@ -31,7 +31,7 @@ class MomentumCorrection(Rule):
         """Momentum, where any group has some now."""
         return (MOMENTUM,) if any(group["momentum"] for group in self.optimizer.param_groups) else ()
 
-    def factors(self, group: Mapping[str, Any]) -> tuple[float, ...]:
+    def factors(self, parameter: Tensor, group: Mapping[str, Any], workers: int) -> tuple[float, ...]:
         """Returns mu."""
         return (float(group["momentum"]),)
 

@@ -32,7 +32,7 @@ class Unfused(Rule):
         Args:
             kept: by kind, float32 [numel].
             gradient: float32 [numel], clipped and unscaled.
-            factors: factors() of the parameter's group.
+            factors: factors() of the parameter.
         """
 
     def compress(self, work: Work) -> None:

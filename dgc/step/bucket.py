@@ -125,7 +125,8 @@ class Bucket:
         payload = gathered = dense = None
         if self.sparse is not None:
             with record_function("dgc.accumulate_select_pack"):
-                numbers = [self._parameters.factors(m.slot.name) for m in self.sparse.members]
+                workers = self._exchange.topology.workers
+                numbers = [self._parameters.factors(m.slot.name, workers) for m in self.sparse.members]
                 self.sparse.stamp(context.step, context.loss_scale, context.dropped)
                 payload = self.sparse.compress(gradients, self._memory, self._parameters.rule, numbers, scale)
                 gathered = self.sparse.gathered

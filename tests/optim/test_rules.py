@@ -52,7 +52,8 @@ class ThreeRule(Unfused):
     kept = KINDS
     keeps_state = True
 
-    def factors(self, group):
+    def factors(self, parameter, group, workers):
+        assert workers == (torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
         return (group["beta"],)
 
     def check(self):
