@@ -38,11 +38,7 @@ COLUMNS = Segment._fields
 
 
 class Segments:
-    """A segment table, and what follows from it, each worked out once.
-
-    Attributes:
-        table: int64 [segments, columns] on the CPU, what the ops take as `segments`. A copy, never to be changed.
-    """
+    """A segment table, and what follows from it, each worked out once."""
 
     def __init__(self, table: Tensor) -> None:
         """Copies the table.
@@ -55,8 +51,13 @@ class Segments:
                 f"segments: expected a contiguous int64 CPU tensor of shape [segments, {len(COLUMNS)}], got "
                 f"{table.dtype} on {table.device} of shape {tuple(table.shape)}"
             )
-        self.table = table.detach().clone(memory_format=torch.contiguous_format)
+        self._table = table.detach().clone(memory_format=torch.contiguous_format)
         self._layouts: dict[torch.dtype, WireLayout] = {}
+
+    @property
+    def table(self) -> Tensor:
+        """The table that the ops take, int64 [segments, columns] on the CPU: a copy, never to be changed."""
+        return self._table
 
     @classmethod
     def from_rows(cls, rows: Iterable[Segment | tuple[int, ...]]) -> Segments:

@@ -23,6 +23,7 @@ from support.training import LARGE, SHAPES, assert_replicas_equal, seed_of
 
 def made_too_early(rank, world_size, registered):
     store = dist.distributed_c10d._get_default_store()
+    dist.barrier()  # a rank that goes while another connects would end that one
     dist.destroy_process_group()
     net = Given(SHAPES)
     optimizer = dgc.SGD(net.parameters(), lr=0.5, momentum=0.5)
@@ -110,6 +111,7 @@ def again(rank, world_size, registered):
     for i in range(4):
         run.train(integers(SHAPES, seed_of(i, rank)))
     store = dist.distributed_c10d._get_default_store()
+    dist.barrier()  # a rank that goes while another connects would end that one
     dist.destroy_process_group()
     dist.init_process_group("gloo", store=dist.PrefixStore("again", store), rank=rank, world_size=world_size)
     run.ddp = DistributedDataParallel(run.net)
@@ -150,6 +152,7 @@ def test_ranks_that_differ_are_found_in_the_first_pass_without_register():
 def newcomer(rank, world_size):
     """Rank 0 trains alone, at another density; then rank 1 joins."""
     store = dist.distributed_c10d._get_default_store()
+    dist.barrier()  # a rank that goes while another connects would end that one
     dist.destroy_process_group()
     net = Given(SHAPES)
     optimizer = dgc.SGD(net.parameters(), lr=0.25, momentum=0.5)
@@ -199,6 +202,7 @@ def test_rank_0_s_state_on_every_rank_is_refused():
 
 
 def density_first(rank, world_size, densities, folder):
+    dist.barrier()  # a rank that goes while another connects would end that one
     dist.destroy_process_group()
     net = Given(SHAPES)
     optimizer = dgc.SGD(net.parameters(), lr=0.25)
