@@ -119,8 +119,7 @@ def _choose(
     reader = Reader(directory)
     complete = reader.complete()
     there = [rank for rank, is_there in complete.items() if is_there]
-    wanted = shares.weights(exchange.rank, exchange.world_size, len(complete))
-    chosen = [rank for rank in there if rank in wanted] or there[:1]
+    chosen = shares.taken(exchange.rank, exchange.world_size, len(complete), there)
     state_dicts = [reader.state_dict_of(rank) for rank in chosen]
     place = exchange.rank, exchange.world_size
     return shares.choose(state.memory, state_dicts, *place, allow_missing_ranks)

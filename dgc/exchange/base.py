@@ -6,16 +6,14 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.futures import Future
 
 
-@dataclass(frozen=True)
-class Topology:
+class Topology(NamedTuple):
     """The numbers of ranks, payloads and residuals, each of which "world size" may stand for.
 
     All of them are equal where every rank sends a payload of its own. They differ where several ranks share a payload,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -156,6 +156,20 @@ def weights(rank: int, world_size: int, before: int) -> dict[int, float]:
     return {s: (min(end, (s + 1) * world_size) - max(begin, s * world_size)) / before for s in pieces}
 
 
+def taken(rank: int, world_size: int, before: int, there: Iterable[int]) -> list[int]:
+    """Returns the shares that a rank reads, among those that can be read, in their order.
+
+    Args:
+        rank: this process's present share.
+        world_size: present number of shares.
+        before: number of shares when they were saved.
+        there: the shares that can be read.
+    """
+    wanted = weights(rank, world_size, before)
+    # Where all are missing, any share supplies the momentum that is equal on all ranks.
+    return sorted(wanted.keys() & set(there)) or sorted(there)[:1]
+
+
 class Choice(NamedTuple):
     """The checked state_dicts that a rank takes over, with their weights."""
 
@@ -210,9 +224,7 @@ def choose(
             "of ranks is wrong, load after init_process_group(). To go on without what that rank had not sent: "
             "allow_missing_ranks=True"
         )
-    # Where all are missing, any rank's state_dict supplies the momentum that is equal on all ranks.
-    chosen = sorted(wanted.keys() & by_rank.keys()) or sorted(by_rank)[:1]
-    parts = [(wanted.get(s, 0.0), by_rank[s]) for s in chosen]
+    parts = [(wanted.get(s, 0.0), by_rank[s]) for s in taken(rank, world_size, one.world_size, by_rank)]
     memory.check([state_dict for _, state_dict in parts], one.kinds, one.diverged)
     return Choice(one, parts, missing)
 

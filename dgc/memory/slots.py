@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -12,8 +11,7 @@ from torch import Tensor
 from dgc.ops.wire import GROUP, align_up
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """The place of one parameter, or of the piece of it that this rank holds. Sizes are those of the piece."""
 
     name: str

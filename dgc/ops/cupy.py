@@ -7,13 +7,15 @@ import importlib.util
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .cuda import THREADS
-from .launch import Kernels
+
+if TYPE_CHECKING:
+    from .launch import Kernels
 
 
 def has_cupy() -> bool:
@@ -75,6 +77,8 @@ def cupy_kernels() -> Kernels:
             f"dgc: CuPy could not compile the CUDA kernels: {error}. Install a CuPy that fits the driver "
             "(pip install --no-build-isolation '.[cupy]' for CUDA 13), or uninstall it: plain PyTorch then runs, slower"
         ) from error
+
+    from .launch import Kernels  # its structs take a while to make, and few need them
 
     def launch(name: str, x: int, y: int, args: ctypes.Structure) -> None:
         # CuPy passes an array of one element by value.

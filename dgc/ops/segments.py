@@ -6,7 +6,6 @@ The ops take the table itself, a plain int64 tensor on the CPU. Python code take
 from __future__ import annotations
 
 from collections.abc import Iterable, MutableMapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
@@ -38,30 +37,26 @@ class Segment(NamedTuple):
 COLUMNS = Segment._fields
 
 
-@dataclass(frozen=True, eq=False)
 class Segments:
     """A segment table, and what follows from it, each worked out once.
 
-    The table is its own copy, so nobody else changes it, and nobody may change it here.
+    Attributes:
+        table: int64 [segments, columns] on the CPU, what the ops take as `segments`. A copy, never to be changed.
     """
 
-    table: Tensor
-    """int64 [segments, columns] on the CPU, what the ops take as `segments`."""
-    _layouts: dict[torch.dtype, WireLayout] = field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self) -> None:
+    def __init__(self, table: Tensor) -> None:
         """Copies the table.
 
         Raises:
             RuntimeError: it is no table of segments.
         """
-        table = self.table
         if table.device.type != "cpu" or table.dtype != torch.int64 or table.shape[1:] != (len(COLUMNS),):
             raise RuntimeError(
                 f"segments: expected a contiguous int64 CPU tensor of shape [segments, {len(COLUMNS)}], got "
                 f"{table.dtype} on {table.device} of shape {tuple(table.shape)}"
             )
-        object.__setattr__(self, "table", table.detach().clone(memory_format=torch.contiguous_format))
+        self.table = table.detach().clone(memory_format=torch.contiguous_format)
+        self._layouts: dict[torch.dtype, WireLayout] = {}
 
     @classmethod
     def from_rows(cls, rows: Iterable[Segment | tuple[int, ...]]) -> Segments:

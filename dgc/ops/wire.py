@@ -11,7 +11,7 @@ have the same size and one all-gather without a size exchange carries them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,8 +52,7 @@ def align_up(nbytes: int, to: int = ALIGN) -> int:
     return div_up(nbytes, to) * to
 
 
-@dataclass(frozen=True)
-class WireLayout:
+class WireLayout(NamedTuple):
     """Byte offsets of a payload's sections, and its size."""
 
     used: int

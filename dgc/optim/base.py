@@ -5,8 +5,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -44,8 +43,7 @@ class Claimer(Reducer, Protocol):
         """Claims the gradients for an optimizer that is not ours, or raises."""
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """The input and output of Rule.compress(): the compressed parameters of one bucket."""
 
     gradients: list[Tensor]

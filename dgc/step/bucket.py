@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +25,7 @@ _OVERFLOW = 1
 """Bit of a report's last number, written by unpack: an average of sent entries is not finite."""
 
 
-@dataclass(frozen=True)
-class PassContext:
+class PassContext(NamedTuple):
     """The values that all buckets of one backward pass share."""
 
     step: int
@@ -154,7 +154,7 @@ class Bucket:
         if self.dense is not None:
             self.dense.store(gradients, self._memory, context.loss_scale, self.report[-1:])
         if self.sparse is not None:
-            reduced = [gradients.of(m.index) for m in self.sparse.members]
+            reduced = [gradients.of(m.position) for m in self.sparse.members]
             witnesses = self.sparse.witnesses(gradients, context.unscale)
             context.probes.take([m.slot for m in self.sparse.members], reduced, witnesses, context.step)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from dgc.config import DGCConfig
 from dgc.memory.slots import Slot
@@ -15,8 +15,7 @@ MASKED_BELOW = 0.01
 """Density below which DGCConfig.momentum_masking "auto" masks."""
 
 
-@dataclass(frozen=True)
-class Phase:
+class Phase(NamedTuple):
     """A stretch of steps that all send the parameters in the same way."""
 
     density: float

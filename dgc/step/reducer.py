@@ -9,6 +9,9 @@ All of them belong to one Pass.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.futures import Future
@@ -227,25 +230,43 @@ class Reducer(Claims):
         transfer = bucket.send(gradients, context, scale)
         self._pass.sent.append(future)
         # It runs in the backend's thread or in exchange.finish(), so it must do local work only, and never wait.
-        transfer.done.add_done_callback(lambda _: self._receive(bucket, gradients, context, transfer, future))
-
-    def _receive(
-        self,
-        bucket: Bucket,
-        gradients: Gradients,
-        context: PassContext,
-        transfer: Transfer,
-        future: Future[Tensor],
-    ) -> None:
-        try:
-            with transfer.arrived(), record_function("dgc.unpack"):
-                bucket.receive(gradients, context, self._late)
-                future.set_result(gradients.buffers[0])
-        except Exception as error:
-            # An exception that leaves a callback is lost, and backward() would wait for the future past every timeout.
-            future.set_exception(error)  # type: ignore[arg-type]  # torch's annotation is wrong
+        arrival = _Arrival(bucket, gradients, context, transfer, future, self._late)
+        transfer.done.add_done_callback(partial(_receive, [arrival]))
 
     def _look_for_a_lost_residual(self) -> None:
         if self._standing.step == 0 and (steps := self._standing.parameters.rule.steps_taken):
             self._tell("residual", advice.residual_missing(steps))
         self._told.add("residual")
+
+
+class _Arrival(NamedTuple):
+    """The arguments of _receive: one bucket whose exchange is complete."""
+
+    bucket: Bucket
+    gradients: Gradients
+    context: PassContext
+    transfer: Transfer
+    future: Future[Tensor]
+    late: bool
+
+
+def _receive(arrivals: list[_Arrival], _: object) -> None:
+    """Writes the averages into the gradients and completes the future, with the result or with the error.
+
+    The backend's thread drops all references that lead to the process group before it completes the future. If the run
+    ended then, this thread would otherwise be the last owner of the group. gloo's process group ends the process if a
+    thread of its own frees it.
+
+    Args:
+        arrivals: a list of one arrival, which is taken out of it.
+    """
+    bucket, gradients, context, transfer, future, late = arrivals.pop()
+    buffer = gradients.buffers[0]
+    try:
+        with transfer.arrived(), record_function("dgc.unpack"):
+            bucket.receive(gradients, context, late)
+            del bucket, gradients, context
+            future.set_result(buffer)
+    except Exception as error:
+        # Left to itself, an exception in a callback would leave backward() waiting past every timeout.
+        future.set_exception(error)  # type: ignore[arg-type]  # torch's annotation is wrong

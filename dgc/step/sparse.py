@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,13 +23,12 @@ from dgc.optim.base import Rule, Work
 from .undo import Undo
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """One compressed parameter of a bucket."""
 
     slot: Slot
-    index: int
-    """Position in the bucket."""
+    position: int
+    """Position in the bucket, from 0."""
     entries: int
     """k, the number of its entries that are sent."""
 
@@ -72,7 +71,7 @@ class Sparse:
         self._codec, self._plain = codec, isinstance(codec, Plain)
         self._row = topology.row
         # Types and devices are written out everywhere, since users change torch's defaults.
-        rows = [Segment(*gradients.places[m.index], m.slot.offset, m.slot.numel, m.entries) for m in members]
+        rows = [Segment(*gradients.places[m.position], m.slot.offset, m.slot.numel, m.entries) for m in members]
         self.receiving = Segments.from_rows(rows)
         self.numel = sum(m.slot.numel for m in members)
         self.entries = sum(m.entries for m in members)
@@ -253,7 +252,7 @@ class Sparse:
         if len(gradients.buffers) == 1:
             averages = gradients.buffers[0].view(-1)[first + self.receiving.offset.to(first.device)]
         else:
-            flat = [gradients.of(m.index) for m in self.members]
+            flat = [gradients.of(m.position) for m in self.members]
             averages = torch.cat([g.index_select(0, i).float() for g, i in zip(flat, first.split(1), strict=True)])
         if unscale is not None:
             averages = (averages.float() * unscale).to(averages.dtype)

@@ -119,5 +119,5 @@ def test_what_pairs_saved_loads_on_ranks_without_pairs():
 
 
 def test_every_number_of_a_flat_topology_is_the_rank_or_the_world_size():
-    assert set(vars(Topology.flat(2, 5)).values()) == {2, 5}
-    assert [name for name, n in vars(Topology.flat(2, 5)).items() if n == 2] == ["rank", "row", "share"]
+    assert set(Topology.flat(2, 5)) == {2, 5}
+    assert [name for name, n in Topology.flat(2, 5)._asdict().items() if n == 2] == ["rank", "row", "share"]

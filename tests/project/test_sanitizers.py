@@ -41,6 +41,7 @@ print(json.dumps({name: getattr(setup.call_args.kwargs["ext_modules"][0], name) 
 """
 RUN_TESTS = """
 import sys, pytest, torch
+import dgc  # the copy beside, before pytest puts the checkout in front
 code = pytest.main(sys.argv[1:])
 print("loaded:", *torch.ops.loaded_libraries)
 sys.exit(code)

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import sys
 from dataclasses import asdict
 
 import pytest
@@ -339,3 +340,25 @@ def test_a_pass_goes_through_its_stages_and_through_no_others():
     for step in (its_pass.close, its_pass.claim, its_pass.settle):
         with pytest.raises(RuntimeError, match=r"Pass: expected .*, got OVER"):
             step()
+
+
+def test_the_thread_that_completes_a_result_owns_nothing_of_the_run():
+    """Else gloo's thread might be the last owner of the process group, which then ends the process."""
+    one = alone()
+    seen = []
+
+    def look(_) -> None:
+        frame = sys._getframe()
+        while frame.f_code.co_name != "_receive":
+            frame = frame.f_back
+        seen.append(set(frame.f_locals))
+
+    def future() -> torch.futures.Future:
+        made = torch.futures.Future()
+        made.add_done_callback(look)
+        return made
+
+    one.state.exchange.future = future
+    one.train(normals(SHAPES, 0))
+    assert len(seen) == 1
+    assert seen[0] & {"bucket", "gradients", "context"} == set()
