@@ -1,8 +1,10 @@
-"""Deep Gradient Compression for PyTorch (Lin et al., ICLR 2018): three lines in front of an unchanged training loop.
+"""Deep Gradient Compression for PyTorch (Lin et al., ICLR 2018).
 
-optimizer = dgc.SGD(model.parameters(), lr=0.1, momentum=0.9)
-state = dgc.DGCState(model.named_parameters(), optimizer, dgc.DGCConfig(density=0.001, warmup_steps=2000))
-state.register(model)
+Three lines go in front of an unchanged training loop:
+
+    optimizer = dgc.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    state = dgc.DGCState(model.named_parameters(), optimizer, dgc.DGCConfig(density=0.001, warmup_steps=2000))
+    state.register(model)
 """
 
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,7 @@ __all__ = ["SGD", "DGCConfig", "DGCState", "PayloadError", "Stats", "__version__
 
 
 def __getattr__(name: str) -> Any:
-    """Imports dgc.checkpoint where it is used first: it takes half as long to import as all the rest."""
+    """Imports dgc.checkpoint at its first use, since its import takes half as long as that of all the rest."""
     if name == "checkpoint":
         from importlib import import_module
 

@@ -1,10 +1,10 @@
 """Checkpoints of all ranks' momentum and residual in one directory, by torch.distributed.checkpoint (DCP).
 
-dgc.checkpoint.save(state, "runs/step1000/dgc")
-dgc.checkpoint.load(state, "runs/step1000/dgc")
+    dgc.checkpoint.save(state, "runs/step1000/dgc")
+    dgc.checkpoint.load(state, "runs/step1000/dgc")
 
-Both are collectives. Model and optimizer are alike on all ranks and are saved as always; save them first, so that a
-directory of DGC's says that the whole step is there.
+Both are collectives. Model and optimizer are equal on all ranks and are saved as always. Save them first, so that a
+directory of DGC's shows that the whole step is saved.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ def save(state: DGCState, directory: str | Path) -> None:
 
 
 def load(state: DGCState, directory: str | Path, *, allow_missing_ranks: bool = False) -> None:
-    """Takes up where save() was called; a collective. On an error, no rank's state has changed.
+    """Continues from a saved checkpoint; a collective. On an error, no rank's state has changed.
 
-    With another number of ranks, each takes over its part of what waited, so that the mean over the ranks is what it
-    was (docs/reliability.md).
+    On another number of ranks, each takes over its part of the saved shares, so that the mean over the ranks stays the
+    same (docs/reliability.md).
 
     Args:
         state: of the same model and DGCConfig.
@@ -169,10 +169,10 @@ def _entries(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _check_replaceable(whole: Path) -> None:
-    """Looks that what has a checkpoint's name, if anything, is one.
+    """Checks that a checkpoint's name is free, or is that of another checkpoint.
 
     Raises:
-        FileExistsError: it is something else.
+        FileExistsError: something else has that name.
     """
     if not whole.exists():
         return

@@ -1,4 +1,4 @@
-"""DGCConfig: everything that can be chosen, checked once."""
+"""DGCConfig: the options of compression, checked once, when it is made."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ WIRE_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "f
 
 @dataclass(frozen=True)
 class DGCConfig:
-    """How a model's gradients are compressed. Equal on all ranks.
+    """The options of gradient compression, equal on all ranks.
 
-    The defaults differ from the paper in two points, each of which cost accuracy in our measurements (docs/results.md):
-    momentum is not masked at high densities, and small tensors are sent dense. `DGCConfig(momentum_masking=True,
-    dense_below=0)` is the paper's setting. Sections are those of Lin et al., ICLR 2018.
+    The defaults differ from the paper in two points, because the paper's settings cost accuracy in our measurements
+    (docs/results.md): momentum is not masked at high densities, and small tensors are sent dense.
+    `DGCConfig(momentum_masking=True, dense_below=0)` is the paper's setting. Sections are those of Lin et al., ICLR
+    2018.
 
     `DGCConfig(**fields)` takes the fields as a JSON or YAML file or an argument parser gives them: lists for tuples,
-    wire_dtype by name. `as_dict()` gives them back.
+    wire_dtype by name. `as_dict()` returns them in that form.
 
     Raises:
-        ValueError: a field is out of range; the message names it, what was expected and what came.
+        ValueError: a field is out of range; the message names the field, the expected values and the given one.
     """
 
     density: float = 0.001
@@ -35,46 +36,47 @@ class DGCConfig:
     """Steps over which density falls to its final value (section 3.3). The paper: 1-4 % of the run; 0: no warm-up."""
 
     warmup_densities: tuple[float, ...] = (0.25, 0.0625, 0.015625, 0.004)
-    """Densities of the warm-up's equal phases, falling. Those not above `density` are left out. Phases in which
-    all-gather would carry more bytes than all-reduce run dense."""
+    """Densities of the warm-up's phases, which are equally long, in falling order. Those not above `density` are left
+    out. A phase runs dense where all-gather would carry at least as many bytes as all-reduce."""
 
     momentum_masking: bool | Literal["auto"] = "auto"
-    """Whether u becomes 0 where an entry was sent (section 3.2). It keeps stale momentum from overshooting, but where
-    much is sent it takes most of the momentum away: "auto" masks in steps whose density is below 1 %, in warm-up as
-    after it."""
+    """Momentum factor masking (section 3.2): u becomes 0 where an entry was sent. Masking keeps stale momentum from
+    overshooting, but at high densities it removes most of the momentum. "auto" masks in steps whose density is below
+    1 %, during warm-up and after it."""
 
     clip_norm: float | None = None
-    """Threshold of the gradient norm that one worker would use (section 3.2, local gradient clipping): each rank clips
-    its own gradient at sqrt(world size) * clip_norm before it accumulates. None: no clipping."""
+    """Local gradient clipping (section 3.2): the gradient norm at which a single worker would clip. Each rank clips its
+    own gradient at sqrt(world size) * clip_norm before accumulating it. None: no clipping."""
 
     dense_below: int = 16384
-    """Parameters with fewer elements are sent dense, as are all of one dimension or none. Larger: more bytes, less
-    staleness of small tensors. The paper: 0."""
+    """Number of elements below which a parameter is sent dense. Parameters with fewer than two dimensions always are.
+    Larger: more bytes, less staleness of small tensors. The paper: 0."""
 
     dense_parameters: tuple[str, ...] = ()
     """Names of further parameters to send dense."""
 
     wire_dtype: torch.dtype = torch.float32
-    """Type of the values on the wire: float32, bfloat16 or float16, the torch type or its name. 16 bits send 4.06 bytes
-    an entry instead of 6.06; the rounding error stays in the residual."""
+    """Type of the values on the wire: float32, bfloat16 or float16, as the torch type or its name. With 16 bits an
+    entry takes 4.06 bytes instead of 6.06, and the rounding error stays in the residual."""
 
     on_nonfinite: Literal["raise", "skip"] = "raise"
-    """What the optimizer's step() does when any rank's gradient has an Inf or NaN: raise FloatingPointError on every
-    rank, or leave this step out on every rank (dgc.SGD only). Either way the finite entries stay accumulated. On a GPU
-    the step is always left out, and the error or the log line comes with the next one."""
+    """Reaction of the optimizer's step() to an Inf or NaN in any rank's gradient: "raise" raises FloatingPointError on
+    every rank, "skip" leaves the step out on every rank (dgc.SGD only). Either way the finite entries stay accumulated.
+    On a GPU the step is always left out, and the error or the log line comes with the next step."""
 
     droppable: bool = False
-    """Whether a backward pass can be dropped with all that it added to u and v: `state.discard(drop_gradient=True)`, or
-    `p.grad = None` before step(). Costs a copy of both, 8 bytes a compressed parameter (4 without momentum), and the
-    time to make it at every pass. (docs/reliability.md)"""
+    """Makes it possible to drop a backward pass with all that it added to u and v: by
+    `state.discard(drop_gradient=True)`, or by `p.grad = None` before step(). It costs a copy of u and v at every pass,
+    8 bytes a compressed parameter (4 without momentum). See docs/reliability.md."""
 
     on_changed_gradient: Literal["warn", "raise", "ignore"] = "warn"
-    """What step() does when somebody has changed a compressed parameter's .grad since backward() (clip_grad_norm_,
-    weight decay by hand, noise: they act on the few entries that were sent, sums of many steps, not on the gradient):
-    warn once, raise RuntimeError before anything is applied (on a GPU one step later), or not look."""
+    """Reaction of step() to a compressed parameter's .grad that was changed after backward(): "warn" once, "raise"
+    RuntimeError before the update is applied (on a GPU one step later, when it has been), or "ignore", which does
+    not compare. Such changes (clip_grad_norm_, weight decay by hand, noise) act on the few entries that were sent,
+    which are sums of many steps, and not on the gradient."""
 
     def __post_init__(self) -> None:
-        """Checks every field, and stores it as the type that it is declared with."""
+        """Checks every field, and stores it in its declared type."""
         wire_type = str(self.wire_dtype).removeprefix("torch.")
         self._expect("density", _in_unit_interval(self.density), "a number in (0, 1]", float)
         self._expect("warmup_steps", _is_count(self.warmup_steps), "an integer >= 0", int)
@@ -155,7 +157,7 @@ def _is_one_of(value: object, *choices: str) -> bool:
 
 
 def _way_out(got: object, number: type[int] | type[float]) -> str:
-    """Returns what to do about a number that came as a string; nothing where none did."""
+    """Returns advice for a number that was given as a string; an empty text where none was."""
     if got == "None":
         return ". 'None' is a string: write null in JSON and YAML, None in Python, without quotes"
     for text in got if isinstance(got, (tuple, list)) else [got]:
@@ -164,7 +166,7 @@ def _way_out(got: object, number: type[int] | type[float]) -> str:
         except ValueError:
             continue
         if math.isfinite(value):
-            # YAML reads 1e-05, as Python writes it, as a string again.
+            # Python writes 1e-05, which YAML reads as a string again.
             written = str(int(value)) if number is int and value.is_integer() else repr(value)
             written = written if "." in written else written.replace("e", ".0e")
             return (

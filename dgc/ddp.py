@@ -22,22 +22,22 @@ from .memory.slots import Gradients, Slot
 
 
 class Reducer(Protocol):
-    """What the hook asks of a DGCState."""
+    """The part of DGCState that the hook uses."""
 
     @property
     def exchange(self) -> Exchange:
-        """How ranks talk."""
+        """The collectives of the ranks."""
 
     @property
     def keeps_state(self) -> bool:
-        """Whether the optimizer keeps something between steps that a rank without step() would not have."""
+        """Whether the optimizer keeps state between steps, which a rank without step() would miss."""
 
     @property
     def model(self) -> DistributedDataParallel | None:
-        """The DDP module whose gradients come, where it is known."""
+        """The DDP module whose gradients come; None where it is unknown or gone."""
 
     def bind(self, model: nn.Module) -> DistributedDataParallel:
-        """Takes the group of a DDP module, and checks its parameters."""
+        """Checks a DDP module, takes its process group, and returns the module."""
 
     def slot(self, parameter: Tensor) -> Slot:
         """Returns where a parameter lies in memory."""
@@ -53,17 +53,18 @@ class Reducer(Protocol):
 
 
 class EmptyCopyError(AttributeError, RuntimeError):
-    """A copy of a DGCState was used. An AttributeError, so that hasattr() is answered with False."""
+    """The error of using a deep copy of a DGCState; an AttributeError, so that hasattr() returns False."""
 
 
 class Copy:
-    """What a copy.deepcopy() of a DGCState is: nothing, and an error for who uses it."""
+    """The empty result of copy.deepcopy() of a DGCState; its use raises EmptyCopyError."""
 
     def __getattr__(self, name: str) -> Any:
         """Says what to copy instead.
 
         Raises:
-            EmptyCopyError: always; AttributeError for names of Python's own.
+            EmptyCopyError: always, but for names of Python's own.
+            AttributeError: the name is Python's own: it begins with two underscores.
         """
         if name.startswith("__"):
             raise AttributeError(name)
@@ -79,25 +80,26 @@ def dgc_hook(
     bucket: dist.GradBucket,
     *rest: object,
 ) -> torch.futures.Future[torch.Tensor]:
-    """Reduces one DDP bucket: what `state.register(model)` registers on a DDP module.
+    """Reduces one DDP bucket; the hook that `state.register(model)` registers on a DDP module.
 
     Args:
         state: a DGCState, made of this model's named_parameters().
         bucket: from DDP; its buffer receives the result.
-        rest: nothing; what others than DDP pass besides.
+        rest: nothing. A caller other than DDP may pass more, and is refused.
 
     Returns:
         A future of the buffer.
 
     Raises:
         TypeError: state is no DGCState, or bucket none of DDP's.
-        ValueError: the bucket holds a parameter that the state does not know; DDP has another group or other
-            parameters than the state; or join() is used with an optimizer that has momentum.
+        ValueError: the bucket holds a sparse gradient, or a parameter that the state does not know; DDP has another
+            group or other parameters than the state; or join() is used with an optimizer that keeps momentum or other
+            state.
         RuntimeError: a second backward pass before optimizer.step() has taken the first one's gradients.
     """
     _check_arguments(state, bucket, rest)
-    # Where the whole step is compiled, Dynamo is at work in this thread, and would trace what runs here. It takes a
-    # second to import, so it is asked only where it is there.
+    # Where the whole step is compiled, Dynamo traces this thread, and would trace the hook too. Its import takes a
+    # second, so it is disabled only if it has been imported already.
     reduce = _without_dynamo() if "torch._dynamo" in sys.modules else _reduce
     return reduce(state, bucket)
 
@@ -118,8 +120,8 @@ def _reduce(state: Reducer, bucket: dist.GradBucket) -> Future[Tensor]:
     # DDP packs a bucket without gaps.
     starts = accumulate((p.numel() for p in parameters), initial=0)
     places = [(0, start) for start, _ in zip(starts, parameters, strict=False)]
-    # A rank that has left DDP's join() context early is asked for zero gradients, outside any backward pass. It keeps
-    # sending its residual; no step() follows there.
+    # On a rank that has run out of data, DDP's join() calls the hook with zero gradients, outside of any backward pass.
+    # That rank keeps sending its residual, and no step() follows there.
     shadow = torch._C._current_graph_task_id() == -1
     if bucket.index() == 0:
         if state.exchange.changed:
@@ -145,13 +147,12 @@ def check_module(state: object, model: object, parameters: Mapping[str, Tensor])
 
     Args:
         state: the DGCState.
-        model: what the user calls his model.
+        model: the argument of register().
         parameters: the state's, by name.
 
     Raises:
         TypeError: it is no DDP module.
-        ValueError: DDP does not hand the gradient of each of the parameters, and of no other, to a hook; or has another
-            hook.
+        ValueError: DDP reduces more or fewer parameters than the state has; or it has another hook.
     """
     if not isinstance(model, DistributedDataParallel):
         compiled = getattr(model, "_orig_mod", None)
@@ -199,8 +200,8 @@ def ranks_of(model: DistributedDataParallel) -> list[int]:
 def registered_on(state: object) -> list[DistributedDataParallel]:
     """Returns the DDP modules on which a hook with this state is registered.
 
-    DDP tells a hook nothing of itself, and keeps the pair of hook and state in a list of its own. To look for it among
-    all objects takes some 50 ms; it is done where a group is not known yet, as at the first backward pass.
+    DDP does not tell the hook which module calls it, but lists hook and state in the module. The search through all
+    objects takes about 50 ms, so backward passes do it only while the group is unknown, as at the first one.
     """
     return [
         module
@@ -223,10 +224,10 @@ def _check_join(state: Reducer, shadow: bool) -> None:
 
 
 def _check_arguments(state: Any, bucket: Any, rest: tuple[object, ...]) -> None:
-    """Looks that DDP itself calls the hook, and for a DGCState.
+    """Checks that DDP itself calls the hook, and with a DGCState.
 
     Raises:
-        TypeError: it does not; the message says who does, and the way out.
+        TypeError: the caller or the state is another one; the message names it and the remedy.
     """
     if isinstance(state, Copy):
         state.reduce  # noqa: B018  (says what to do)

@@ -1,8 +1,10 @@
 """The door for Horovod: a compressor that carries the configuration, and the DistributedOptimizer that acts on it.
 
-optimizer = dgc.SGD(model.parameters(), lr=0.1, momentum=0.9)
-optimizer = dgc.horovod.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(),
-                                             compression=dgc.horovod.DGCCompressor(dgc.DGCConfig(density=0.001)))
+Both take the places of Horovod's own:
+
+    optimizer = dgc.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = dgc.horovod.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(),
+                                                 compression=dgc.horovod.DGCCompressor(dgc.DGCConfig(density=0.001)))
 """
 
 from __future__ import annotations
@@ -213,14 +215,14 @@ def _answer_grad_scaler(optimizer: Any) -> bool:
 
 
 class _Alone:
-    """In place of a process set that this process is not in."""
+    """A stand-in for a process set that this process is not in."""
 
     def included(self) -> bool:
         return True
 
 
 class _Methods:
-    """What differs from Horovod's methods; `self` is an object of the class that DistributedOptimizer makes."""
+    """Methods that replace Horovod's; `self` is an object of the class that DistributedOptimizer makes."""
 
     def _register_hooks(self: Any) -> None:
         """Does nothing: DistributedOptimizer registers them, once everything has been checked."""
@@ -234,7 +236,7 @@ class _Methods:
             raise
 
     def _start_afresh(self: Any) -> None:
-        """Forgets a backward pass that broke off; what it sent is dgc_state's to take back."""
+        """Forgets a backward pass that broke off; dgc_state takes back its sent entries."""
         self._handles.clear()
         self._synchronized = False
         self.set_backward_passes_per_step(self.backward_passes_per_step)

@@ -49,24 +49,24 @@ class DGCStateHandler(StateHandler):
         self._joined = self.value.joined
 
     def restore(self) -> None:
-        """Returns to what was committed, and forgets a step that broke off."""
+        """Restores the last commit, and forgets a step that broke off."""
         self.value.restore(self._saved, self._joined)
 
     def sync(self) -> None:
-        """Takes momentum and residual over into the group of workers that are there now; a collective."""
+        """Takes momentum and residual over into the group of present workers; a collective."""
         # First, since momentum factors are compared, and a newcomer's are not yet those of the schedule.
         broadcast_optimizer_state(self.value.optimizer, root_rank=0)
         self.value.regroup()
 
 
 class CompressedHandler(OptimizerStateHandler):
-    """Horovod's handler of an optimizer, for one whose momentum and residual need a handler too."""
+    """Horovod's handler of an optimizer, for one whose DGCState needs a handler too."""
 
     def __init__(self, optimizer: Any) -> None:
         """Commits for the first time.
 
         Raises:
-            ValueError: nobody commits the DGCState.
+            ValueError: no handler commits the DGCState.
         """
         # TorchState makes the handlers of model and optimizer last.
         if optimizer.dgc_state not in _handled:
@@ -78,8 +78,8 @@ class CompressedHandler(OptimizerStateHandler):
 
 
 def register() -> None:
-    """Makes hvd.elastic.TorchState know DGCState, and optimizers that have one."""
+    """Registers the handlers of DGCState, and of optimizers that have one, with hvd.elastic.TorchState."""
     registry = get_handler_registry()
     if all(kind is not DGCState for kind, _ in registry):
-        # The first that fits is taken, and ours are optimizers too.
+        # TorchState takes the first handler that fits, and Horovod's own would fit our optimizers too.
         set_handler_registry([(DGCState, DGCStateHandler), (Compressed, CompressedHandler), *registry])

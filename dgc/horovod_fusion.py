@@ -1,4 +1,4 @@
-"""Fusion: which gradients travel together in Horovod, and which of a backward pass are there already."""
+"""Fusion: the groups of gradients that travel together in Horovod, and their state in a backward pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .memory.slots import Gradients, Slot, has_strides
 from .state import DGCState
 
 MAX_GROUP = 256
-"""Parameters in one group: the kernels for a GPU take no more gradient tensors at once."""
+"""Largest number of parameters in a group, since the GPU kernels take no more gradient tensors at once."""
 
 
 def fuse(
@@ -23,8 +23,8 @@ def fuse(
 
     Args:
         parameters: all trainable ones, in the order of the model.
-        groups: how many there shall be; or the groups themselves, where parameters that none of them has get one each;
-            or None: as many as fit into bucket_cap_mb, from the last to the first, since gradients come in about that
+        groups: the number of groups; or the groups themselves, with each other parameter in a group of its own; or None
+            for groups of bucket_cap_mb, filled from the last parameter to the first, since gradients come in about that
             order.
         bucket_cap_mb: MiB of gradients in a group.
     """
@@ -47,27 +47,27 @@ def fuse(
 
 
 class Fusion:
-    """Which gradients of a backward pass are there already; hands a group to DGCState when all of its are."""
+    """Collects the gradients of a backward pass, and passes each group to DGCState when it is complete."""
 
     def __init__(self, state: DGCState, groups: Sequence[Sequence[Tensor]]) -> None:
         self._state = state
         self._groups = groups
         self._group_of = {p: i for i, group in enumerate(groups) for p in group}
         self._sent: dict[int, tuple[Future[Tensor], dict[Tensor, Tensor]]] = {}
-        """By group: what completes when it is reduced, and the gradients."""
+        """The future of each group's reduction and the group's gradients, by the group's index."""
         self.reset()
 
     def reset(self) -> None:
-        """Waits for the first gradient of a backward pass."""
+        """Prepares for the first gradient of a backward pass."""
         self._missing = [set(group) for group in self._groups]
         self._left = len(self._groups)
 
     def forget(self) -> None:
-        """Lets go of the gradients, so that zero_grad() can free their memory."""
+        """Drops the references to gradients, so that zero_grad() can free their memory."""
         self._sent.clear()
 
     def add(self, p: Tensor) -> Callable[[], Tensor]:
-        """Takes note of a gradient; returns what waits for the reduced one."""
+        """Adds a gradient, and sends its group if complete; returns a function that waits for the reduced gradient."""
         index = self._group_of[p]
         self._missing[index].discard(p)
         if not self._missing[index]:
@@ -87,13 +87,13 @@ class Fusion:
             self._state.wait()
             future, gradients = self._sent[index]
             future.wait()
-            return gradients[p]  # which p.grad need not be any more
+            return gradients[p]  # p.grad may be another tensor by now
 
         return reduced
 
 
 def _flat_gradient(p: Tensor, slot: Slot) -> Tensor:
-    """Returns the gradient, flat, in the order of the parameter's memory; changes .grad where that has another."""
+    """Returns the gradient, flat, in the order of the parameter's memory; replaces a .grad that has another order."""
     if p.grad is None:  # unused here, but another rank may have one
         p.grad = torch.zeros_like(p)
     if p.grad.is_sparse:

@@ -1,4 +1,4 @@
-"""DGCState: what a user has of DGC: it reduces gradients, holds what has not been sent yet, saves it and loads it."""
+"""DGCState: the object that a user makes. It reduces gradients, and holds, saves and loads what is not sent yet."""
 
 from __future__ import annotations
 
@@ -28,27 +28,28 @@ from .step.standing import Standing
 class DGCState(Saved):
     """Reduces gradients by Deep Gradient Compression, and holds what has not been sent yet.
 
-    All ranks compare configuration and parameters before the first exchange: in register(), or with process_group
-    already here, or in the first backward pass.
+    All ranks compare configuration and parameters before the first exchange: if process_group is given, when the state
+    is made; else in register(), or in the first backward pass.
 
     Args:
-        named_parameters: the model's, all of them. "module." in front of every name and "_orig_mod." do not matter.
-        optimizer: that applies the gradients. With dgc.SGD, momentum is corrected; an optimizer without momentum gets
-            plain accumulation (paper, Algorithm 1). One that wraps another, as Accelerate's, is unwrapped.
+        named_parameters: all of the model's. A wrapper's part of the names, such as "module." in front of all of them
+            or "_orig_mod.", is removed.
+        optimizer: the one that applies the gradients. dgc.SGD gets momentum correction; an optimizer without momentum
+            gets plain accumulation (paper, Algorithm 1). A wrapper, such as Accelerate's, is unwrapped.
         config: the same on all ranks.
         process_group: None for the group of the DDP module that the state is registered on.
         grad_scaler: the torch.amp.GradScaler that scales the loss. Gradients are unscaled before they are accumulated,
-            and results handed back at its scale, so that scaler.step(optimizer) and scaler.update() work as always.
-        exchange: how ranks talk where it is not torch.distributed; for adapters of other frameworks.
-        average: False where the update is the sum of the ranks' gradients, not their mean (Horovod's op=Sum).
-        codec: how entries travel; None for values of config.wire_dtype and 16 bits an index.
-        late: whether step() leaves the reading of its verdict to the next pass; None: on a GPU, which to wait for
-            would stall. Results are the same, an error comes one step later.
+            and results are scaled again, so that scaler.step(optimizer) and scaler.update() work as always.
+        exchange: the collectives of another framework; None for torch.distributed.
+        average: whether the update is the mean of the ranks' gradients. False: their sum (Horovod's op=Sum).
+        codec: turns entries into bytes; None for values of config.wire_dtype and 16 bits an index.
+        late: whether the verdict on a step is read in the next backward pass. Results are the same, and an error comes
+            one step later. None: True on a GPU, since waiting for the verdict would stall the host.
 
     Raises:
-        ValueError: parameters that are missing, double, of an unsupported type or on several devices; an optimizer
+        ValueError: parameters that are missing, duplicate, of an unsupported type or on several devices; an optimizer
             with momentum of its own; ranks that differ.
-        TypeError: an argument is something else; the message says what to write.
+        TypeError: an argument is of another type; the message says what to write.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class DGCState(Saved):
         codec: Codec | None = None,
         late: bool | None = None,
     ) -> None:
-        """Checks everything, agrees with the other ranks, and allocates v (and u, where there is momentum)."""
+        """Checks the arguments, agrees with the other ranks where these are known, and allocates v, and u if needed."""
         if config is not None and not isinstance(config, DGCConfig):
             raise TypeError(advice.no_config(config))
         if grad_scaler is not None and not isinstance(grad_scaler, GradScaler):
@@ -80,7 +81,7 @@ class DGCState(Saved):
         self._model: weakref.ref[DistributedDataParallel] | None = None
         if device.type != "cpu" and exchange.rank == 0:
             log.log_backend(device.type)
-        # The optimizer does not own the state: a state that is dropped frees its memory at once.
+        # The optimizer does not own the state, so that a state that the user drops frees its memory at once.
         parameters.rule.attach(self)
 
     def __repr__(self) -> str:
@@ -95,18 +96,20 @@ class DGCState(Saved):
     # Where gradients come from.
 
     def register(self, model: nn.Module) -> None:
-        """Has a DDP module reduce its gradients by this state; a collective of DDP's process group.
+        """Registers this state on a DDP module, whose gradients it then reduces; a collective of DDP's process group.
 
-        In place of `model.register_comm_hook(state, dgc.dgc_hook)`, which shows the state neither DDP's group nor its
-        parameters: then both are looked at in the first backward pass.
+        Call it in place of `model.register_comm_hook(state, dgc.dgc_hook)`, which tells the state neither DDP's group
+        nor its parameters. Without register(), the first backward pass looks them up.
 
         Args:
-            model: a DistributedDataParallel module with the parameters that the state was made of. After
-                torch.distributed was initialised again, the new one.
+            model: a DistributedDataParallel module with the parameters that the state was made of; once
+                torch.distributed has been initialised again, the new module.
 
         Raises:
             TypeError: it is no DDP module.
             ValueError: it has other parameters, another hook, or another group than process_group; or ranks differ.
+            RuntimeError: a state_dict was loaded for other ranks than those of DDP's group; or an update is
+                outstanding.
         """
         module = self.bind(model)
         if self.exchange.changed:
@@ -114,10 +117,10 @@ class DGCState(Saved):
         ddp.register(self, module)
 
     def bind(self, model: nn.Module) -> DistributedDataParallel:
-        """Takes the group of the DDP module that this state reduces for, and checks its parameters; returns it.
+        """Checks a DDP module, takes its process group, and returns the module.
 
         Raises:
-            TypeError, ValueError: as register().
+            TypeError, ValueError, RuntimeError: as register().
         """
         module = ddp.check_module(self, model, self._standing.parameters.by_name)
         if self._standing.loaded_for_others_than(ddp.ranks_of(module)):
@@ -129,12 +132,12 @@ class DGCState(Saved):
 
     @property
     def model(self) -> DistributedDataParallel | None:
-        """The DDP module whose gradients this reduces; None where there is none, or it is not known."""
+        """The DDP module whose gradients this reduces; None where it is unknown or gone."""
         return None if self._model is None else self._model()
 
     @property
     def registered(self) -> bool:
-        """Whether a DDP module has this state."""
+        """Whether this state is registered on a DDP module."""
         return self.model is not None or bool(ddp.registered_on(self))
 
     # Figures.
@@ -146,15 +149,15 @@ class DGCState(Saved):
 
     @property
     def residual_norm(self) -> float:
-        """Euclidean norm of everything that waits in v, now. Reads all of v: not for every step."""
+        """Euclidean norm of the residual v. It reads all of v, so it is too slow for every step."""
         return float(torch.linalg.vector_norm(self.memory.residual, dtype=torch.float64))
 
     # Copies of the whole object.
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns what pickles: all but the process group, which is found again; between steps.
+        """Returns parameters, optimizer, configuration and this rank's share, without the process group; between steps.
 
-        Pickled together, model, optimizer and state belong together again: torch.save({"model": ddp, ...}).
+        Pickle model, optimizer and state in one object, torch.save({"model": ddp, ...}), so that they stay connected.
         """
         return self.pickled()
 
@@ -164,5 +167,5 @@ class DGCState(Saved):
         self.unpickle(saved["share"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ddp.Copy:
-        """Returns no second u and v: who copies a model that carries the hook, as for an average of it, wants none."""
+        """Returns an empty Copy: a copy of a model with the hook, as for a weight average, needs no second u and v."""
         return ddp.Copy()

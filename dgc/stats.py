@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Stats:
-    """Figures of the last backward pass, of one rank. Bytes are bytes of tensors, without the network's own headers."""
+    """Figures of one rank's last backward pass. Bytes are those of tensors, without the network's own headers."""
 
     steps: int = 0
     """Backward passes reduced, without skipped ones."""
@@ -18,12 +18,12 @@ class Stats:
     bytes_sent: int = 0
     """Bytes that left this rank: the payload to N-1 ranks, and 2 (N-1)/N of the dense gradients (ring)."""
     bytes_received: int = 0
-    """Bytes that came: the same, since all ranks send alike."""
+    """Bytes that this rank received: as many as it sent, since all ranks send the same number."""
     bytes_dense: int = 0
     """Bytes that a ring all-reduce of the whole gradient would have sent."""
     compression_ratio: float = 1.0
-    """The paper's: bytes of the whole gradient over bytes of one payload and the dense gradients. It counts what one
-    worker sends once, and says nothing of the N-fold receive; for that compare bytes_received with bytes_dense."""
+    """The paper's ratio: bytes of the whole gradient over bytes of one payload and the dense gradients. It counts one
+    payload sent, not the N-1 received; for the traffic compare bytes_received with bytes_dense."""
     dense: dict[str, str] = field(default_factory=dict)
     """Parameters that were not compressed, with the reason."""
     total_bytes_sent: int = 0
@@ -33,5 +33,11 @@ class Stats:
 
 
 def traffic(payload_bytes: int, dense_bytes: int, world_size: int) -> int:
-    """Returns the bytes that a rank sends, and receives: all-gather of payloads and ring all-reduce of the dense."""
+    """Returns the bytes that a rank sends, and as many received: all-gather of payloads, ring all-reduce of the rest.
+
+    Args:
+        payload_bytes: of one payload.
+        dense_bytes: of the gradients that are all-reduced.
+        world_size: number of payloads.
+    """
     return (world_size - 1) * payload_bytes + 2 * (world_size - 1) * dense_bytes // world_size

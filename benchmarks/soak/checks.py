@@ -1,4 +1,4 @@
-"""Whether it has come of it."""
+"""The checks of a soak run's results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .worker import Record
 
 
 def lost(run: Run, results: Sequence[Mapping[str, Any]], ledger: Ledger, name: str) -> Tensor:
-    """Returns what is in neither the parameter nor the residual, summed over the ranks; float64."""
+    """Returns the gradient that is in neither the parameter nor the residual, summed over the ranks; float64."""
     lr = next(sgd["lr"] for names, sgd in GROUPS.items() if name in names)
     start, end = Given().get_parameter(name).detach().double(), results[0]["parameters"][name].double()
     lost: Tensor = ledger.total[name] - run.ranks * (start - end) / lr
@@ -35,7 +35,7 @@ def lost(run: Run, results: Sequence[Mapping[str, Any]], ledger: Ledger, name: s
 
 
 def records_of(folder: Path, rank: int) -> list[Record]:
-    """Reads what a rank has written down."""
+    """Reads the records in a rank's log."""
     records = []
     for line in (folder / f"rank{rank}.log").read_text().splitlines():
         attempt, finished, digest, size, heap = map(int, line.split()[:-1])
@@ -44,11 +44,11 @@ def records_of(folder: Path, rank: int) -> list[Record]:
 
 
 Check = tuple[str, str, str, bool]
-"""What was checked, what was expected, what was found, and whether it is that."""
+"""The name of a check, the expected result, the result found, and whether the check passed."""
 
 
 def check(run: Run, folder: Path, kills: Sequence[Kill], ledger: Ledger) -> list[Check]:
-    """Returns all verdicts on a run."""
+    """Returns the results of all checks of a run."""
     results = [torch.load(folder / f"final{rank}.pt", weights_only=True) for rank in range(run.ranks)]
     records = [records_of(folder, rank) for rank in range(run.ranks)]
     return [
@@ -87,20 +87,20 @@ def check_conservation(run: Run, results: Sequence[Mapping[str, Any]], ledger: L
 
 
 def check_momentum(ledger: Ledger) -> Check:
-    """Judges the comparison with the simulation."""
+    """Compares momentum with that of the simulation."""
     found = f"{100 * ledger.momentum:.2g} % at most"
     return "momentum 0.9 against a simulation in float64", "< 1 % between checkpoints", found, ledger.momentum < 0.01
 
 
 def check_counts(results: Sequence[Mapping[str, Any]], ledger: Ledger) -> Check:
-    """Compares steps applied and the loss scale with those that the events lead to."""
+    """Compares steps applied and the loss scale with those that follow from the events."""
     expected = f"{ledger.applied:,} and 2^{math.log2(ledger.scale):g}"
     found = {f"{result['applied']:,} and 2^{math.log2(result['scale']):g}" for result in results}
     return "steps applied and last loss scale", expected, "; ".join(sorted(found)), found == {expected}
 
 
 def check_restarts(run: Run, records: Sequence[Sequence[Record]], kills: Sequence[Kill]) -> list[Check]:
-    """Compares what came after each restart with what was there before the kill."""
+    """Checks that restarts resume from the last complete checkpoint, and that replayed steps give the same bits."""
     good = 0
     for attempt, kill in enumerate(kills):
         reached = max(r.finished for log in records for r in log if r.attempt == attempt)

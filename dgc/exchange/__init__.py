@@ -1,1 +1,1 @@
-"""How ranks talk."""
+"""The exchange: the collectives that ranks send gradients by."""

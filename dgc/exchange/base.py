@@ -1,4 +1,4 @@
-"""Exchange: how ranks talk, and Topology: what counts the ranks in each formula."""
+"""Exchange, the collectives of the ranks; and Topology, the number of ranks that each formula counts."""
 
 from __future__ import annotations
 
@@ -14,61 +14,65 @@ from torch.futures import Future
 
 
 class Topology(NamedTuple):
-    """The numbers that "world size" stands for; all the same where every rank sends a payload of its own.
+    """The numbers of ranks, payloads and residuals, each of which "world size" may stand for.
 
-    Where several ranks share one, as the GPUs of a node whose gradients are summed first, they differ.
+    All of them are equal where every rank sends a payload of its own. They differ where several ranks share a payload,
+    as the GPUs of a node whose gradients are averaged first.
     """
 
     rank: int
-    """This process, among all that exchange."""
+    """Number of this process among all that exchange."""
     ranks: int
-    """Processes that exchange."""
+    """Number of processes that exchange."""
     row: int
-    """This rank's payload among those that are gathered."""
+    """Number of this rank's payload among the gathered ones."""
     rows: int
-    """Payloads that are gathered: the receive's size, and the break-even with a ring all-reduce over so many."""
+    """Number of gathered payloads: rows of the receive buffer, and N in the break-even with a ring all-reduce."""
     averaged: int
-    """Gradients whose mean is the update: what a sum is divided by."""
+    """Number of gradients whose mean is the update: their sum is so many times the mean."""
     workers: int
-    """Gradients that are clipped each by itself: N of the clipping threshold's sqrt(N)."""
+    """Number of gradients that are clipped separately: N in the clipping threshold sqrt(N) * clip_norm."""
     share: int
-    """This rank's residual, among those that differ."""
+    """Number of this rank's residual among those that differ."""
     shares: int
-    """Residuals that differ: into how many shares what waits is divided."""
+    """Number of residuals that differ. Their mean is the update that is still to come."""
 
     @classmethod
     def flat(cls, rank: int, ranks: int) -> Topology:
-        """Returns that of ranks which all send a payload of their own."""
+        """Returns the topology of ranks that each send a payload of their own."""
         return cls(
             rank=rank, ranks=ranks, row=rank, rows=ranks, averaged=ranks, workers=ranks, share=rank, shares=ranks
         )
 
 
 class Transfer(Protocol):
-    """The collectives of one bucket, under way."""
+    """The started collectives of one bucket."""
 
     @property
     def done(self) -> Future[Any]:
-        """The future that completes when all collectives have, or one has failed; on a GPU perhaps before."""
+        """The future that completes when all collectives have completed, or one has failed.
+
+        On a GPU it may complete as soon as they are queued; `arrived` then orders the device's work after them.
+        """
 
     def arrived(self) -> AbstractContextManager[None]:
-        """Surrounds the work on what has been received, in a callback of `done`.
+        """Returns the context in which a callback of `done` reads the results.
 
         Raises:
-            RuntimeError: a collective failed; its buffers hold nothing of worth.
+            RuntimeError: a collective failed; the content of its buffers is undefined.
         """
 
 
 class Exchange(ABC):
-    """What DGCState asks of a framework's collectives.
+    """The collectives that DGCState needs of a framework.
 
     Attributes:
-        rank: of this process, among those that exchange.
-        world_size: how many these are.
-        reducible: types that the all-reduce takes; gradients of another travel as float32.
-        go_on: what to do after a backward pass that broke off, for messages.
-        changed: whether ranks, or the group, may be others than when refresh() was called last. DGCState agrees with
-            the other ranks at the beginning of the next backward pass then, and not already when it is made.
+        rank: number of this process among all that exchange.
+        world_size: number of processes that exchange.
+        reducible: dtypes that the all-reduce takes; gradients of another dtype are sent as float32.
+        go_on: the remedy for a backward pass that broke off, for messages.
+        changed: whether the ranks or their group may have changed since the last refresh(). While it is True, DGCState
+            defers the agreement with the other ranks to the next backward pass.
     """
 
     rank: int
@@ -79,15 +83,15 @@ class Exchange(ABC):
 
     @property
     def topology(self) -> Topology:
-        """What counts the ranks; an exchange in stages says here how its ranks share payloads."""
+        """The numbers of ranks, payloads and residuals. An exchange whose ranks share payloads overrides it."""
         return Topology.flat(self.rank, self.world_size)
 
     @abstractmethod
     def refresh(self) -> None:
-        """Looks again which rank this is, and of how many."""
+        """Updates rank and world_size to the present group."""
 
     def roll_back(self, rank: int, world_size: int) -> None:
-        """Returns to an earlier group, until refresh() looks again."""
+        """Sets rank and world_size to those of an earlier group, until the next refresh()."""
         self.rank, self.world_size = rank, world_size
 
     def future(self) -> Future[Tensor]:
@@ -95,31 +99,31 @@ class Exchange(ABC):
         return Future()
 
     def gather_in(self, buffers: Sequence[Tensor]) -> None:  # noqa: B027  (nothing is what a flat exchange does)
-        """Replaces gradients by the mean over the ranks that share a payload, before they are compressed; in place.
+        """Averages gradients in place over the ranks that share a payload, before they are compressed.
 
-        On a GPU it is queued on the current stream, and the host goes on. Every rank calls it for the same buckets in
-        the same order. Nothing where each rank has a payload of its own.
+        On a GPU this is queued on the current stream, and the host does not wait. Every rank must call it for the same
+        buckets in the same order. It does nothing where each rank has a payload of its own.
 
         Args:
-            buffers: of one bucket, contiguous.
+            buffers: the contiguous tensors of one bucket.
         """
 
     @abstractmethod
     def start(self, name: str, payload: Tensor | None, gathered: Tensor | None, dense: Tensor | None) -> Transfer:
         """Starts the all-gather of a payload and the averaging of dense gradients; either may be missing.
 
-        Every rank must call this for the same buckets in the same order, from inside the hook: a collective started
-        in a callback could meet another rank's next one.
+        Every rank must call this for the same buckets in the same order, from inside the hook. A collective that a
+        callback starts could be matched with another rank's next one.
 
         Args:
             name: the bucket's, the same on all ranks.
             payload: uint8 [bytes], this rank's.
-            gathered: uint8 [topology.rows, bytes], receives all.
-            dense: any type of `reducible`, averaged in place.
+            gathered: uint8 [topology.rows, bytes], receives all payloads.
+            dense: of a dtype in `reducible`, averaged in place.
         """
 
     def finish(self) -> None:
-        """Completes all that has been started, where no thread of the framework does that by itself."""
+        """Completes all started transfers, where no thread of the framework does so."""
         return
 
     @abstractmethod
@@ -128,7 +132,7 @@ class Exchange(ABC):
 
     @abstractmethod
     def broadcast(self, tensors: Sequence[Tensor], root: int) -> None:
-        """Copies one rank's tensors, contiguous, to all others; a collective."""
+        """Copies one rank's contiguous tensors to all other ranks; a collective."""
 
     def agree(self, mine: Mapping[str, object]) -> None:
         """Compares a description of this rank's set-up with all others'; a collective.

@@ -1,4 +1,4 @@
-"""The exchange over torch.distributed: a process group, and on a GPU the three streams that have to come in order."""
+"""The exchange over torch.distributed: a process group, and on a GPU the order of work on three streams."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 def is_alive(group: dist.ProcessGroup) -> bool:
-    """Returns whether torch.distributed still has a group: it has not after destroy_process_group()."""
+    """Returns whether a process group still exists; destroy_process_group() ends it."""
     try:
         return _default_group() is not None and dist.get_rank(group) >= 0
     except ValueError:
@@ -30,7 +30,7 @@ def _default_group() -> dist.ProcessGroup | None:
 
 
 def _failed(what: str, error: RuntimeError) -> RuntimeError:
-    """Returns the error of a collective with what it means."""
+    """Returns an error that explains why a collective failed."""
     return RuntimeError(
         f"dgc: {what} failed, since a rank has gone, hangs, or has run fewer backward passes than this one: look at "
         f"the other ranks' logs for its reason, and restart all ranks from a checkpoint. The backend says: {error}"
@@ -40,16 +40,16 @@ def _failed(what: str, error: RuntimeError) -> RuntimeError:
 class DistributedTransfer:
     """The collectives of one bucket over torch.distributed.
 
-    On a GPU three things have to come in order, on three streams:
+    On a GPU, work on three streams has to come in this order:
 
-    - Compress, then the collectives. Both are queued from inside the hook, on the stream that is current there; NCCL's
-      stream waits for that one, and gloo copies to the host on a stream that waits for it.
-    - The collectives, then unpack. NCCL's future completes when the collective has been queued, not when it is done,
-      and a future of collect_all carries no stream: its callback runs wherever, in order with nothing. So `arrived`
-      puts what follows on a stream of ours that waits for the collectives; the stream of the backward pass must not
+    - Compression before the collectives. The hook queues both on its current stream. NCCL's stream waits for that
+      stream, and gloo copies to the host on a stream that waits for it.
+    - The collectives before unpacking. NCCL's future completes when the collective has been queued, not when it is
+      done. A future of collect_all carries no stream, so its callback is in order with no stream. `arrived` therefore
+      puts unpacking on a stream of our own, which waits for the collectives. The stream of the backward pass must not
       wait, or nothing would overlap.
-    - Unpack, then the optimizer. The future that DDP gets is completed under that stream and knows the device: it
-      records an event there, and DDP's wait makes the stream of the backward pass wait for it.
+    - Unpacking before the optimizer. The future that DDP gets is made for the device, and records an event on our
+      stream when it is completed. DDP's wait makes the stream of the backward pass wait for that event.
     """
 
     def __init__(self, works: list[dist.Work], stream: torch.cuda.Stream | None) -> None:
@@ -58,12 +58,12 @@ class DistributedTransfer:
         self._stream = stream
         self._futures = [work.get_future() for work in works]
         self.done: Future[list[Any]] = torch.futures.collect_all(self._futures)
-        # For what does not depend on a collective: with one rank there is none.
+        # With one rank there is no collective to wait for, but start() has copied the payload on this stream.
         self._queued = None if stream is None else torch.cuda.current_stream(stream.device).record_event()
 
     @contextmanager
     def arrived(self) -> Iterator[None]:
-        """Puts what it surrounds on the stream that waits for the collectives; see Transfer."""
+        """Runs its body on a stream that waits for the collectives; see Transfer."""
         try:
             for future in self._futures:
                 if future.done():  # where one has failed, the other may be under way
@@ -76,12 +76,12 @@ class DistributedTransfer:
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(self._queued)
             for work in self._works:
-                work.synchronize()  # this stream waits, nobody else does
+                work.synchronize()  # only this stream waits
             yield
 
 
 class DistributedExchange(Exchange):
-    """A process group; one rank by itself where torch.distributed is not initialised."""
+    """The exchange in a process group, or of a single rank where torch.distributed is not initialised."""
 
     go_on = (
         "If no exception ended it, parameters were unused: find_unused_parameters=True. DDP cannot go on after such a "
@@ -90,10 +90,10 @@ class DistributedExchange(Exchange):
     )
 
     def __init__(self, device: torch.device, process_group: dist.ProcessGroup | None = None) -> None:
-        """Takes a group for good, or for the time being the default group, until bind() names DDP's.
+        """Takes process_group for good; without one, the default group until bind() replaces it by DDP's.
 
         Args:
-            device: that of all tensors to come.
+            device: the device of all tensors that are exchanged.
             process_group: a group that this process is in.
 
         Raises:
@@ -109,14 +109,14 @@ class DistributedExchange(Exchange):
 
     @property
     def changed(self) -> bool:  # type: ignore[override]
-        """Whether the group is not agreed upon yet, or torch.distributed was initialised again since."""
+        """Whether refresh() has not seen the group yet, or torch.distributed was initialised again since then."""
         return not self._settled or self._world is not _default_group()
 
     def bind(self, group: dist.ProcessGroup) -> None:
-        """Takes the group of the DDP module whose gradients come; refresh() looks at it.
+        """Takes the group of the DDP module whose gradients come, in force from the next refresh() on.
 
         Raises:
-            ValueError: DGCState was made for another one.
+            ValueError: DGCState was made with another process_group.
         """
         if group is self.group:
             return
@@ -129,7 +129,7 @@ class DistributedExchange(Exchange):
         self._settled = False
 
     def refresh(self) -> None:
-        """Looks again which rank this is, and of how many.
+        """Updates rank and world_size to the present group.
 
         Raises:
             ValueError, RuntimeError: as __init__.
@@ -158,18 +158,18 @@ class DistributedExchange(Exchange):
         return [0] if _default_group() is None else dist.get_process_group_ranks(self.group)
 
     def roll_back(self, rank: int, world_size: int) -> None:
-        """Returns to an earlier group, until refresh() looks again."""
+        """Sets rank and world_size to those of an earlier group, until the next refresh()."""
         super().roll_back(rank, world_size)
         self._settled = False
 
     def future(self) -> Future[Tensor]:
-        """Returns a future; on a GPU, whoever waits for it waits for the stream of `arrived`."""
+        """Returns a future; on a GPU, its wait() makes the current stream wait for the stream of `arrived`."""
         return Future(devices=None if self._stream is None else [self._device])
 
     def start(
         self, name: str, payload: Tensor | None, gathered: Tensor | None, dense: Tensor | None
     ) -> DistributedTransfer:
-        """Starts both collectives; a process group goes by their order, not by name."""
+        """Starts both collectives; see Exchange. A process group matches them by order, not by name."""
         works: list[dist.Work] = []
         if payload is not None and gathered is not None:
             if self.world_size == 1:
@@ -193,7 +193,7 @@ class DistributedExchange(Exchange):
         return texts
 
     def broadcast(self, tensors: Sequence[Tensor], root: int) -> None:
-        """Copies one rank's tensors, contiguous, to all others; a collective."""
+        """Copies one rank's contiguous tensors to all other ranks; a collective."""
         if self.world_size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, group_src=root, group=self.group)

@@ -20,12 +20,12 @@ from .base import Exchange
 class HorovodTransfer:
     """The collectives of one bucket; `finish` waits for them.
 
-    On a GPU, Horovod waits for this stream before it reads a tensor, and when a handle is done its result is there: no
-    stream is needed but the current one.
+    On a GPU, Horovod waits for the current stream before it reads a tensor, and a handle is done only when its result
+    is complete. No second stream is needed.
     """
 
     def __init__(self) -> None:
-        """Starts with none."""
+        """Starts without collectives."""
         self.done: Future[Any] = Future()
         self._handles: list[tuple[int, Tensor | None]] = []
         self._error: Exception | None = None
@@ -37,23 +37,23 @@ class HorovodTransfer:
     def finish(self) -> None:
         """Waits for the collectives, then completes `done`, whose callbacks run here."""
         for handle, gathered in self._handles:
-            # All of them, also after one has failed: Horovod reads and writes our tensors until they are done.
+            # Also after one has failed, since Horovod reads and writes the tensors of the others until they are done.
             self._error = _wait(handle, gathered) or self._error
         self.done.set_result(None)
 
     @contextmanager
     def arrived(self) -> Iterator[None]:
-        """Raises what went wrong; see Transfer."""
+        """Raises the error of a failed collective; see Transfer."""
         if self._error is not None:
             raise self._error
         yield
 
 
 def _wait(handle: int, gathered: Tensor | None) -> Exception | None:
-    """Waits for a collective; returns what went wrong."""
+    """Waits for a collective; returns its error, or None."""
     try:
-        # hvd.synchronize() spins, on a core that Horovod's own thread may need: where there are as many processes as
-        # cores, that made one wait in ten 10 ms long instead of 2.
+        # hvd.synchronize() spins on a core that Horovod's own thread may need. With as many processes as cores, that
+        # made one wait in ten 10 ms long instead of 2.
         while not hvd.poll(handle):
             time.sleep(1e-4)
         output = hvd.synchronize(handle)
@@ -61,7 +61,7 @@ def _wait(handle: int, gathered: Tensor | None) -> Exception | None:
         failure: Exception = error
         return failure
     if gathered is not None:
-        # Horovod gathers tensors of any lengths.
+        # Horovod also gathers tensors of different lengths, without an error.
         if output.numel() != gathered.numel():
             return RuntimeError(
                 f"dgc.horovod: expected {gathered[0].numel()} bytes from each of {len(gathered)} ranks, got "
@@ -72,7 +72,7 @@ def _wait(handle: int, gathered: Tensor | None) -> Exception | None:
 
 
 class HorovodExchange(Exchange):
-    """A process set of Horovod; collectives are matched by name, in whatever order ranks start them."""
+    """The exchange in a process set of Horovod, which matches collectives by name, not by order."""
 
     # Horovod's torch adapter has no bfloat16.
     reducible = (torch.float32, torch.float16)
@@ -87,10 +87,10 @@ class HorovodExchange(Exchange):
         """Takes the global process set unless another is given.
 
         Args:
-            device: of all tensors to come.
-            process_set: a horovod.torch.ProcessSet. A process that is not in it exchanges with nobody.
-            predivide_factor: dense gradients are divided by it before the sum, and by world size / it afterwards.
-            agreed: what all ranks must have alike besides DGCState's own description.
+            device: the device of all tensors that are exchanged.
+            process_set: a horovod.torch.ProcessSet. A process outside of it runs as a single rank.
+            predivide_factor: divides dense gradients before the sum; world size / predivide_factor divides the sum.
+            agreed: further values that must be equal on all ranks, besides DGCState's own description.
         """
         self._elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
         self._device = device
@@ -106,16 +106,16 @@ class HorovodExchange(Exchange):
 
     @property
     def changed(self) -> bool:  # type: ignore[override]
-        """Whether ranks have come or gone, or may have, since refresh() was called last."""
+        """Whether ranks may have come or gone since the last refresh(); False in a run that is not elastic."""
         return self._elastic and (self._stale or self._place() != (self.rank, self.world_size))
 
     def refresh(self) -> None:
-        """Looks again which rank this is, and of how many."""
+        """Updates rank and world_size to the present process set."""
         self.rank, self.world_size = self._place()
         self._stale = False
 
     def roll_back(self, rank: int, world_size: int) -> None:
-        """Returns to an earlier group, until refresh() looks again."""
+        """Sets rank and world_size to those of an earlier group, until the next refresh()."""
         super().roll_back(rank, world_size)
         self._stale = True
 
@@ -128,7 +128,7 @@ class HorovodExchange(Exchange):
     ) -> HorovodTransfer:
         """Starts both collectives; see Exchange. finish() completes them."""
         transfer = HorovodTransfer()
-        # First: if one collective starts and the other fails to, the one still has to be waited for.
+        # Listed first, since finish() has to wait for the first collective even if the second fails to start.
         self._under_way.append(transfer)
         if payload is not None and gathered is not None:
             if self.world_size == 1:
@@ -149,7 +149,7 @@ class HorovodExchange(Exchange):
         return transfer
 
     def finish(self) -> None:
-        """Waits for all that has been started, in the order in which it was. What fails, fails for who waits for it."""
+        """Waits for all started transfers, in the order of their start; `arrived` of a failed one raises its error."""
         under_way, self._under_way = self._under_way, []
         for transfer in under_way:
             transfer.finish()
@@ -165,7 +165,7 @@ class HorovodExchange(Exchange):
         return [bytes(t.tolist()).decode() for t in texts]
 
     def broadcast(self, tensors: Sequence[Tensor], root: int) -> None:
-        """Copies one rank's tensors to all others; a collective."""
+        """Copies one rank's tensors to all other ranks; a collective."""
         root_rank = self._set.ranks[root]
         handles = [
             hvd.broadcast_async_(t, root_rank, name=f"dgc.broadcast.{i}", process_set=self._set)

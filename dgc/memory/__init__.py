@@ -1,1 +1,1 @@
-"""What one rank keeps: momentum u and residual v of every parameter, by name."""
+"""The memory of one rank: momentum u and residual v, by parameter name."""

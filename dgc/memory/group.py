@@ -1,4 +1,4 @@
-"""Groups: all ranks' shares in one state_dict, and the shares of one group taken over into another; collectives."""
+"""Groups: collectives that collect all ranks' shares in one state_dict, or take shares over into another group."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def gather(exchange: Exchange, memory: Memory, own: Mapping[str, Any]) -> dict[s
     for rank, text in enumerate(texts):
         about = json.loads(text)
         if about["rank"] in ranks:
-            continue  # ranks that share a payload have the same
-        # One rank's at a time: all at once would take a rank's memory as often as there are ranks.
+            continue  # ranks that share a payload have the same share
+        # One share at a time, since all at once would need a rank's memory as often as there are ranks.
         theirs = {kind: flat.clone() for kind, flat in flats.items()}
         exchange.broadcast(list(theirs.values()), root=rank)
         ranks[about["rank"]] = {**about, **(memory.state_dict_of(theirs) if exchange.rank == 0 else {})}
@@ -41,20 +41,20 @@ def gather(exchange: Exchange, memory: Memory, own: Mapping[str, Any]) -> dict[s
 def regroup(exchange: Exchange, memory: Memory, mine: Share | None) -> Share | None:
     """Takes momentum and residual over into the group of ranks that exchange has now; a collective.
 
-    What is still to come, the mean over all shares of u and v, stays the same but for those of ranks that left: with N
-    shares instead of M, each survivor's is multiplied by N/M. Newcomers' shares are zero, and they get the
-    momentum that is the same on all ranks from a survivor.
+    The update still to come is the mean of all shares of u and v. With N shares instead of M, each survivor's is
+    multiplied by N/M to keep that mean; only the shares of ranks that left are lost. Newcomers start with shares of
+    zero, and receive from a survivor the momentum that is equal on all ranks.
 
     Args:
         exchange: of the new group.
         memory: this rank's, which changes.
-        mine: what this rank brings; None where it is new.
+        mine: the share that this rank brings; None for a newcomer.
 
     Returns:
-        What any survivor brought: where the run stands. None where all ranks are new.
+        A survivor's share, which has the step, density and dense switch of the run. None where all ranks are new.
 
     Raises:
-        RuntimeError: survivors come from different groups or steps.
+        RuntimeError: survivors come from different groups or steps, or several bring the same share.
     """
     texts = exchange.everyone(json.dumps(mine and asdict(mine)))
     brought = [None if share is None else Share(**share) for share in map(json.loads, texts)]

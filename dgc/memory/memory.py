@@ -1,4 +1,4 @@
-"""Memory: the residual v of every compressed parameter, and whatever the optimizer's rule keeps of each, by name."""
+"""Memory: the residual v of every compressed parameter, and the tensors of the optimizer's rule, by name."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ MOMENTUM = "momentum"
 
 
 class Memory:
-    """Holds all parameters' tensors of a kind in one flat float32 tensor, so that one op call reaches any bucket's.
+    """Holds one flat float32 tensor per kind, with the elements of all parameters, so that one op call serves a bucket.
 
-    "residual" is v; the other kinds are the rule's, as "momentum". Compressed parameters come first and have all kinds;
-    dense ones have no residual. float32 whatever the gradient's type: with 16 bits, what is added at one step vanishes
-    in what has accumulated. A parameter's elements stand in the order in which they lie in memory; views by name have
-    its shape and strides.
+    The kind "residual" is v; the others, such as "momentum", are the rule's. Compressed parameters come first and have
+    all kinds; dense ones have no residual. All is float32 whatever the gradient's type, since in 16 bits the addend of
+    one step would be rounded away. A parameter's elements are in the order of the parameter's own memory, and views by
+    name have its shape and strides.
     """
 
     def __init__(self, slots: Mapping[str, Slot], compressed: Sequence[str], device: torch.device) -> None:
@@ -31,51 +31,51 @@ class Memory:
 
         Args:
             slots: by name, laid out with these compressed parameters first.
-            compressed: names.
+            compressed: names of the compressed parameters.
             device: of all tensors.
         """
         self.slots = dict(slots)
         self.compressed = tuple(compressed)
         self.device = device
         self.kinds: dict[str, Tensor] = {}
-        """What the rule keeps, flat, by kind."""
+        """The rule's tensors, flat, by kind."""
         self.diverged: set[str] = set()
-        """Parameters whose kinds differ between ranks, because they were compressed since these were last averaged."""
+        """Parameters whose tensors of the rule differ between ranks: compressed since those were last averaged."""
         self.numel = _end(self.slots.values())
-        # Types are written out everywhere: torch.set_default_dtype(bfloat16) is how some large models are built.
+        # Types are written out everywhere, since some large models are built under torch.set_default_dtype(bfloat16).
         size = _end(self.slots[name] for name in compressed)
         self.residual = torch.zeros(size, dtype=torch.float32, device=device)
         self._copies: dict[str, Tensor] = {}
-        """What keep() has copied, by kind."""
+        """The copies that keep() made, by kind."""
 
     def allocate(self, kinds: Iterable[str]) -> None:
-        """Has zeros for these kinds, where they are not there yet."""
+        """Allocates zeros for those kinds that have no tensor yet."""
         for kind in kinds:
             if kind not in self.kinds:
                 self.kinds[kind] = torch.zeros(self.numel, dtype=torch.float32, device=self.device)
 
     @property
     def momentum(self) -> Tensor | None:
-        """The momentum u, flat; None while nothing has momentum."""
+        """The momentum u, flat; None before it is allocated."""
         return self.kinds.get(MOMENTUM)
 
     @property
     def empty(self) -> bool:
-        """Whether nothing has been accumulated; reads everything."""
+        """Whether all tensors are zero; reads all of them."""
         return not any(bool(flat.any()) for flat in (self.residual, *self.kinds.values()))
 
     def set(self, kind: str, name: str, value: Tensor) -> None:
-        """Sets one parameter's tensor to what is the same on all ranks, as a dense run leaves it."""
+        """Sets one parameter's tensor of a kind to a value that is equal on all ranks, such as a dense run's."""
         self.allocate([kind])
         self.slots[name].view(self.kinds[kind]).copy_(value)
         self.diverged.discard(name)
 
     def of(self, name: str) -> dict[str, Tensor]:
-        """Returns what the rule keeps of one parameter: views in its shape, by kind."""
+        """Returns the rule's tensors of one parameter, by kind: views in its shape."""
         return {kind: self.slots[name].view(flat) for kind, flat in self.kinds.items()}
 
     def momentum_of(self, name: str) -> Tensor | None:
-        """Returns u of one parameter, a view in its shape; None while nothing has momentum."""
+        """Returns u of one parameter, a view in its shape; None before it is allocated."""
         return self.of(name).get(MOMENTUM)
 
     def residual_of(self, name: str) -> Tensor | None:
@@ -91,18 +91,18 @@ class Memory:
         """Copies all kinds of compressed parameters, for put_back(); allocates room at the first call.
 
         Args:
-            spans: where they begin and end.
+            spans: begin and end of each parameter in the flat tensors.
         """
         for now, kept in self._with_copies():
             for start, end in spans:
                 kept[start:end].copy_(now[start:end])
 
     def put_back(self, spans: Sequence[tuple[int, int]], which: Tensor | None = None) -> None:
-        """Returns all kinds to what keep() found there, bit for bit.
+        """Restores all kinds from the copies of keep(), bit for bit.
 
         Args:
-            spans: of the parameters.
-            which: on the device, [spans], not 0 for those that are returned; None for all.
+            spans: begin and end of each parameter in the flat tensors.
+            which: [spans] on the device, not 0 for each span to restore; None for all.
         """
         for now, kept in self._with_copies():
             for i, (start, end) in enumerate(spans):
@@ -127,9 +127,9 @@ class Memory:
         return self._by_name({"residual": self.residual, **self.kinds})
 
     def state_dict_of(self, flats: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Returns another rank's flat tensors, by kind, as state_dict() does, on the CPU.
+        """Returns another rank's flat tensors in the form of state_dict(), on the CPU.
 
-        Each tensor has memory of its own: a view would pickle with all that it is a view of.
+        Each tensor is a copy, since a view would be pickled with the whole flat tensor.
         """
         return {
             kind: {name: view.to("cpu", copy=True) for name, view in views.items()}
@@ -137,19 +137,19 @@ class Memory:
         }
 
     def _by_name(self, flats: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        views: dict[str, dict[str, Tensor]] = {MOMENTUM: {}}  # which earlier versions look for
+        views: dict[str, dict[str, Tensor]] = {MOMENTUM: {}}  # earlier versions expect this key
         for kind, flat in flats.items():
             names: Iterable[str] = self.compressed if kind == "residual" else self.slots
             views[kind] = {name: self.slots[name].view(flat) for name in names}
         return views
 
     def check(self, state_dicts: Sequence[Mapping[str, object]], kinds: Sequence[str], diverged: Sequence[str]) -> None:
-        """Compares state_dicts' tensors with this memory.
+        """Checks that the tensors of state_dicts fit this memory.
 
         Args:
             state_dicts: of ranks that saved together.
             kinds: those that they have besides the residual.
-            diverged: parameters whose kinds are a rank's own there.
+            diverged: parameters whose kinds differ between the ranks that saved.
 
         Raises:
             ValueError: names, shapes, types or values do not fit; the message lists them.
@@ -194,20 +194,20 @@ class Memory:
         self.diverged = set(diverged)
 
     def _weighted(self, weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
-        """Returns the weighted sum, in the order given; where one weight is 1 and the others 0, that very tensor."""
+        """Returns the weighted sum, added in the given order; the tensor itself if its weight is 1 and all others 0."""
         terms = [(weight, tensor) for weight, tensor in zip(weights, tensors, strict=True) if weight]
         if [weight for weight, _ in terms] == [1.0]:
-            return terms[0][1]  # perhaps a view of the memory that is written next
+            return terms[0][1]  # may be a view of the memory that load() writes next
         total = torch.zeros(tensors[0].shape, dtype=torch.float32, device=self.device)
         for weight, tensor in terms:
-            total.add_(tensor.to(self.device), alpha=weight)  # files of all ranks may name all ranks' devices
+            total.add_(tensor.to(self.device), alpha=weight)  # a rank's file may load onto that rank's device
         return total
 
 
 def return_free_memory() -> None:
-    """Gives the C library's free heap back to the system, where it can (glibc).
+    """Returns the C library's free heap to the system; with glibc only.
 
-    A phase of warm-up needs buffers many times as large as the next one's; glibc keeps what is freed for itself.
+    A phase of the warm-up needs buffers many times as large as the next one's, and glibc keeps freed memory.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -219,7 +219,7 @@ def _end(slots: Iterable[Slot]) -> int:
 
 
 def _differences(kind: str, tensors: object, expected: Mapping[str, Slot]) -> list[str]:
-    """Returns how the tensors of a state_dict differ from what is expected of them."""
+    """Returns how the tensors of a state_dict differ from the expected ones."""
     if not isinstance(tensors, Mapping):
         return [f"{kind} is no dict of tensors by parameter name, but {type(tensors).__name__}"]
     wrong = []

@@ -16,7 +16,9 @@ def by_name(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]
     """Returns the trainable parameters by name, without wrappers' prefixes.
 
     Raises:
-        ValueError: a name or a parameter comes twice, a type is not supported, or there is none.
+        ValueError: a name or a parameter comes twice; a type is not supported; a parameter has no memory; devices
+            differ; or no parameter is trainable.
+        TypeError: the argument is no pairs of name and tensor, or holds a DTensor.
     """
     parameters: dict[str, Tensor] = {}
     seen: dict[int, str] = {}
@@ -55,10 +57,10 @@ def by_name(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]
 
 
 def _pairs(named_parameters: object) -> list[tuple[str, Tensor]]:
-    """Returns the names and parameters that a user has passed.
+    """Returns the user's pairs of name and parameter as a list.
 
     Raises:
-        TypeError: it is something else, as people write it; the message says what to write.
+        TypeError: the argument is something else; the message says what to write.
     """
     write = "Pass model.named_parameters()"
     if isinstance(named_parameters, Mapping):
@@ -80,7 +82,7 @@ def _unprefixed(pairs: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
     """Returns the pairs with the names that the bare model has, so that a checkpoint fits whatever wraps it."""
     for wrapper in WRAPPERS:
         pairs = [(name.replace(wrapper, ""), p) for name, p in pairs]
-    # DDP's prefix, which may also be the name of a submodule: only where all have it.
+    # DDP's prefix may also be the name of a submodule, so it is removed only where all names have it.
     while pairs and all(name.startswith("module.") for name, _ in pairs):
         pairs = [(name.removeprefix("module."), p) for name, p in pairs]
     return pairs

@@ -18,10 +18,10 @@ from .slots import Slot, lay_out
 
 
 class Parameters:
-    """The trainable parameters of a model, where each lies in memory, and what their optimizer says of them.
+    """The trainable parameters of a model, their places in memory, and their optimizer's settings for them.
 
     Raises:
-        ValueError: parameters that are missing, double, of an unsupported type or on several devices; an optimizer
+        ValueError: parameters that are missing, duplicate, of an unsupported type or on several devices; an optimizer
             with momentum of its own.
     """
 
@@ -41,7 +41,7 @@ class Parameters:
         self.refresh()
         check_names(self.by_name, self.optimizer)
         self.never_compressed = dense_reasons(self.by_name, config)
-        """Those dense in every phase, with the reason."""
+        """Parameters that are dense in every phase, with the reason."""
         self.compressed = [name for name in self.by_name if name not in self.never_compressed]
         self.slots = lay_out(self.by_name, self.compressed)
         self._slots = {id(p): self.slots[name] for name, p in self.by_name.items()}
@@ -49,12 +49,12 @@ class Parameters:
         self.device = next(iter(self.by_name.values())).device
 
     def refresh(self) -> None:
-        """Looks again in which of the optimizer's groups each parameter is.
+        """Looks up the optimizer's group of each parameter.
 
-        Before each pass: load_state_dict() replaces the groups, and users take some out, or change their order.
+        It is called before each pass, since load_state_dict() replaces the groups, and users remove or reorder them.
 
         Raises:
-            ValueError: a parameter is in none; or a group has what the rule refuses.
+            ValueError: a parameter is in none; or a group has a value that the rule refuses.
         """
         group_of = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         if not_held := [name for name, p in self.by_name.items() if id(p) not in group_of]:
@@ -92,16 +92,16 @@ class Parameters:
         return self.rule.factors(self.by_name[name], self._groups[name], workers)
 
     def brought(self) -> list[tuple[str, dict[str, Tensor]]]:
-        """Returns what a dense run left in the optimizer's state, by name and kind, and has it forgotten there."""
+        """Removes the tensors of a dense run from the optimizer's state, and returns them by name and kind."""
         return [
             (self._slots[id(p)].name, kinds) for p, kinds in self.rule.brought().items() if id(p) in self._slots
-        ]  # not what is frozen by now
+        ]  # without those of parameters that are frozen by now
 
     def not_reduced(self, reduced: Collection[str]) -> list[str]:
-        """Returns the names of parameters whose gradient the optimizer would apply, though no rank has exchanged it.
+        """Returns the names of parameters whose gradient the optimizer would apply, though it was not exchanged.
 
         Args:
-            reduced: names of those whose gradients came in this pass.
+            reduced: names of the parameters whose gradients this pass has reduced.
         """
         held = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         names = [slot.name if (slot := self._slots.get(id(p))) else f"one of shape {tuple(p.shape)}" for p in held]
@@ -109,5 +109,5 @@ class Parameters:
         return [] if all_zero(p.grad for _, p in local) else [name for name, _ in local]
 
     def without_gradient(self, reduced: Collection[str]) -> list[str]:
-        """Returns the names of those that have no gradient, and did not come in this pass."""
+        """Returns the names of parameters without .grad whose gradient this pass has not reduced."""
         return [name for name, p in self.by_name.items() if p.grad is None and name not in reduced]

@@ -1,4 +1,4 @@
-"""Refusals: what is said of a model and an optimizer that do not belong together, and which parameters stay dense."""
+"""Refusals: checks that a model and an optimizer belong together, and the reasons why parameters stay dense."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dgc.config import DGCConfig
 
 
 def unwrapped(optimizer: object) -> Optimizer:
-    """Returns the optimizer inside of those that only pass its step() on: Accelerate's, Fabric's, Lookahead.
+    """Returns the optimizer inside of wrappers that forward its step(): Accelerate's, Fabric's, Lookahead.
 
-    Lightning's and Fabric's imitate the class of what they hold, so what they hold counts first.
+    Lightning's and Fabric's wrappers imitate the class of the optimizer inside, so the inside is looked at first.
 
     Raises:
-        TypeError: it is none, and holds none.
+        TypeError: the argument is no optimizer, and does not hold exactly one.
     """
     attributes = getattr(optimizer, "__dict__", {})
     for attribute in ("_optimizer", "optimizer", "base_optimizer"):
@@ -39,10 +39,10 @@ def unwrapped(optimizer: object) -> Optimizer:
 
 
 def check_names(parameters: Mapping[str, Tensor], optimizer: Optimizer) -> None:
-    """Looks that named_parameters has all that the optimizer holds.
+    """Checks that named_parameters has every trainable parameter of the optimizer.
 
     Raises:
-        ValueError: it has not.
+        ValueError: one is missing.
     """
     known = {id(p) for p in parameters.values()}
     unnamed = [
@@ -63,7 +63,7 @@ def dense_reasons(parameters: Mapping[str, Tensor], config: DGCConfig) -> dict[s
     """Returns the parameters that are never compressed, with the reason.
 
     Raises:
-        ValueError: config.dense_parameters names one that is not there.
+        ValueError: config.dense_parameters names one that the model does not have.
     """
     unknown = sorted(set(config.dense_parameters) - parameters.keys())
     if unknown:

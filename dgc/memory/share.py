@@ -1,4 +1,4 @@
-"""Share: one rank's part of what waits, and whose it becomes when a run goes on with more ranks, or fewer."""
+"""Share: one rank's part of momentum and residual, and its division when a run continues on more or fewer ranks."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from .memory import Memory
 logger = logging.getLogger("dgc")
 
 VERSION = 2
-"""Of state_dict(). Version 1 was one rank's share without the rank's name around it, and without density."""
+"""Version of state_dict(). Version 1 was one rank's share, without the rank as its key and without density."""
 MOST_RANKS = 2**20
-"""The largest group whose shares are taken over: a damaged file may name any number, and it is counted to."""
+"""Largest number of ranks that a state_dict may give. A damaged one could give any, and loops run over all ranks."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """Whose share of momentum and residual a memory holds, and where the run stands."""
+    """The description of a rank's share of momentum and residual, and of the state of the run."""
 
     rank: int
-    """Which of the shares it is: the rank, where each rank has one of its own."""
+    """Number of the share: the rank, where each rank has one of its own."""
     world_size: int
-    """Shares in all, of the group in which it was accumulated."""
+    """Number of shares in the group that accumulated it."""
     step: int
     dense: bool
     diverged: list[str]
-    """Parameters whose momentum is a share too; that of the others is the same on all ranks."""
+    """Parameters whose momentum differs between ranks, and so is a share too. All other momentum is equal."""
     kinds: list[str]
-    """Kinds of tensors besides the residual that there are: "momentum", or what the optimizer's rule keeps."""
+    """Kinds of the rule's tensors that come with the residual, such as "momentum"."""
     density: float | None = None
-    """What DGCState.set_density() has set; None for DGCConfig's."""
+    """Density that DGCState.set_density() has set; None for DGCConfig's."""
 
     @classmethod
     def of(cls, state_dict: Mapping[str, Any]) -> Share:
         """Reads the plain values of a state_dict.
 
         Raises:
-            ValueError: one is missing, or is not what it should be; the message names it.
+            ValueError: a value is missing or wrong; the message names it.
         """
         if not isinstance(state_dict, Mapping):
             raise ValueError(f"state_dict: expected that of a DGCState, got {type(state_dict).__name__}")
@@ -60,7 +60,7 @@ class Share:
         check("momentum", isinstance(state_dict["momentum"], Mapping), "tensors by parameter name")
         dense, diverged, density = state_dict["dense"], state_dict["diverged"], state_dict.get("density")
         good = density is None or (type(density) is float and 0 < density <= 1)
-        # Before kinds had names there was momentum alone, or an empty dict in its place.
+        # Earlier versions saved no kinds, but momentum alone, or an empty dict in its place.
         kinds = state_dict.get("kinds", ["momentum"] if state_dict["momentum"] else [])
         if not _strings(kinds) or not all(isinstance(state_dict.get(kind), Mapping) for kind in kinds):
             raise ValueError(f"state_dict['kinds']: expected names of tensors that are there, got {kinds!r:.100}")
@@ -80,10 +80,10 @@ def _strings(value: object) -> bool:
 
 
 def differences(shares: Mapping[str, Share]) -> str:
-    """Returns how shares that should be of one group at one step differ; nothing where they do not.
+    """Returns a text on how shares differ in their group or step; empty where they agree.
 
     Args:
-        shares: by what the message calls them.
+        shares: by their names in the text.
     """
     one = next(iter(shares.values()))
     if all({**asdict(share), "rank": one.rank} == asdict(one) for share in shares.values()):
@@ -96,8 +96,8 @@ def differences(shares: Mapping[str, Share]) -> str:
 def wrap(ranks: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """Returns the shares of some ranks as a state_dict.
 
-    Under the ranks' names, since torch.distributed.checkpoint keeps only one of the entries that ranks have by equal
-    names: so of each tensor one rank's, and perhaps of the next another's.
+    The key of each share is its rank. torch.distributed.checkpoint keeps a single entry per key, so equal keys on all
+    ranks would mix tensors of different ranks.
     """
     return {"version": VERSION, "ranks": {str(rank): dict(share) for rank, share in ranks.items()}}
 
@@ -106,7 +106,7 @@ def unwrap(state_dict: object) -> list[Mapping[str, Any]]:
     """Returns the shares that a state_dict holds.
 
     Raises:
-        ValueError: it is none of a DGCState's, or of a later version.
+        ValueError: it is not a DGCState's, or is of an unknown version.
     """
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"state_dict: expected that of a DGCState, got {type(state_dict).__name__}")
@@ -136,16 +136,17 @@ def unwrap(state_dict: object) -> list[Mapping[str, Any]]:
 
 
 def weights(rank: int, world_size: int, before: int) -> dict[int, float]:
-    """Returns what a rank takes over of the shares of a group of another size; docs/reliability.md has the proof.
+    """Returns the weights with which a rank takes over the shares of another group; proof in docs/reliability.md.
 
-    All ranks' shares lie side by side on a line, once in pieces of the old group and once in pieces of the new one:
-    rank r of N gets (N/M) * |[rM/N, (r+1)M/N) intersected with [s, s+1)| of share s of M. Each rank's weights add up
-    to 1 and each share's to N/M, so the mean over the ranks stays the same. With N = M each rank gets its own.
+    The M old shares are the unit intervals [s, s+1) of a line, which is divided anew into N equal intervals, one for
+    each new rank. Rank r gets share s with the weight (N/M) * |[rM/N, (r+1)M/N) intersected with [s, s+1)|. Each rank's
+    weights add up to 1 and each share's to N/M, so the mean over the ranks stays the same. With N = M each rank gets
+    its own share.
 
     Args:
-        rank: r.
-        world_size: N.
-        before: M.
+        rank: r, in the new group.
+        world_size: N, the size of the new group.
+        before: M, the size of the old group.
 
     Returns:
         Weights by s, without those that are 0.
@@ -156,28 +157,28 @@ def weights(rank: int, world_size: int, before: int) -> dict[int, float]:
 
 
 def taken(rank: int, world_size: int, before: int, there: Iterable[int]) -> list[int]:
-    """Returns the shares that a rank reads, of those that are there, in their order.
+    """Returns the shares that a rank reads, among those that can be read, in their order.
 
     Args:
-        rank: this process's share, now.
-        world_size: number of shares, now.
+        rank: this process's present share.
+        world_size: present number of shares.
         before: number of shares when they were saved.
-        there: those that can be read.
+        there: the shares that can be read.
     """
     wanted = weights(rank, world_size, before)
-    # Where none is there, any one will do for the momentum that is the same on all ranks.
+    # Where all are missing, any share supplies the momentum that is equal on all ranks.
     return sorted(wanted.keys() & set(there)) or sorted(there)[:1]
 
 
 class Choice(NamedTuple):
-    """What a rank takes over of the state_dicts of a group, all of it checked."""
+    """The checked state_dicts that a rank takes over, with their weights."""
 
     share: Share
-    """Where the run stood; of any of the ranks."""
+    """The share of any of the ranks, for the state of the run."""
     parts: list[tuple[float, Mapping[str, Any]]]
     """Weights and state_dicts, in the order of their ranks."""
     missing: list[int]
-    """Ranks whose share this rank should get, and does not."""
+    """Ranks whose share this rank should take over, but whose state_dict is missing."""
 
 
 def choose(
@@ -187,14 +188,14 @@ def choose(
     world_size: int,
     allow_missing_ranks: bool = False,
 ) -> Choice:
-    """Returns a rank's part of what the state_dicts hold.
+    """Returns the part of a group's state_dicts that a rank takes over.
 
     Args:
         memory: this rank's, which the parts have to fit; it does not change.
         state_dicts: one of each rank, in any order; those that this rank takes nothing of may be left out.
-        rank: this process's, now.
-        world_size: number of ranks, now.
-        allow_missing_ranks: whether the shares that this rank should get may be missing: they count as zero then.
+        rank: this process's present rank.
+        world_size: the present number of ranks.
+        allow_missing_ranks: whether missing shares count as zero; else they are an error.
 
     Raises:
         ValueError: they do not fit each other or this model, one is damaged, or one is missing.
@@ -234,7 +235,7 @@ def numbers(ranks: Sequence[int]) -> str:
 
 
 def log_lost(lost: Sequence[int], before: int) -> None:
-    """Says what has gone with ranks that left."""
+    """Logs how much was lost with ranks that left."""
     logger.warning(
         "dgc: rank %s of %d left: what it had not sent is lost, %d/%d of all that waited",
         numbers(lost),

@@ -17,9 +17,9 @@ class Slot(NamedTuple):
     name: str
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    """Those of its gradient in memory; see dense_strides."""
+    """Strides of its gradient; see dense_strides."""
     dtype: torch.dtype
-    """That of its gradient."""
+    """Type of its gradient."""
     numel: int
     offset: int
     """Its first element in the flat tensors of Memory."""
@@ -31,25 +31,25 @@ class Slot(NamedTuple):
 
     @property
     def span(self) -> tuple[int, int]:
-        """Where it begins and ends in the flat tensors of Memory."""
+        """Begin and end in the flat tensors of Memory."""
         return self.offset, self.offset + self.numel
 
     def view(self, flat: Tensor) -> Tensor:
-        """Returns its part of a flat tensor in its shape."""
+        """Returns the slot's part of a flat tensor, as a view in the slot's shape."""
         return flat.as_strided(self.shape, self.strides, self.offset)
 
 
 class Gradients(NamedTuple):
-    """One bucket of gradients, as a framework hands it over. The reduced ones are written to the same places."""
+    """One bucket of gradients, as a framework passes it. The reduced gradients replace them in place."""
 
     slots: Sequence[Slot]
     buffers: list[Tensor]
     """Contiguous tensors that hold the gradients: DDP's one bucket, or Horovod's tensor for each parameter."""
     places: Sequence[tuple[int, int]]
-    """For each slot: which buffer, and its first element there."""
+    """For each slot, the index of its buffer, and that of its first element there."""
 
     def of(self, index: int) -> Tensor:
-        """Returns the gradient of one slot, flat, in the order in which it lies in memory."""
+        """Returns the gradient of one slot, flat, in the order of its memory."""
         source, offset = self.places[index]
         return self.buffers[source].view(-1)[offset : offset + self.slots[index].numel]
 
@@ -80,7 +80,7 @@ def lay_out(parameters: Mapping[str, Tensor], compressed: Sequence[str]) -> dict
 
 
 def dense_strides(parameter: Tensor) -> tuple[int, ...]:
-    """Returns the strides that DDP gives a parameter's gradient: the parameter's own where it has no gaps."""
+    """Returns the strides that DDP gives a parameter's gradient: the parameter's if it has no gaps, else contiguous."""
     strides = [(stride, size) for stride, size in zip(parameter.stride(), parameter.shape, strict=True) if size != 1]
     expected = 1
     for stride, size in sorted(strides):
@@ -91,5 +91,5 @@ def dense_strides(parameter: Tensor) -> tuple[int, ...]:
 
 
 def has_strides(tensor: Tensor, strides: Sequence[int]) -> bool:
-    """Returns whether a tensor lies in memory as these strides say, where a size of 1 does not matter."""
+    """Returns whether a tensor has these strides; those of dimensions of size 1 are ignored."""
     return all(n <= 1 or a == b for n, a, b in zip(tensor.shape, tensor.stride(), strides, strict=True))

@@ -1,4 +1,4 @@
-"""What applies the result: dgc.SGD, and any torch optimizer behind the same face."""
+"""Optimizers, which apply the reduced gradients: dgc.SGD, and an interface for any other torch optimizer."""
 
 from .sgd import SGD
 

@@ -1,4 +1,4 @@
-"""How updates are applied: in one op where it can, and not at all where the device says that the step is left out."""
+"""The application of updates: in one op where possible, and not at all where the device leaves the step out."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from dgc import ops
 
 
 def all_zero(gradients: Iterable[Tensor]) -> bool:
-    """Returns whether there is nothing to apply, and so nothing that DGC could have missed.
+    """Returns whether all gradients are zero, so that step() has nothing to apply.
 
-    hvd.broadcast_optimizer_state() steps on such gradients, to have the state made that it broadcasts then.
+    hvd.broadcast_optimizer_state() calls step() with such gradients, to create the state that it broadcasts.
     """
     return not any(bool(gradient.any()) for gradient in gradients)
 
@@ -25,7 +25,7 @@ def advance(u: Tensor, gradient: Tensor, mu: float, alpha: float = 1) -> None:
 
 
 def subtract(parameters: list[Tensor], updates: list[Tensor], lr: float, skip: Tensor | None) -> None:
-    """Takes lr * update off each parameter, together where the op can."""
+    """Subtracts lr * update from each parameter, in one op for those that are contiguous and float32."""
     together: list[Tensor] = []
     their_updates: list[Tensor] = []
     for p, update in zip(parameters, updates, strict=True):
@@ -39,7 +39,7 @@ def subtract(parameters: list[Tensor], updates: list[Tensor], lr: float, skip: T
 
 
 def unless(skip: Tensor | None, tensor: Tensor, change: Callable[[Tensor], object]) -> None:
-    """Changes a tensor in place, unless the device says that this step is to be skipped; the host never knows."""
+    """Changes a tensor in place, unless `skip` on the device is not 0; the host does not wait to read it."""
     if skip is None:
         change(tensor)
         return

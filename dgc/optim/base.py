@@ -1,4 +1,4 @@
-"""The seam to optimizers: a Rule says what is kept of gradients before they are sent; an optimizer applies the rest."""
+"""The interface to optimizers: a Rule accumulates gradients before they are sent; an optimizer applies the result."""
 
 from __future__ import annotations
 
@@ -15,70 +15,70 @@ from dgc.ops import Segments
 
 
 class Reducer(Protocol):
-    """What an optimizer asks of the DGCState that reduces its gradients."""
+    """The part of DGCState that an optimizer uses."""
 
     @property
     def pending(self) -> bool:
-        """Whether gradients were reduced that no step() has taken."""
+        """Whether there are reduced gradients that no step() has claimed."""
 
     def take(self) -> bool:
-        """Claims the gradients of the last backward pass; False if this step is to be left out."""
+        """Claims the gradients of the last backward pass; returns False if this step is to be left out."""
 
     @property
     def skip(self) -> Tensor | None:
-        """The device's word on a GPU, a uint8 scalar: not 0 where the claimed step must change nothing."""
+        """The GPU's verdict on the claimed step, a uint8 scalar: not 0 if it must change nothing; None without one."""
 
     @property
     def unscales(self) -> bool:
-        """Whether the DGCState has the GradScaler whose scale gradients carry."""
+        """Whether the DGCState has the user's GradScaler, and unscales the gradients by it."""
 
     def kept_of(self, parameter: Tensor) -> dict[str, Tensor] | None:
-        """Returns the rule's tensors of a parameter whose gradient is a plain average; None if it is an update."""
+        """Returns the rule's tensors of a parameter that was sent dense; None for a compressed one."""
 
 
 class Claimer(Reducer, Protocol):
-    """What a rule asks of a DGCState: for an optimizer that does not ask itself, the claim comes from outside."""
+    """The part of DGCState that a rule uses. It also claims gradients for an optimizer that is not ours."""
 
     def take_for(self) -> None:
         """Claims the gradients for an optimizer that is not ours, or raises."""
 
 
 class Work(NamedTuple):
-    """The compressed parameters of one bucket, on their way from gradients to selected entries."""
+    """The input and output of Rule.compress(): the compressed parameters of one bucket."""
 
     gradients: list[Tensor]
-    """The tensors that `source` and `offset` of `receiving` refer to; used up, see dgc.ops.compress_."""
+    """The tensors that `source` and `offset` of `receiving` refer to. They are overwritten; see dgc.ops.compress_."""
     receiving: Segments
     """The segment table of the gradients."""
     updates: list[Tensor]
-    """Where `fused` is not set: one float32 tensor for what the rule adds to v; else the gradients."""
+    """With `fused`, the gradients. Without, one float32 tensor that receives the rule's updates of v."""
     sending: Segments
     """The segment table of the updates; with `fused`, that of the gradients."""
     kinds: Mapping[str, Tensor]
-    """What the rule keeps, flat float32, by kind."""
+    """The rule's tensors, flat float32, by kind."""
     residual: Tensor
     """v, flat float32."""
     factors: Tensor
     """float32 [numbers, parameters]: Rule.factors of each parameter; at least one row."""
     scale: Tensor
-    """float32 [1]: what gradients are multiplied with first."""
+    """float32 [1]: the factor by which gradients are multiplied first."""
     selection: Tensor
     """uint8: receives the selected entries."""
     dtype: torch.dtype
-    """That of the values in the selection."""
+    """Type of the values in the selection."""
     workspace: Tensor
     """From dgc.ops.workspace, for `sending`."""
     sent: Mapping[str, Tensor]
-    """By kind, float32 [entries]: receives what the rule kept where entries are sent, which then becomes 0 there. Empty
-    where nothing is masked."""
+    """Tensors by kind, float32 [entries], that receive the rule's values at sent entries before these values become 0.
+    Empty where nothing is masked."""
 
 
 class Rule(ABC):
-    """What an optimizer keeps of each parameter's gradients, and what of it enters the residual.
+    """The accumulation of gradients for an optimizer: the tensors kept of each parameter, and their updates of v.
 
     Attributes:
-        optimizer: whose rule it is.
-        fused: whether one op does it all; else compress() makes updates in a tensor of their own first.
+        optimizer: the optimizer that has this rule.
+        fused: whether one op does all of compress(); else compress() first writes the updates to a tensor of their own.
     """
 
     optimizer: Optimizer
@@ -87,7 +87,7 @@ class Rule(ABC):
     @property
     @abstractmethod
     def kept(self) -> tuple[str, ...]:
-        """The kinds of tensor that it keeps of each parameter now, by the names that they have in checkpoints."""
+        """The kinds of tensor that the rule keeps of each parameter at present, by their names in checkpoints."""
 
     @abstractmethod
     def factors(self, parameter: Tensor, group: Mapping[str, Any], workers: int) -> tuple[float, ...]:
@@ -101,7 +101,7 @@ class Rule(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Looks at the parameter groups; before each pass, since schedules and load_state_dict() change them.
+        """Checks the parameter groups; called before each pass, since schedules and load_state_dict() change them.
 
         Raises:
             ValueError: a group has a value that cannot be honoured.
@@ -109,7 +109,7 @@ class Rule(ABC):
 
     @abstractmethod
     def check_use(self, *, loss_scaling: bool, skipping: bool) -> None:
-        """Looks once whether the optimizer can be used in this way, and warns of what is outside the paper.
+        """Checks once that the optimizer can be used in this way, and warns of an optimizer that is outside the paper.
 
         Args:
             loss_scaling: whether a GradScaler scales the loss.
@@ -121,41 +121,41 @@ class Rule(ABC):
 
     @abstractmethod
     def attach(self, reducer: Claimer) -> None:
-        """Has the optimizer ask this DGCState, which it does not keep alive."""
+        """Makes the optimizer use this DGCState, without keeping it alive."""
 
     @abstractmethod
     def serves(self, reducer: Reducer) -> bool:
-        """Returns whether the optimizer asks this DGCState, and not one that was made later."""
+        """Returns whether the optimizer uses this DGCState, and not one that was made later."""
 
     @property
     @abstractmethod
     def keeps_state(self) -> bool:
-        """Whether something is kept between steps that a rank without step() would not have."""
+        """Whether the optimizer keeps state between steps, which a rank without step() would miss."""
 
     @abstractmethod
     def compress(self, work: Work) -> None:
-        """Moves gradients into what is kept and into v, and selects and packs the largest entries of v."""
+        """Accumulates gradients in the rule's tensors and in v, then selects and packs the largest entries of v."""
 
     def brought(self) -> dict[Tensor, dict[str, Tensor]]:
-        """Returns what a dense run left in the optimizer's state, by parameter and kind, and forgets it."""
+        """Removes the tensors of a dense run from the optimizer's state, and returns them by parameter and kind."""
         return {}
 
     @property
     def steps_taken(self) -> int:
-        """How many steps the optimizer has taken, where it counts them; read from its state."""
+        """Number of steps in the optimizer's state; 0 where it does not count them."""
         counts = [state["step"] for state in self.optimizer.state.values() if "step" in state]
         return int(max(map(float, counts), default=0))
 
 
 class DGCOptimizer(Optimizer):
-    """An optimizer that applies what a DGCState has reduced."""
+    """An optimizer that applies the gradients that a DGCState has reduced."""
 
-    # Weak, or a DGCState that is dropped keeps its memory until the garbage collector comes. Of the class too, so that
-    # a copy without a DGCState says what is missing.
+    # Weak references, so that a dropped DGCState frees its memory at once. The class has an empty tuple, so that step()
+    # of a copy without a DGCState says what is missing.
     _attached: tuple[weakref.ref[Reducer], ...] = ()
 
     def rule(self) -> Rule:
-        """Returns what it keeps of gradients before they are sent."""
+        """Returns the rule by which gradients are accumulated before they are sent."""
         raise NotImplementedError
 
     def attach(self, reducer: Reducer) -> None:
@@ -164,12 +164,12 @@ class DGCOptimizer(Optimizer):
 
     @property
     def reducer(self) -> Reducer | None:
-        """The DGCState that reduces the gradients: the last one that was made and is not gone; None without one."""
+        """The DGCState that reduces the gradients: the last one attached that is alive; None without one."""
         return next((reducer for one in reversed(self._attached) if (reducer := one()) is not None), None)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Answers GradScaler.step(), which alone asks: no, it has to unscale the gradients itself.
+        """The answer to GradScaler.step(), its only reader: False, GradScaler has to unscale the gradients itself.
 
         Raises:
             RuntimeError: the DGCState does not know of the loss scale, and has accumulated scaled gradients.

@@ -1,4 +1,4 @@
-"""Foreign: any torch optimizer without momentum behind the face of a Rule; plain accumulation (paper, Algorithm 1)."""
+"""Foreign: the rule of any torch optimizer without momentum, plain accumulation (paper, Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def rule_of(optimizer: Optimizer) -> Rule:
 
 
 class Foreign(Rule):
-    """Keeps nothing: gradients go into v, and the optimizer applies what was sent of it.
+    """Adds gradients to v, and keeps no other tensor.
 
-    A hook has the gradients claimed before step() applies them.
+    A pre-hook of step() claims the reduced gradients before the optimizer applies them.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -36,18 +36,18 @@ class Foreign(Rule):
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """Nothing."""
+        """The empty tuple, since v is the only tensor."""
         return ()
 
     def factors(self, parameter: Tensor, group: Mapping[str, Any], workers: int) -> tuple[float, ...]:
-        """Returns none."""
+        """Returns no numbers."""
         return ()
 
     def check(self) -> None:
         """Refuses momentum, which would be applied a second time.
 
         Raises:
-            ValueError: a group has some, from the start or since a schedule or load_state_dict() changed it.
+            ValueError: a group has momentum, from the start or since a schedule or load_state_dict() changed it.
         """
         if any(group.get("momentum", 0) for group in self.optimizer.param_groups):
             raise ValueError(
@@ -57,10 +57,10 @@ class Foreign(Rule):
             )
 
     def check_use(self, *, loss_scaling: bool, skipping: bool) -> None:
-        """Refuses what the optimizer cannot do, and warns of one that keeps more than SGD does.
+        """Refuses uses that the optimizer cannot support, and warns unless it is torch.optim.SGD.
 
         Raises:
-            ValueError: it has to leave steps out, or is fused and would not let a GradScaler.
+            ValueError: steps are to be left out, or loss is scaled for a fused optimizer.
         """
         kind = type(self.optimizer).__name__
         if loss_scaling and getattr(self.optimizer, "_step_supports_amp_scaling", False):
@@ -78,17 +78,17 @@ class Foreign(Rule):
             )
 
     def attach(self, reducer: Claimer) -> None:
-        """Has the optimizer ask before each step()."""
+        """Registers a pre-hook of step() that claims the gradients."""
         self._attached = weakref.ref(reducer)
         self.optimizer.register_step_pre_hook(_before_step(self._attached))
 
     def serves(self, reducer: Reducer) -> bool:
-        """Returns True: a second DGCState asks too, and says that nothing was reduced by it."""
+        """Returns True: every attached DGCState has a pre-hook, which raises if that state has reduced nothing."""
         return True
 
     @property
     def keeps_state(self) -> bool:
-        """Whether it is another than torch.optim.SGD."""
+        """Whether the optimizer is another one than torch.optim.SGD."""
         return not isinstance(self.optimizer, torch.optim.SGD)
 
     def compress(self, work: Work) -> None:
@@ -113,14 +113,14 @@ def _before_step(reference: weakref.ref[Claimer]) -> Callable[..., Arguments | N
         state = reference()
         if state is None:
             return None
-        # torch hands the hook the arguments of step() with the optimizer in front, and takes them back so.
+        # torch passes step()'s arguments to the hook with the optimizer in front, and expects them back in that form.
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             state.take_for()
             return None
 
         def checked() -> Any:
-            loss = closure()  # the backward pass is in it
+            loss = closure()  # runs the backward pass
             state.take_for()
             return loss
 

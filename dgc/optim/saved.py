@@ -1,4 +1,4 @@
-"""What torch.optim.SGD and dgc.SGD save: parameter groups and state, checked and taken over from one to the other."""
+"""The saved state of torch.optim.SGD and dgc.SGD: its check, and its conversion from one to the other."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 UNSUPPORTED = {"dampening": 0, "maximize": False, "differentiable": False, "fused": None}
-"""torch.optim.SGD's settings that DGC cannot honour, and what they are where they are unset."""
+"""Settings of torch.optim.SGD that DGC cannot honour, with their unset values."""
 STATE = {"step", "decay_momentum", "momentum_buffer"}
-"""What is kept of a parameter; the last is torch.optim.SGD's, until a DGCState takes it."""
+"""Keys of a parameter's state; momentum_buffer is torch.optim.SGD's, and stays until a DGCState takes it."""
 
 
 def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
@@ -41,18 +41,18 @@ def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
 
 
 def check_saved(groups: Iterable[Mapping[str, Any]], saved: Mapping[Any, Mapping[str, Any]]) -> None:
-    """Refuses what another optimizer than dgc.SGD or torch.optim.SGD has saved, and what does not fit the parameters.
+    """Refuses the state of an optimizer other than dgc.SGD or torch.optim.SGD, or state that does not fit.
 
     Args:
         groups: the parameter groups.
-        saved: what was saved of each parameter.
+        saved: the saved state, by parameter.
 
     Raises:
-        ValueError: the message says what shows it.
+        ValueError: the message names the group or entry that shows it.
     """
     needed = ["lr", "momentum", "weight_decay", "nesterov"]
     if any("momentum_buffer" in entries for entries in saved.values()):
-        needed.append("dampening")  # Muon has all the others, and buffers of another kind
+        needed.append("dampening")  # Muon has all the other keys, and buffers of another kind
     for group in groups:
         if missing := [name for name in needed if name not in group]:
             raise _foreign(f"{', '.join(needed)} in each parameter group", f"a group without {', '.join(missing)}")
@@ -90,10 +90,10 @@ def _foreign(expected: str, got: str) -> ValueError:
 def take_over(
     groups: Iterable[Mapping[str, Any]], saved: Mapping[Tensor, Mapping[str, Any]]
 ) -> defaultdict[Tensor, dict[str, Any]]:
-    """Returns saved state as step() would have made it, in tensors of its own.
+    """Returns a copy of saved state, completed to what step() would have made.
 
-    torch hands over those of the state_dict, which a run that goes on changes. Where step is missing, it is that of the
-    others: it used to be kept of the first parameter only.
+    It is a copy, since torch passes the state_dict's own tensors, which later steps would change. A parameter without
+    `step` gets the largest one of the others, since earlier versions kept it for the first parameter only.
     """
     state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
     if not any(saved.values()):
@@ -126,6 +126,6 @@ def most_steps(state: Mapping[Tensor, Mapping[str, Any]]) -> float:
 
 
 def fill(group: dict[str, Any]) -> None:
-    """Adds torch.optim.SGD's settings that dgc.SGD used to have none of."""
+    """Adds the settings of torch.optim.SGD that earlier versions of dgc.SGD did not have."""
     for name, value in {**UNSUPPORTED, "foreach": None}.items():
         group.setdefault(name, value)

@@ -28,7 +28,7 @@ class MomentumCorrection(Rule):
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """Momentum, where any group has some now."""
+        """Momentum, where any parameter group has a momentum factor at present."""
         return (MOMENTUM,) if any(group["momentum"] for group in self.optimizer.param_groups) else ()
 
     def factors(self, parameter: Tensor, group: Mapping[str, Any], workers: int) -> tuple[float, ...]:
@@ -47,11 +47,11 @@ class MomentumCorrection(Rule):
         """Accepts every use."""
 
     def attach(self, reducer: Claimer) -> None:
-        """Has the optimizer ask this DGCState."""
+        """Makes the optimizer use this DGCState."""
         self.optimizer.attach(reducer)
 
     def serves(self, reducer: Reducer) -> bool:
-        """Returns whether it is the last one that is alive."""
+        """Returns whether this DGCState is the last one attached that is alive."""
         return self.optimizer.reducer is reducer
 
     @property
@@ -60,11 +60,11 @@ class MomentumCorrection(Rule):
         return bool(self.kept)
 
     def brought(self) -> dict[Tensor, dict[str, Tensor]]:
-        """Returns the momentum of a dense run; see SGD.take_momentum."""
+        """Removes the momentum of a dense run, and returns it; see SGD.take_momentum."""
         return {p: {MOMENTUM: buffer} for p, buffer in self.optimizer.take_momentum().items()}
 
     def compress(self, work: Work) -> None:
-        """Does it all in one op."""
+        """Accumulates, selects and packs in one op."""
         ops.compress_(
             gradients=work.gradients,
             momentum=work.kinds.get(MOMENTUM),
@@ -83,21 +83,20 @@ class MomentumCorrection(Rule):
 class SGD(DGCOptimizer):
     """SGD with momentum, Nesterov momentum and weight decay, for gradients that DGC reduces.
 
-    Takes torch.optim.SGD's arguments and gives its results: exactly where everything is sent, in expectation of what
-    is sent where not. DGC accumulates momentum locally, before it selects (momentum correction, paper section 3.1), so
-    for a compressed parameter step() finds it in the gradient already. momentum and nesterov are read from the
-    parameter groups at every backward pass, so schedulers may change momentum. Weight decay has a momentum buffer of
-    its own, equal on all ranks; by linearity the sum is the same.
+    It takes the arguments of torch.optim.SGD, and gives the same results where everything is sent. DGC accumulates
+    momentum locally, before it selects entries (momentum correction, paper section 3.1). For a compressed parameter,
+    the reduced gradient that step() applies therefore contains momentum already. momentum and nesterov are read from
+    the parameter groups at every backward pass, so schedulers may change momentum. Weight decay has a momentum buffer
+    of its own, equal on all ranks; by linearity the sum is the same.
 
-    load_state_dict() takes torch.optim.SGD's state too, and torch.optim.SGD's takes this one's. A parameter's state is
-    `step`, the steps applied to it (on a GPU with those that the device left out), float32 on the CPU, and
-    `decay_momentum`, of no elements until weight decay meets momentum: always there, since
-    torch.distributed.checkpoint asks the state which device it is on (StateDictOptions(full_state_dict=True)).
+    dgc.SGD and torch.optim.SGD can load each other's state_dict. A parameter's state has two tensors. `step`, float32
+    on the CPU, counts the steps applied to it, and on a GPU also those that the device left out. `decay_momentum` has
+    no elements until weight decay meets momentum. It is always there, since torch.distributed.checkpoint reads the
+    device from the state (StateDictOptions(full_state_dict=True)).
 
     Raises:
-        ValueError: an argument out of range, or one of torch.optim.SGD's that DGC cannot honour. The same comes from
-            add_param_group(), from load_state_dict(), which then has changed nothing, and from step(), where a
-            parameter group has been changed since.
+        ValueError: an argument is out of range, or is one of torch.optim.SGD's that DGC cannot honour.
+            add_param_group(), load_state_dict() and step() raise it too; load_state_dict() then has changed nothing.
     """
 
     def __init__(
@@ -133,13 +132,13 @@ class SGD(DGCOptimizer):
         """Adds a parameter group, checking its values."""
         group = {**self.defaults, **param_group}
         check_groups([*self.param_groups[:1], group])
-        # Not where a schedule or a state_dict comes to 0 later, which is plain SGD.
+        # Refused here only: a schedule or a state_dict may set momentum to 0 later, which is plain SGD.
         if group["nesterov"] and group["momentum"] <= 0:
             raise ValueError(f"momentum: expected a number > 0 with nesterov=True, got {group['momentum']!r}")
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Takes over what load_state_dict() or pickle has read; changes nothing unless all of it can be honoured."""
+        """Takes over the state that load_state_dict() or pickle has read; changes nothing unless all of it is valid."""
         groups = state["param_groups"]
         check_saved(groups, state["state"])
         for group in groups:
@@ -158,17 +157,17 @@ class SGD(DGCOptimizer):
         return int(most_steps(self.state))
 
     def take_momentum(self) -> dict[Tensor, Tensor]:
-        """Returns the momentum that torch.optim.SGD's state brought along, by parameter, and forgets it.
+        """Removes the momentum of torch.optim.SGD from loaded state, and returns it by parameter.
 
-        DGCState calls this before it accumulates or saves, and puts each buffer into u. Weight decay's part of it may
-        go there too, with decay_momentum beginning at 0: both momenta decay by the same factor and are applied alike,
-        so only their sum matters.
+        DGCState calls this before it accumulates or saves, and copies each buffer into u. The buffer's weight-decay
+        part may go into u too, while decay_momentum begins at 0. Both momenta decay by the same factor and are applied
+        alike, so only their sum matters.
         """
         return {p: state.pop("momentum_buffer") for p, state in self.state.items() if "momentum_buffer" in state}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Applies lr, the reduced gradient and weight decay.
+        """Applies the reduced gradients and weight decay, times lr.
 
         Raises:
             RuntimeError: there are gradients and momentum, but no DGCState has reduced since the last step: momentum
@@ -200,7 +199,7 @@ class SGD(DGCOptimizer):
                 "dgc.horovod.DistributedOptimizer(optimizer, model.named_parameters()). Without DGC, use "
                 "torch.optim.SGD"
             )
-        # A tensor, which each addition would make of a number again.
+        # A tensor, since _foreach_add_ would make one of a number for each addition.
         if parameters:
             torch._foreach_add_([self._state(p)["step"] for p in parameters], count(1), alpha=1)
         for group in self.param_groups:
@@ -228,7 +227,7 @@ class SGD(DGCOptimizer):
     def _decay_weights(
         self, p: Tensor, lr: float, mu: float, decay: float, nesterov: bool, skip: Tensor | None
     ) -> None:
-        """Takes the weight-decay part of the update off p: lr times the momentum form of decay * p."""
+        """Subtracts the weight-decay part of the update from p: lr times the momentum form of decay * p."""
         shrink = partial(torch.Tensor.mul_, other=1 - lr * decay)
         if not mu:
             unless(skip, p, shrink)
@@ -240,10 +239,10 @@ class SGD(DGCOptimizer):
         subtract([p], [u], lr * mu if nesterov else lr, skip)
 
     def _state(self, p: Tensor) -> dict[str, Any]:
-        """Returns what is kept of a parameter.
+        """Returns the state of a parameter, made where it is missing.
 
-        Of every one, though one count would do: torch.distributed.checkpoint misses a state that is not there, and
-        hvd.broadcast_optimizer_state() leaves learning rates where they are if there is none at all.
+        Every parameter has a state, though one count would do, since torch.distributed.checkpoint expects it.
+        hvd.broadcast_optimizer_state() does not broadcast learning rates where there is no state at all.
         """
         state: dict[str, Any] = self.state[p]
         if "step" not in state:
@@ -258,7 +257,7 @@ class SGD(DGCOptimizer):
         return u
 
     def _allocate(self) -> None:
-        """Makes what step() would make."""
+        """Makes the state that step() would make."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:

@@ -1,4 +1,4 @@
-"""Unfused: a rule written in plain PyTorch, for whatever has no op of its own yet."""
+"""Unfused: a rule written in plain PyTorch, for an optimizer without an op of its own."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .base import Rule, Work
 
 
 class Unfused(Rule):
-    """A rule that says for one parameter, in plain PyTorch, what it keeps and what it adds to v.
+    """A rule whose tensors and updates of v are computed in plain PyTorch, one parameter at a time.
 
-    Selection and packing are the op's, with v as the only tensor. Some three times as slow as a fused rule.
+    An op then adds the updates to v, selects and packs. This is about three times as slow as a fused rule.
     """
 
     fused = False
@@ -27,7 +27,7 @@ class Unfused(Rule):
     def advance(
         self, kept: Mapping[str, Tensor], gradient: Tensor, factors: tuple[float, ...]
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Returns what is kept of one parameter after this gradient, and what is added to v; changes nothing.
+        """Returns one parameter's kept tensors after this gradient, and the update of v; changes nothing.
 
         Args:
             kept: by kind, float32 [numel].
@@ -36,7 +36,7 @@ class Unfused(Rule):
         """
 
     def compress(self, work: Work) -> None:
-        """Advances each parameter, where the result is finite, and selects and packs."""
+        """Advances each parameter where the result is finite, then selects and packs."""
         (updates,) = work.updates
         used = []
         columns = work.factors.t().tolist()
@@ -54,7 +54,7 @@ class Unfused(Rule):
                 finite &= tensor.isfinite()
             for kind, tensor in kept.items():
                 torch.where(finite, after[kind], tensor, out=tensor)
-            updates[at : at + numel] = torch.where(finite, update, torch.nan)  # which the op leaves out, and reports
+            updates[at : at + numel] = torch.where(finite, update, torch.nan)  # the op leaves NaN out, and reports it
         ops.compress_(
             gradients=work.updates,
             momentum=None,
@@ -70,12 +70,12 @@ class Unfused(Rule):
         )
         layout = work.sending.wire(work.dtype)
         marks = work.selection[layout.used : layout.used + len(used)]
-        # Whether the gradient was not zero; the op has seen updates, which go on where a parameter is unused.
+        # The op has marked updates that are not zero. The mark is of gradients: an unused parameter may have updates.
         marks.copy_((marks & LEFT_OUT) | torch.stack(used) * USED)
         self._mask(work)
 
     def _mask(self, work: Work) -> None:
-        """Notes what is kept where entries were sent, and sets it to 0 there."""
+        """Copies the kept values at sent entries to work.sent, and sets them to 0."""
         if not work.sent:
             return
         where, values = positions(work.selection, work.sending, work.dtype)

@@ -1,1 +1,1 @@
-"""The way of one gradient, top to bottom: reducer.py has its verbs in their order."""
+"""The steps that a gradient goes through; reducer.py has their methods in order."""

@@ -1,4 +1,4 @@
-"""Advice: what to tell a training loop that does not do what DGC needs, and the line that mends it."""
+"""Advice: the messages for a training loop that uses DGC wrongly, each with its remedy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def names(parameters: Sequence[str]) -> str:
 
 
 def second_pass() -> str:
-    """Says that a backward pass came where step() should have, of this module or of another."""
+    """Says that a backward pass, of this module or another, came where step() was expected."""
     return (
         "DGCState: expected optimizer.step() after the last backward pass, got another backward pass. The ways on:\n"
         "To accumulate over several passes, run all but the last without exchange (Horovod: "
@@ -38,7 +38,7 @@ def second_pass() -> str:
 
 
 def discarded() -> str:
-    """Says that a bucket came for a pass that is over."""
+    """Says that a bucket came for a pass that has been discarded."""
     return (
         "DGCState: expected the first bucket of a backward pass, got a later one: this pass has been discarded. Call "
         "zero_grad() and run another"
@@ -46,7 +46,7 @@ def discarded() -> str:
 
 
 def outstanding(method: str) -> str:
-    """Says that a method was called in the middle of a step."""
+    """Says that a method was called between backward() and step()."""
     return (
         f"DGCState.{method}: expected to be called between optimizer.step() and the next backward(), got a call "
         "between backward() and step(): call step() first, or, to leave this update out, "
@@ -58,8 +58,8 @@ def not_finite(found: Sequence[str], step: int) -> str:
     """Says which gradients were not finite.
 
     Args:
-        found: in words.
-        step: that was left out.
+        found: descriptions of these gradients.
+        step: number of the step that was left out.
     """
     return (
         f"DGCState: expected finite gradients, got Inf or NaN: {'; '.join(found)}, step {step}. Nothing was applied, "
@@ -69,7 +69,7 @@ def not_finite(found: Sequence[str], step: int) -> str:
 
 
 def cannot_skip(optimizer: str) -> str:
-    """Says that a step that must be left out cannot be."""
+    """Says that an optimizer cannot leave out a step that overflows."""
     return (
         "DGCState: expected finite gradients, got some whose average or residual overflows, so this step must not be "
         f"applied, and {optimizer} cannot leave one out: lower the loss scale or the learning rate, clip with "
@@ -84,7 +84,7 @@ def no_config(got: object) -> str:
 
 
 def read_only() -> str:
-    """Says how to change what was assigned."""
+    """Says how to change DGCState.config, since an assignment was tried."""
     return (
         "DGCState.config: expected to be read, got an assignment. It is read-only, since all ranks have to agree on "
         "it. Call state.set_density(density) on all ranks; for another field, make a new DGCState, between "
@@ -102,7 +102,7 @@ def loaded_too_early() -> str:
 
 
 def displaced() -> str:
-    """Says that an optimizer has got another state since."""
+    """Says that the optimizer is now served by a DGCState that was made later."""
     return (
         "DGCState: expected to be its optimizer's only one, got a gradient while another DGCState, which was made "
         "later, serves the same optimizer. Make one DGCState an optimizer; to start again, delete the first one, wrap "
@@ -114,8 +114,8 @@ def incomplete(missing: Sequence[str], go_on: str) -> str:
     """Says that a backward pass is not complete.
 
     Args:
-        missing: parameters that have no gradient; perhaps none.
-        go_on: the exchange's way on.
+        missing: names of parameters that have no gradient; may be empty.
+        go_on: Exchange.go_on.
     """
     which = f"got none of {names(missing)}" if missing else "got only some"
     return (
@@ -126,7 +126,7 @@ def incomplete(missing: Sequence[str], go_on: str) -> str:
 
 
 def broke_off(missing: Sequence[str], go_on: str) -> str:
-    """Says that the pass before this one was not complete; arguments as for incomplete()."""
+    """Says that the last backward pass was not complete; arguments as for incomplete()."""
     which = f" without {names(missing)}" if missing else ""
     return (
         f"DGCState: expected the last backward pass to be complete, but it broke off{which}, and what it sent is in "
@@ -135,7 +135,11 @@ def broke_off(missing: Sequence[str], go_on: str) -> str:
 
 
 def nothing_reduced(registered: bool) -> str:
-    """Says that step() came without a backward pass that was exchanged."""
+    """Says that step() was called without an exchanged backward pass.
+
+    Args:
+        registered: whether a DDP module has the state.
+    """
     if registered:
         return (
             "DGCState: expected a backward pass since the last step(), got none that was exchanged. If it ran under "
@@ -153,7 +157,7 @@ def not_reduced(local: Sequence[str]) -> str:
     """Says that the optimizer would apply gradients of this rank alone.
 
     Args:
-        local: the names of their parameters.
+        local: names of the parameters of these gradients.
     """
     return (
         f"optimizer: expected gradients that were exchanged, got this rank's own of {names(local)}, which the backward "
@@ -176,7 +180,7 @@ def thrown_away(without: Sequence[str]) -> str:
 
 
 def not_droppable() -> str:
-    """Says that nothing was kept to return to."""
+    """Says that a pass can be dropped only with DGCConfig(droppable=True)."""
     return (
         "DGCState.discard: expected DGCConfig(droppable=True) with drop_gradient=True, got False: u and v as they were "
         "before the pass are not kept, since that costs 8 bytes a parameter and a copy at every pass. Make the state "
@@ -186,7 +190,7 @@ def not_droppable() -> str:
 
 
 def kept() -> str:
-    """Says what discard() does where nobody has said which."""
+    """Says what discard() does where drop_gradient is left out."""
     return (
         "dgc: state.discard() takes back what was sent, and keeps the gradient in momentum and residual: it arrives "
         "with later steps. Say which you want: discard(drop_gradient=False) is this; discard(drop_gradient=True), "
@@ -195,7 +199,7 @@ def kept() -> str:
 
 
 def changed(which: Sequence[str]) -> str:
-    """Says that somebody has changed gradients between backward() and step()."""
+    """Says that gradients were changed between backward() and step()."""
     return (
         f"dgc: expected gradients as backward() left them, got others for {names(which)} in step(). Clipping, weight "
         "decay or noise there acts on the few entries that were sent, which are sums of many steps, and what it cuts "
@@ -207,7 +211,7 @@ def changed(which: Sequence[str]) -> str:
 
 
 def residual_missing(steps: int) -> str:
-    """Says that an optimizer goes on, and its DGCState does not."""
+    """Says that the optimizer continues a run, while its DGCState is new."""
     return (
         f"dgc: the optimizer has taken {steps} steps, and this DGCState none: if the run trained with DGC "
         "before, what it had not sent is gone, and warm-up begins again. Save and load the state too: "

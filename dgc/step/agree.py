@@ -1,4 +1,4 @@
-"""What all ranks must have alike, and a number for what one of them alone may have done."""
+"""The values that must be equal on all ranks, and a fingerprint of names, to find a rank that differs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dgc.memory.parameters import Parameters
 
 
 def description(config: DGCConfig, parameters: Parameters, codec: str, loss_scaling: bool) -> dict[str, object]:
-    """Returns everything that has to be the same on all ranks, by what it is called in messages."""
+    """Returns all values that have to be equal on all ranks, by their names in messages."""
     optimizer = parameters.optimizer
     groups = [(g.get("momentum", 0), g.get("nesterov", False)) for g in optimizer.param_groups]
     return {
@@ -28,5 +28,5 @@ def description(config: DGCConfig, parameters: Parameters, codec: str, loss_scal
 
 
 def fingerprint(names: Iterable[str]) -> int:
-    """Returns a number for a set of names: the same on all ranks, and 0 for none of any size that is met."""
+    """Returns a 56-bit hash of a set of names, equal on all ranks and practically never 0."""
     return int.from_bytes(hashlib.blake2b("\n".join(sorted(names)).encode(), digest_size=7).digest(), "little")

@@ -22,36 +22,36 @@ from .probes import Probes
 from .sparse import Member, Sparse
 
 _OVERFLOW = 1
-"""Bit of a report's last number that unpack writes: an average of sent entries is not finite."""
+"""Bit of a report's last number, written by unpack: an average of sent entries is not finite."""
 
 
 class PassContext(NamedTuple):
-    """What all buckets of one backward pass go by."""
+    """The values that all buckets of one backward pass share."""
 
     step: int
-    """Which it is, without those that were left out."""
+    """Number of the pass; skipped passes do not count."""
     loss_scale: Tensor | None
-    """float32 [1], what gradients are multiplied with; None for 1."""
+    """float32 [1], the factor by which the loss was multiplied; None for 1."""
     dropped: int
-    """A number for the gradients that were thrown away before the last step(), 0 where none were."""
+    """Fingerprint of the parameters whose gradients were thrown away before the last step(); 0 for none."""
     probes: Probes
-    """What its gradients were when they were handed back."""
+    """Samples of the reduced gradients, taken when they were handed back."""
 
     @property
     def unscale(self) -> Tensor | None:
-        """Inverse of the loss scale, float32 [1]: as GradScaler takes it, so that both unscale to the same bits."""
+        """Inverse of the loss scale, float32 [1], computed as GradScaler does, to the same bits; None for 1."""
         return None if self.loss_scale is None else self.loss_scale.double().reciprocal().float()
 
 
 class Bucket:
-    """One bucket in one phase: what is compressed of it and what is dense, laid out once.
+    """One bucket in one phase, divided into a compressed and a dense half; it serves many passes.
 
     Attributes:
-        name: that of its first parameter: the same on all ranks, and no other bucket's of this model.
-        sparse: the compressed half; None where there is none.
-        dense: the dense half; None where there is none.
-        report: int32 [rows + 1] on the device, what the last pass found: the status of each payload, then in bits which
-            averages are not finite.
+        name: the name of its first parameter, equal on all ranks and unique among the model's buckets.
+        sparse: the compressed half; None without compressed parameters.
+        dense: the dense half; None without dense parameters.
+        report: int32 [rows + 1] on the device, the findings of the last pass: the status of each payload, then a number
+            whose bits say which averages are not finite.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class Bucket:
         """Lays the bucket out.
 
         Args:
-            gradients: the bucket as it comes; only sizes and places matter here.
+            gradients: the bucket, of which only sizes and places are used.
             entries: k of each slot; None where it is dense.
-            parameters: the optimizer's numbers for each.
-            memory: v, and what the rule keeps.
-            exchange: how the ranks talk.
-            codec: how entries travel.
+            parameters: for the optimizer's rule, and its factors for each parameter.
+            memory: v, and the rule's tensors.
+            exchange: the collectives.
+            codec: turns entries into bytes.
             config: the user's.
-            masking: whether what the rule keeps becomes 0 where an entry is sent.
+            masking: whether the rule's tensors become 0 where an entry is sent.
         """
         self.name = gradients.slots[0].name
         self._parameters, self._memory, self._exchange = parameters, memory, exchange
@@ -111,16 +111,16 @@ class Bucket:
 
     @property
     def averages_once(self) -> bool:
-        """Whether it averages what the rule keeps, which is done once, so that it serves one pass only."""
+        """Whether it also averages the rule's tensors. Since that is done once, such a bucket serves one pass only."""
         return self.dense is not None and bool(self.dense.averaged)
 
     def send(self, gradients: Gradients, context: PassContext, scale: Tensor | None) -> Transfer:
         """Compresses, and starts the exchange.
 
         Args:
-            gradients: the bucket; its buffers are used up.
+            gradients: the bucket, whose buffers are overwritten.
             context: of the pass.
-            scale: float32 [1], what gradients are multiplied with first; None for 1.
+            scale: float32 [1], the factor by which gradients are multiplied first; None for 1.
         """
         payload = gathered = dense = None
         if self.sparse is not None:
@@ -136,12 +136,12 @@ class Bucket:
             return self._exchange.start(self.name, payload, gathered, dense)
 
     def receive(self, gradients: Gradients, context: PassContext, late: bool) -> None:
-        """Writes the averages into the gradients, once the exchange is through.
+        """Writes the averages into the gradients, once the exchange is complete.
 
         Args:
             gradients: the bucket.
             context: of the pass.
-            late: whether a wrong payload is reported to the step only; else it is raised here.
+            late: whether a wrong payload is only reported, for step() to raise; else it is raised here.
 
         Raises:
             PayloadError: a rank sent what does not fit.
@@ -160,7 +160,7 @@ class Bucket:
             context.probes.take([m.slot for m in self.sparse.members], reduced, witnesses, context.step)
 
     def findings(self, report: list[int]) -> set[str]:
-        """Returns in words which gradients were not finite, and on which rank.
+        """Returns descriptions of the gradients that were not finite, with their ranks.
 
         Args:
             report: this bucket's, on the host.
@@ -176,20 +176,20 @@ class Bucket:
         return found
 
     def restore(self, which: Tensor | None = None) -> None:
-        """Takes back what was sent for all parameters, or where `which`, a uint8 scalar on the device, is not 0."""
+        """Returns all sent entries to memory; with `which`, a uint8 scalar on the device, only if that is not 0."""
         if self.sparse is not None:
             self.sparse.undo.restore(self._memory, which)
 
     def drop(self, names: Collection[str] | None = None) -> None:
-        """Takes back all that this pass did to memory, for these parameters or for all."""
+        """Undoes this pass in memory, for the named parameters or for all."""
         if self.sparse is not None:
             self.sparse.undo.drop(self._memory, names)
 
     def give_back(self, which: Tensor) -> None:
-        """Drops or restores the compressed parameters that `which`, uint8 [compressed], says; see Undo.give_back."""
+        """Drops or restores parameters where `which`, uint8 [compressed], is not 0; see Undo.give_back."""
         if self.sparse is not None:
             self.sparse.undo.give_back(self._memory, which)
 
     def thrown_away(self, parameters: Mapping[str, Tensor]) -> list[str]:
-        """Returns compressed parameters that have lost their .grad since."""
+        """Returns the names of compressed parameters that have lost their .grad, and with it their sent entries."""
         return [] if self.sparse is None else self.sparse.undo.thrown_away(parameters)

@@ -1,4 +1,4 @@
-"""Claims: what becomes of a backward pass that was reduced: a step() claims it, it is left out, or it is given up."""
+"""Claims: the end of a reduced backward pass, which step() claims or leaves out, or discard() gives up."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from .standing import Standing
 
 
 class Claims:
-    """The last backward pass, from its end to step(), or to what comes in place of it."""
+    """The last backward pass, from its end to step(), or to discard() in place of it."""
 
     def __init__(self, standing: Standing, grad_scaler: GradScaler | None, average: bool, late: bool) -> None:
-        """Begins where a run stands.
+        """Starts without a pending pass.
 
         Args:
-            standing: with memory, parameters and exchange.
-            grad_scaler: that scales the loss.
+            standing: the state of the run, with memory, parameters and exchange.
+            grad_scaler: the one that scales the loss; None without loss scaling.
             average: whether the update is the mean of the ranks' gradients, or their sum.
-            late: whether the verdict on a step is read one pass later, since to wait for a GPU would stall it.
+            late: whether the verdict on a step is read one pass later, so that the host does not wait for the GPU.
         """
         self._standing = standing
         self.grad_scaler = grad_scaler
         self._average = average
         self._late = late
         self._pass = Pass.none(0)
-        self._error: Exception | None = None  # what was found late, until step() raises it
-        self._told: set[str] = set()  # what was warned of, once
+        self._error: Exception | None = None  # found late, and raised by the next step()
+        self._told: set[str] = set()  # keys of the warnings given so far
         self._stats = Stats()
         self._total_bytes = 0
 
     @property
     def exchange(self) -> Exchange:
-        """How ranks talk."""
+        """The collectives of the ranks."""
         return self._standing.exchange
 
     def wait(self) -> None:
-        """Completes all that has been started, where no thread of the framework does that by itself."""
+        """Completes all started transfers, where no thread of the framework does so."""
         self.exchange.finish()
 
     def slot(self, parameter: Tensor) -> Slot:
@@ -62,27 +62,27 @@ class Claims:
 
     @property
     def pending(self) -> bool:
-        """Whether gradients were reduced that no step() has taken."""
+        """Whether there are reduced gradients that no step() has claimed."""
         return self._pass.stage is Stage.REDUCED
 
     @property
     def unscales(self) -> bool:
-        """Whether a GradScaler's scale is taken off gradients before they are accumulated."""
+        """Whether gradients are unscaled, by the user's GradScaler, before they are accumulated."""
         return self.grad_scaler is not None
 
     @property
     def skip(self) -> Tensor | None:
-        """The device's word on a GPU, a uint8 scalar: not 0 where the claimed step must change nothing."""
+        """The GPU's verdict on the claimed step, a uint8 scalar: not 0 if it must change nothing; None without one."""
         verdict = self._pass.verdict
         return verdict.bad if verdict is not None and self._pass.stage is Stage.TAKEN else None
 
     @property
     def keeps_state(self) -> bool:
-        """Whether the optimizer keeps something between steps that a rank without step() would not have."""
+        """Whether the optimizer keeps state between steps, which a rank without step() would miss."""
         return self._standing.parameters.rule.keeps_state
 
     def kept_of(self, parameter: Tensor) -> dict[str, Tensor] | None:
-        """Returns the rule's tensors of a parameter whose gradient is a plain average; None if it is an update."""
+        """Returns the rule's tensors of a parameter that was sent dense; None for a compressed one."""
         name = self.slot(parameter).name
         if name not in self._standing.layouts.phase.dense:
             return None
@@ -90,10 +90,10 @@ class Claims:
         return self._standing.memory.of(name)
 
     def take(self) -> bool:
-        """Claims the reduced gradients for step(); False if the step is to be left out, on all ranks alike.
+        """Claims the reduced gradients for step(); returns False if all ranks have to leave the step out.
 
-        On a GPU the answer is True, `skip` tells the device, and what is wrong is raised here one step later; that
-        step's update is given back too.
+        On a GPU it returns True, and `skip` tells the device to leave the step out. The error is raised here one step
+        later, and the update of that later step returns to the residual.
 
         Raises:
             RuntimeError: no backward pass was reduced since the last step(), or only a part of one, or a bucket of it
@@ -134,8 +134,8 @@ class Claims:
         parameters = self._standing.parameters
         if not self.pending and all_zero(p.grad for p in parameters.by_name.values() if p.grad is not None):
             return
-        parameters.refresh()  # a schedule may have given it momentum
-        if not (self.take() and self._settle()):  # it knows nothing of `skip`, and cannot leave the step out
+        parameters.refresh()  # a schedule may have set a momentum, which is refused
+        if not (self.take() and self._settle()):  # the optimizer does not read `skip`, and cannot leave the step out
             raise FloatingPointError(advice.cannot_skip(type(parameters.optimizer).__name__))
 
     def _why_nothing_is_pending(self) -> str:
@@ -148,14 +148,14 @@ class Claims:
 
     @property
     def registered(self) -> bool:
-        """Whether a framework hands gradients; for messages."""
+        """Whether a framework passes gradients to this state; for messages."""
         return True
 
     def _drop(self, thrown: list[str]) -> None:
-        """Drops this pass for parameters whose gradient is not there any more."""
+        """Drops this pass for parameters whose gradient was thrown away."""
         if thrown and not self._standing.config.droppable:
             raise RuntimeError(advice.thrown_away(thrown))
-        # The next header tells, so that a rank that does it alone is noticed before replicas part further.
+        # The next payload's header carries it, so that a single rank that does so is noticed before replicas diverge.
         self._standing.dropped = fingerprint(thrown) if thrown else 0
         for bucket in self._pass.buckets if thrown else ():
             bucket.drop(thrown)
@@ -172,7 +172,7 @@ class Claims:
     # What becomes of the last pass.
 
     def _settle(self) -> bool:
-        """Reads the verdict on the last step; returns whether it was applied, or raises what take() raises."""
+        """Reads the verdict on the last step, and returns whether it was applied; raises what take() raises."""
         last = self._pass
         if last.stage not in (Stage.TAKEN, Stage.SHADOW):
             return True
@@ -197,22 +197,23 @@ class Claims:
         raise FloatingPointError(advice.not_finite(found, verdict.step))
 
     def _forget_skipped(self) -> None:
-        """Takes back the update of a step that GradScaler has left out, or is going to: its gradients hold NaN."""
+        """Discards a pass whose gradients are not finite, since GradScaler leaves its step out."""
         if self.grad_scaler is None or not self.pending:
             return
         try:
             self._pass.finish(self.exchange)
         except Exception:
-            return  # backward() has raised it, and what is wrong now is that discard() was not called
+            return  # backward() has raised it already; the caller reports that discard() was not called
         if found := self._pass.judge().findings():
             self.discard(drop_gradient=False)
             self._log_skipped(found)
 
     def settle_between_steps(self, method: str) -> None:
-        """Reads the verdict on the last step, for a method that wants no update to be outstanding.
+        """Reads the verdict on the last step, for a method that may be called between steps only.
 
         Raises:
-            RuntimeError: one is.
+            RuntimeError: an update is outstanding.
+            FloatingPointError, PayloadError: on a GPU, what the next step() would have raised.
         """
         self._forget_skipped()
         if self._pass.outstanding:
@@ -223,16 +224,16 @@ class Claims:
     def discard(self, *, drop_gradient: bool | None = None) -> None:
         """Gives up the update of the last backward pass, for a loop that leaves step() out on all ranks alike.
 
-        Call zero_grad() too. Gradients of dense parameters are dropped in any case, as DDP would.
+        Call zero_grad() too. Gradients of dense parameters are dropped in any case, as with plain DDP.
 
         Args:
-            drop_gradient: what becomes of the gradient of compressed parameters. False: what was sent returns to the
-                residual, and the gradient stays accumulated in u and v, for later steps; nothing is lost. True: u and
-                v are, bit for bit, what they were before the pass; takes DGCConfig(droppable=True). None: as False,
-                with a warning that says so, once.
+            drop_gradient: whether the gradient of compressed parameters is dropped. False: sent entries return to the
+                residual, and the gradient stays accumulated in u and v, for later steps; nothing is lost. True: u and v
+                become, bit for bit, what they were before the pass; this needs DGCConfig(droppable=True). None: as
+                False, with a warning the first time.
 
         Raises:
-            ValueError: drop_gradient is True, and DGCConfig.droppable is not.
+            ValueError: drop_gradient is True, but DGCConfig.droppable is False.
         """
         if drop_gradient and not self._standing.config.droppable:
             raise ValueError(advice.not_droppable())
@@ -248,14 +249,14 @@ class Claims:
             self._take_off_the_count()
 
     def regroup(self) -> None:
-        """Agrees with all ranks that are there now, and takes u and v over into their group; a collective.
+        """Agrees with all present ranks, and takes u and v over into their group; a collective.
 
-        After ranks have come or gone: survivors' shares are rescaled so that the mean over the ranks stays the same,
-        newcomers start with zeros and at the survivors' step, the shares of ranks that left are logged as lost.
+        Call it after ranks have come or gone. Survivors' shares are rescaled so that the mean over the ranks stays the
+        same. Newcomers start with zeros, at the survivors' step. Shares of ranks that left are lost, which is logged.
 
         Raises:
             ValueError: on every rank, where configurations or parameters differ.
-            RuntimeError: a reduced gradient is not applied yet; or survivors come from different groups or steps.
+            RuntimeError: an update is outstanding; or survivors come from different groups or steps.
             FloatingPointError, PayloadError: on a GPU, what the next step() would have raised.
         """
         self.settle_between_steps("regroup")
@@ -283,5 +284,5 @@ class Claims:
         self._told.add(what)
 
     def _log_skipped(self, found: list[str]) -> None:
-        if self.exchange.rank == 0:  # it knows what every rank sent
+        if self.exchange.rank == 0:  # every rank knows what all have sent
             log.log_skipped(self._standing.step, found, expected=self.grad_scaler is not None)

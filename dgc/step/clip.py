@@ -14,7 +14,7 @@ def squared_norm(gradient: Tensor) -> Tensor:
 
     One Inf among the entries would otherwise scale all the others to zero.
     """
-    if gradient.is_cuda:  # to ask whether there is one would wait for the device
+    if gradient.is_cuda:  # a test for Inf and NaN would wait for the device
         gradient = gradient.nan_to_num(0, 0, 0)
     norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float64)
     if not gradient.is_cuda and not norm.isfinite():
@@ -25,17 +25,18 @@ def squared_norm(gradient: Tensor) -> Tensor:
 def clip_scale(
     squared_norms: Iterable[Tensor], clip_norm: float, world_size: int, most: float = 1.0, unscale: Tensor | None = None
 ) -> Tensor:
-    """Returns min(most, sqrt(N) * clip_norm / norm), what this rank's gradients are multiplied with: float32 [1].
+    """Returns the factor for this rank's gradients, min(most, sqrt(N) * clip_norm / norm) * unscale: float32 [1].
 
-    The paper scales the threshold by N^-1/2 for gradients that already carry 1/N; ours are local means, N times as
-    large, hence N^1/2: N such gradients of independent samples average to a norm of about clip_norm.
+    The paper scales the threshold by N^-1/2, for gradients that are already divided by N. Ours are local means, N times
+    as large, so the threshold is scaled by N^1/2. N such gradients of independent samples average to a norm of about
+    clip_norm.
 
     Args:
-        squared_norms: of each parameter, in the order of the names, so that buckets do not matter to the last bit.
+        squared_norms: of each parameter, in the model's order, so that their sum has the same bits for any buckets.
         clip_norm: the threshold for one worker.
         world_size: N.
-        most: what they are multiplied with where nothing is clipped: N where the update is the sum over ranks.
-        unscale: float32 [1], the inverse of the loss scale that the gradients still have; None for 1.
+        most: the factor without clipping: 1, or N where the update is the sum over the ranks.
+        unscale: float32 [1], the inverse of the loss scale that the gradients still carry; None for 1.
     """
     norm = torch.stack(list(squared_norms)).cumsum(0)[-1].sqrt()  # cumsum: one after the other, in order
     if unscale is not None:

@@ -32,9 +32,9 @@ def count(
 
     Args:
         buckets: of the pass.
-        phase: that it ran in.
+        phase: the one that it ran in.
         slots: of all parameters.
-        topology: how many payloads travel.
+        topology: for the number of payloads.
         steps: passes so far, without skipped ones.
         total_bytes_sent: since the state was made.
         skipped: passes that were left out.

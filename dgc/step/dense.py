@@ -1,4 +1,4 @@
-"""Dense: the half of a bucket that is averaged as it is, over the same exchange."""
+"""Dense: the half of a bucket that is averaged uncompressed, over the same exchange."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ NOT_FINITE = 2
 
 
 class Dense:
-    """The gradients of a bucket that are not compressed, on their way in one tensor, or in place.
+    """The dense gradients of a bucket, averaged in one tensor of their own, or in place.
 
-    What the rule keeps of parameters that were compressed until now differs between ranks; it is averaged with them.
+    The rule's tensors of parameters that were compressed until now differ between ranks, and are averaged with them.
     """
 
     def __init__(
@@ -27,20 +27,20 @@ class Dense:
         """Lays out what travels.
 
         Args:
-            gradients: the bucket as it comes; only sizes and places matter here.
-            members: positions of the dense ones in the bucket.
-            memory: what the rule keeps.
-            reducible: types that the all-reduce takes.
+            gradients: the bucket, of which only sizes and places are used.
+            members: positions of the dense gradients in the bucket.
+            memory: the rule's tensors.
+            reducible: dtypes that the all-reduce takes.
         """
         self._members = members
         self.slots: list[Slot] = [gradients.slots[i] for i in members]
         self.averaged = [slot for slot in self.slots if slot.name in memory.diverged]
-        """Those whose kinds are averaged too."""
+        """Slots whose tensors of the rule are averaged too."""
         self._kinds = tuple(memory.kinds) if self.averaged else ()
         self._numel = sum(slot.numel for slot in self.slots)
         dtypes = {gradients.buffers[gradients.places[i][0]].dtype for i in members}
         one_type = len(dtypes) == 1 and dtypes.issubset(reducible)
-        # What the rule keeps is float32, and is averaged in float32.
+        # The rule's tensors are float32, and are averaged in float32.
         self._dtype = dtypes.pop() if one_type and not self.averaged else torch.float32
         everything = len(members) == len(gradients.slots) and len(gradients.buffers) == 1
         self._flat: Tensor | None = None  # None: in place
@@ -48,7 +48,7 @@ class Dense:
             size = self._numel + len(self._kinds) * sum(slot.numel for slot in self.averaged)
             self._flat = torch.empty(size, dtype=self._dtype, device=gradients.buffers[0].device)
         self.nonfinite: list[str] = []
-        """Names of those whose last average was not finite; on the CPU only."""
+        """Names of parameters whose last average was not finite; filled on the CPU only."""
 
     @property
     def nbytes(self) -> int:
@@ -56,12 +56,12 @@ class Dense:
         return (self._numel if self._flat is None else self._flat.numel()) * self._dtype.itemsize
 
     def load(self, gradients: Gradients, memory: Memory, scale: Tensor | None) -> Tensor:
-        """Returns what is to be averaged over the ranks: gradients, then what the rule keeps of `averaged`.
+        """Returns the tensor to average over the ranks: gradients, then the rule's tensors of `averaged`.
 
         Args:
             gradients: the bucket.
-            memory: what the rule keeps.
-            scale: float32 [1], what gradients are multiplied with first; None for 1.
+            memory: the rule's tensors.
+            scale: float32 [1], the factor by which gradients are multiplied first; None for 1.
         """
         flat = gradients.buffers[0].view(-1) if self._flat is None else self._flat
         if self._flat is not None:
@@ -79,7 +79,7 @@ class Dense:
 
         Args:
             gradients: the bucket.
-            memory: what the rule keeps; of `averaged` it is the same on all ranks now.
+            memory: the rule's tensors; those of `averaged` become equal on all ranks.
             loss_scale: float32 [1]; None for 1.
             report: int32 [1], the bucket's last number.
         """

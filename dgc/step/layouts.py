@@ -17,7 +17,7 @@ from .schedule import DensitySchedule, entries
 
 
 class Layouts:
-    """Which phase the run is in, and the buckets as they are laid out for it."""
+    """The present phase of the run, and the buckets laid out for it."""
 
     phase: Phase
 
@@ -34,18 +34,18 @@ class Layouts:
         self._buckets: dict[tuple[str, ...], Bucket] = {}
 
     def use(self, config: DGCConfig) -> None:
-        """Goes by a configuration from the next pass on."""
+        """Uses a configuration from the next pass on."""
         self._config = config
         self.schedule = DensitySchedule(config)
 
     def enter(self, step: int, dense: bool) -> bool:
-        """Enters the phase of a step; returns whether it is another one than before.
+        """Enters the phase of a step; returns whether it is a new one.
 
         Args:
             step: from 0.
             dense: whether DGC is switched off.
         """
-        kinds = tuple(self._memory.kinds)  # buckets keep room for what is masked of them
+        kinds = tuple(self._memory.kinds)  # buckets have a buffer for the masked values of each
         density, rows = self.schedule.density(step), self._exchange.topology.rows
         key = (density, dense, rows)
         changed = key != self._key[:-1]
@@ -67,7 +67,7 @@ class Layouts:
         return changed
 
     def leave(self) -> None:
-        """Forgets phase and buckets: ranks have come or gone, or memory is another."""
+        """Forgets phase and buckets, after ranks have come or gone or memory was loaded."""
         self._key = ()
         self._buckets.clear()
 
@@ -90,9 +90,9 @@ class Layouts:
         return self._buckets[key]
 
     def keep(self, used: Iterable[Bucket]) -> None:
-        """Forgets all buckets but those of the last pass, since DDP changes its buckets after the first one.
+        """Forgets all buckets but those of the last pass, since DDP changes its buckets after the first pass.
 
-        Of those, it forgets the ones that serve one pass only.
+        Buckets that serve one pass only are forgotten too.
         """
         kept = {id(bucket) for bucket in used if not bucket.averages_once}
         self._buckets = {key: bucket for key, bucket in self._buckets.items() if id(bucket) in kept}

@@ -1,8 +1,9 @@
-"""Pass: one backward pass as a state machine, from its first bucket until a step has applied it or has left it out.
+"""Pass: one backward pass as a state machine, from its first bucket until a step() has applied it or left it out.
 
-OPEN --close()--> REDUCED --claim()--> TAKEN --settle()--> OVER
-`--> SHADOW ----------------------settle()--^
-and abandon(), from anywhere to OVER
+    OPEN --close()--> REDUCED --claim()--> TAKEN --settle()--> OVER
+      `----close()--> SHADOW --------------------settle()------^
+
+abandon() leads from any stage to OVER.
 """
 
 from __future__ import annotations
@@ -23,82 +24,82 @@ from .verdict import Verdict
 
 
 class Stage(Enum):
-    """Where a backward pass stands."""
+    """The stage of a backward pass."""
 
     OPEN = auto()
     """Between its first and its last bucket."""
     REDUCED = auto()
-    """No step() has taken its gradients yet."""
+    """No step() has claimed its gradients yet."""
     SHADOW = auto()
-    """No step() will take them: this rank has left DDP's join."""
+    """No step() will claim its gradients, since this rank has run out of data in DDP's join()."""
     TAKEN = auto()
-    """A step() has, and the host has not read yet what the device found."""
+    """A step() has claimed its gradients, and the host has not read the verdict yet."""
     OVER = auto()
 
 
 class Pass:
-    """One backward pass: its gradients on their way, its buckets, and whether a step may apply them."""
+    """One backward pass: its gradients, its buckets, and the verdict on whether a step() may apply them."""
 
     def __init__(self, context: PassContext, shadow: bool = False) -> None:
         """Begins a pass.
 
         Args:
-            context: what all its buckets go by.
-            shadow: no step() will follow on this rank (DDP's join).
+            context: the values that its buckets share.
+            shadow: no step() will follow on this rank (DDP's join()).
         """
         self.context = context
         self._shadow = shadow
         self.waiting: list[tuple[Gradients, Future[Tensor]]] = []
-        """Gradients that wait for the last ones, with the futures of their results."""
+        """Buckets that are not sent yet, with the futures of their results."""
         self.sent: list[Future[Tensor]] = []
         """Futures of results that have not been waited for."""
         self.buckets: list[Bucket] = []
         self.reduced: set[str] = set()
-        """Names of the parameters whose gradients came."""
+        """Names of the parameters whose gradients DDP or Horovod has passed."""
         self.verdict: Verdict | None = None
         self._stage = Stage.OPEN
 
     @classmethod
     def none(cls, step: int) -> Pass:
-        """Returns one that is over, where there has been none yet."""
+        """Returns a pass that is over, to stand for none."""
         none = cls(PassContext(step, loss_scale=None, dropped=0, probes=Probes(stretches=False)))
         none._stage = Stage.OVER
         return none
 
     @property
     def stage(self) -> Stage:
-        """Where it stands."""
+        """The present stage."""
         return self._stage
 
     @property
     def outstanding(self) -> bool:
-        """Whether what it has sent is in neither the residual nor the model."""
+        """Whether its sent entries are in neither the residual nor the model."""
         return self._stage in (Stage.OPEN, Stage.REDUCED)
 
     # Transitions; nothing else writes the stage.
 
     def close(self) -> None:
-        """Ends it with its last bucket."""
+        """Closes the pass after its last bucket."""
         self._expect(Stage.OPEN)
         self._stage = Stage.SHADOW if self._shadow else Stage.REDUCED
 
     def claim(self) -> None:
-        """Gives its gradients to a step()."""
+        """Gives the gradients to a step()."""
         self._expect(Stage.REDUCED)
         self._stage = Stage.TAKEN
 
     def settle(self) -> Verdict:
-        """Ends it, and returns what was found."""
+        """Ends the pass, and returns its verdict."""
         self._expect(Stage.TAKEN, Stage.SHADOW)
         verdict = self.judge() if self.verdict is None else self.verdict
         self._stage = Stage.OVER
         return verdict
 
     def abandon(self, exchange: Exchange) -> None:
-        """Ends it wherever it stands; waits for all that is under way, so that nothing of it comes later."""
+        """Ends the pass at any stage, after all of its started transfers have completed."""
         exchange.finish()
-        for future in self.sent:  # after a pass that broke off, nothing else has waited
-            with suppress(Exception):  # a bucket that failed sent nothing that counts; its error is backward()'s
+        for future in self.sent:  # after a pass that broke off, nothing else has waited for them
+            with suppress(Exception):  # backward() raises the error of a bucket that failed
                 future.wait()
         self.waiting, self.sent = [], []
         self._stage = Stage.OVER
@@ -108,21 +109,22 @@ class Pass:
             raise RuntimeError(f"Pass: expected {' or '.join(s.name for s in stages)}, got {self._stage.name}")
 
     def finish(self, exchange: Exchange) -> None:
-        """Waits for all that is under way.
+        """Waits for all started transfers.
 
         Raises:
-            RuntimeError: the exchange of a bucket failed; PayloadError: a rank sent what does not fit.
+            RuntimeError: the exchange of a bucket failed.
+            PayloadError: a rank sent what does not fit.
         """
         exchange.finish()
         for future in self.sent:
             future.wait()
-        self.sent = []  # they hold gradients
+        self.sent = []  # the futures hold gradients
 
     def judge(self, parameters: Mapping[str, Tensor] | None = None) -> Verdict:
-        """Collects what the buckets report, once all of them have been received.
+        """Collects the reports of the buckets, once all of them have been received.
 
         Args:
-            parameters: by name, where their gradients are to be compared with what was handed back.
+            parameters: by name, to compare their gradients with those handed back; None for no comparison.
         """
         zeroed: Mapping[str, Tensor] = {}
         changed: Mapping[str, Tensor] = {}

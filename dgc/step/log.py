@@ -1,4 +1,4 @@
-"""What DGC writes into the log: the kernels in use, what is compressed from a step on, steps that are left out."""
+"""Log messages: the kernels in use, what is compressed from a step on, and steps that are left out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger("dgc")
 
 
 def log_backend(device_type: str) -> None:
-    """Says what runs the ops on a GPU."""
+    """Logs which kernels run the ops on a GPU."""
     choice = ops.backend(device_type)
     if choice == "reference":
         logger.warning(
@@ -29,7 +29,7 @@ def log_backend(device_type: str) -> None:
 
 
 def log_phase(phase: Phase, slots: Mapping[str, Slot], schedule: DensitySchedule, step: int, off: bool) -> None:
-    """Says what is compressed from this step on; louder where nothing is, though the user has not switched DGC off."""
+    """Logs what is compressed from this step on; warns where nothing is, though warm-up is over and DGC is on."""
     warming_up = schedule.warming_up(step)
     nothing = len(phase.dense) == len(slots) and not warming_up
     warmup = schedule.warmup_steps - step if warming_up else 0
@@ -43,7 +43,7 @@ def log_phase(phase: Phase, slots: Mapping[str, Slot], schedule: DensitySchedule
 
 
 def log_skipped(step: int, found: Sequence[str], expected: bool) -> None:
-    """Says that a step was left out on all ranks; louder where no GradScaler was expected to."""
+    """Logs that a step was left out on all ranks; warns unless that is expected, from a GradScaler."""
     logger.log(
         logging.INFO if expected else logging.WARNING,
         "dgc: step %d left out on all ranks, gradients not finite: %s",

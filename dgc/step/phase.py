@@ -1,4 +1,4 @@
-"""Phase: how each parameter travels while density and the dense switch stay as they are."""
+"""Phase: how each parameter is sent while density and the dense switch do not change."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dgc.memory.slots import Slot
 from .schedule import dense_is_cheaper
 
 MASKED_BELOW = 0.01
-"""Density from which on DGCConfig.momentum_masking "auto" does not mask."""
+"""Density below which DGCConfig.momentum_masking "auto" masks."""
 
 
 class Phase(NamedTuple):
-    """A stretch of steps that send alike."""
+    """A stretch of steps that all send the parameters in the same way."""
 
     density: float
     masking: bool
@@ -39,7 +39,7 @@ class Phase(NamedTuple):
 
 
 def masks(config: DGCConfig, density: float) -> bool:
-    """Returns whether u becomes 0 where an entry was sent, at a density."""
+    """Returns whether, at this density, u becomes 0 where an entry was sent."""
     return density < MASKED_BELOW if config.momentum_masking == "auto" else config.momentum_masking
 
 
@@ -53,7 +53,7 @@ def phase_at(
     entry_bytes: float,
     switched_off: bool,
 ) -> Phase:
-    """Returns the phase of steps of a density.
+    """Returns the phase of the steps at a density.
 
     Args:
         density: from the schedule.

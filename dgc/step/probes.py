@@ -1,4 +1,4 @@
-"""Probes: what is remembered of the reduced gradients, to notice who changes or zeroes them before step()."""
+"""Probes: samples of the reduced gradients, which show whether these are changed or zeroed before step()."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor
 from dgc.memory.slots import Slot, has_strides
 
 LENGTH = 16384
-"""Elements of a stretch: at 0.1 % some sixteen of them were sent, so that scaling shows as well as adding does."""
+"""Number of elements in a stretch. At density 0.1 % about sixteen of them are sent: scaling shows only in these."""
 PER_BUCKET = 4
-"""Parameters of a bucket that are looked at in one pass. What trainers do to gradients they do to all of them, and
-what is done to one comes to light when its turn comes."""
+"""Number of a bucket's parameters that are compared in one pass. Trainers usually change all gradients, and a change of
+a single one shows when its turn comes."""
 
 
 class Probes:
-    """What one backward pass has handed back: of every gradient one element, of some a stretch.
+    """Samples of the gradients that one backward pass handed back: an element of each, and a stretch of some.
 
-    A changed gradient is looked for in the stretches. A gradient of zeros has been thrown away where the one element
-    was not zero.
+    The stretches show whether a gradient was changed. A gradient that is all zeros was thrown away if its sampled
+    element was not zero.
     """
 
     def __init__(self, stretches: bool) -> None:
-        """Starts with nothing.
+        """Starts without samples.
 
         Args:
             stretches: whether changes are looked for.
@@ -36,13 +36,13 @@ class Probes:
     def take(
         self, slots: Sequence[Slot], gradients: Sequence[Tensor], witnesses: tuple[Tensor, Tensor], step: int
     ) -> None:
-        """Remembers one bucket's compressed gradients.
+        """Samples one bucket's compressed gradients.
 
         Args:
             slots: of the parameters.
-            gradients: theirs, flat, in the order in which they lie in memory.
-            witnesses: an element of each, int64 [slots], and whether it is not zero, bool [slots].
-            step: of this pass. Parameters and stretches take turns by it.
+            gradients: of the parameters, flat, in the order of their memory.
+            witnesses: index of an element of each, int64 [slots], and whether it is not zero, bool [slots].
+            step: number of this pass, by which parameters and stretches take turns.
         """
         self._witnesses.append((slots, *witnesses))
         if not self._with_stretches:
@@ -55,20 +55,20 @@ class Probes:
             self._stretches.append((slots[i], start, gradient[start : start + LENGTH].clone()))
 
     def zeroed(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns which gradients consist of zeros now, and did not before; on a GPU without waiting for it.
+        """Returns which gradients are all zeros now, and were not before; on a GPU without waiting for the device.
 
         Args:
             parameters: by name. Those without .grad are left out.
 
         Returns:
-            By name, for those that may: a bool scalar on the device.
+            Bool scalars on the device, by name, for the gradients that may be.
         """
         found: dict[str, Tensor] = {}
         for slots, first, nonzero in self._witnesses:
             stretches = {i: _stretch(parameters[slot.name], slot, 0, slot.numel) for i, slot in enumerate(slots)}
             flat = {i: gradient for i, gradient in stretches.items() if gradient is not None}
             if first.is_cuda:
-                # All of it: which element to look at is known to the device alone.
+                # All elements, since only the device knows which one was sampled.
                 for i, norm in zip(flat, torch._foreach_norm(list(flat.values()), torch.inf), strict=True):
                     found[slots[i].name] = (norm == 0) & nonzero[i]
                 continue
@@ -79,14 +79,14 @@ class Probes:
         return found
 
     def compare(self, parameters: Mapping[str, Tensor], unscale: Tensor | None) -> dict[str, Tensor]:
-        """Compares the stretches with what .grad holds now; on a GPU without waiting for it.
+        """Compares the stretches with the present .grad; on a GPU without waiting for the device.
 
         Args:
             parameters: by name. Those without .grad are left out.
-            unscale: float32 [1]: what a GradScaler may have multiplied gradients with.
+            unscale: float32 [1]: the factor by which a GradScaler may have multiplied gradients; None for 1.
 
         Returns:
-            By name, for those that were looked at: whether the gradient has changed, a bool scalar on the device.
+            Bool scalars on the device, by name, for the gradients that were compared: whether they have changed.
         """
         changed: dict[str, Tensor] = {}
         for slot, start, before in self._stretches:

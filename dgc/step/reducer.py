@@ -1,8 +1,10 @@
-"""Reducer: what becomes of a gradient, in the order in which it goes through.
+"""Reducer: the methods that a gradient goes through, in their order.
 
-begin() -> reduce(gradients), once a bucket -> end()      the backward pass, from a framework's door
-take()                                                    step(), from the optimizer; claims.py
-discard()                                                 in place of step(), from the user; claims.py
+    begin() -> reduce(gradients), once a bucket -> end()      the backward pass, called by DDP's hook or by Horovod's
+    take()                                                    step(), called by the optimizer; claims.py
+    discard()                                                 in place of step(), called by the user; claims.py
+
+All of them belong to one Pass.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from .schedule import DensitySchedule
 
 
 class Reducer(Claims):
-    """The backward pass: every bucket's way out to the other ranks, and back."""
+    """The backward pass: sends every bucket to the other ranks, and receives the averages."""
 
     # Where the run stands.
 
@@ -44,12 +46,12 @@ class Reducer(Claims):
 
     @property
     def joined(self) -> bool:
-        """Whether u and v are a share of what a group has accumulated; not before the first regroup()."""
+        """Whether u and v are this rank's share of a group's; False before ranks have agreed or a state was loaded."""
         return self._standing.joined
 
     @property
     def memory(self) -> Memory:
-        """What has accumulated on this rank: u and v."""
+        """This rank's u and v."""
         return self._standing.memory
 
     @property
@@ -59,7 +61,7 @@ class Reducer(Claims):
 
     @property
     def optimizer(self) -> Optimizer:
-        """The optimizer that applies the gradients; without what wraps it."""
+        """The optimizer that applies the gradients, without its wrappers."""
         return self._standing.parameters.optimizer
 
     @property
@@ -73,7 +75,7 @@ class Reducer(Claims):
 
     @property
     def schedule(self) -> DensitySchedule:
-        """Which density each step has; to be read."""
+        """The density of each step; read-only."""
         return self._standing.layouts.schedule
 
     @property
@@ -85,8 +87,8 @@ class Reducer(Claims):
     def dense(self) -> bool:
         """Whether DGC is switched off. Set it between steps, on all ranks alike.
 
-        While it is True, gradients are averaged as DDP does. What waits in the residual stays there for the next
-        compressed step: sent all at once it would wreck the model. Momentum that differs between ranks is averaged
+        While it is True, gradients are averaged as DDP averages them. The residual stays where it is until the next
+        compressed step, since all of it at once would wreck the model. Momentum that differs between ranks is averaged
         once.
 
         Raises:
@@ -104,8 +106,7 @@ class Reducer(Claims):
     def set_density(self, density: float) -> None:
         """Changes the density from the next step on; a collective, between step() and the next backward().
 
-        The schedule of the warm-up goes on, towards the new density. It is part of state_dict(), and so of every
-        checkpoint.
+        A warm-up continues towards the new density. The density is part of state_dict(), and so of every checkpoint.
 
         Args:
             density: as DGCConfig.density, the same on all ranks.
@@ -123,11 +124,11 @@ class Reducer(Claims):
         """Begins a backward pass.
 
         Args:
-            shadow: no step() will follow on this rank (DDP's join).
+            shadow: no step() will follow on this rank (DDP's join()).
 
         Raises:
-            RuntimeError: the gradients of the pass before have not been taken by a step(); or it broke off; or the
-                optimizer has another DGCState.
+            RuntimeError: no step() has claimed the gradients of the last pass; or that pass broke off; or the optimizer
+                has a DGCState that was made later.
         """
         standing = self._standing
         if self._pass.stage is Stage.OPEN:
@@ -149,7 +150,7 @@ class Reducer(Claims):
         self._look_for_a_lost_residual()
         how = standing.config.on_changed_gradient
         looks = how == "raise" or (how == "warn" and "changed" not in self._told)
-        # The scaler's public way to its scale that does not wait for the device.
+        # Scaling a 1 is the public way to read the scale without waiting for the device.
         one = torch.ones(1, dtype=torch.float32, device=standing.parameters.device)
         loss_scale = None if self.grad_scaler is None else self.grad_scaler.scale(one)
         self._pass = Pass(PassContext(standing.step, loss_scale, standing.dropped, Probes(looks)), shadow)
@@ -205,7 +206,7 @@ class Reducer(Claims):
             self._send(gradients, scale, future)
 
     def _scale(self, waiting: list[Gradients]) -> Tensor | None:
-        """Returns what this rank's gradients are multiplied with, float32 [1]; None for 1."""
+        """Returns the factor for this rank's gradients, float32 [1]; None for 1."""
         standing, topology = self._standing, self.exchange.topology
         most = 1.0 if self._average else float(topology.averaged)
         unscale = self._pass.context.unscale
@@ -228,7 +229,7 @@ class Reducer(Claims):
         self._pass.buckets.append(bucket)
         transfer = bucket.send(gradients, context, scale)
         self._pass.sent.append(future)
-        # Runs in the backend's thread, or in exchange.finish(): local work only, it must never wait.
+        # It runs in the backend's thread or in exchange.finish(), so it must do local work only, and never wait.
         arrival = _Arrival(bucket, gradients, context, transfer, future, self._late)
         transfer.done.add_done_callback(partial(_receive, [arrival]))
 
@@ -239,7 +240,7 @@ class Reducer(Claims):
 
 
 class _Arrival(NamedTuple):
-    """What is needed when a bucket's exchange is through."""
+    """The arguments of _receive: one bucket whose exchange is complete."""
 
     bucket: Bucket
     gradients: Gradients
@@ -252,12 +253,12 @@ class _Arrival(NamedTuple):
 def _receive(arrivals: list[_Arrival], _: object) -> None:
     """Writes the averages into the gradients and completes the future, with the result or with the error.
 
-    The backend's thread lets go of all that leads to the process group before the result is there: a run that ends then
-    would otherwise leave it as the last owner, and gloo's process group ends the process where it is freed by a thread
-    of its own.
+    The backend's thread drops all references that lead to the process group before it completes the future. If the run
+    ended then, this thread would otherwise be the last owner of the group. gloo's process group ends the process if a
+    thread of its own frees it.
 
     Args:
-        arrivals: one, which is taken out.
+        arrivals: a list of one arrival, which is taken out of it.
     """
     bucket, gradients, context, transfer, future, late = arrivals.pop()
     buffer = gradients.buffers[0]

@@ -1,4 +1,4 @@
-"""Saving: momentum and residual into a state_dict and back, on as many ranks or on others."""
+"""Saving: momentum and residual into a state_dict and back, on the same number of ranks or another."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Saved(Reducer):
         """Returns this rank's momentum and residual by parameter name, and its step; each rank saves its own.
 
         Tensors are views, not copies. torch.load(weights_only=True) reads it back. torch.distributed.checkpoint keeps
-        all ranks' apart, and loads them on as many ranks.
+        the ranks' state_dicts apart, and loads them on the same number of ranks.
 
         Raises:
             RuntimeError: between backward() and step(): what was sent would be in neither the residual nor the model.
@@ -30,7 +30,7 @@ class Saved(Reducer):
         return wrap({self.exchange.topology.share: self._own()})
 
     def full_state_dict(self) -> dict[str, Any]:
-        """Returns on rank 0 what load_state_dict() takes on any number of ranks, and {} elsewhere; a collective.
+        """Returns on rank 0 a state_dict that loads on any number of ranks, and {} elsewhere; a collective.
 
         For frameworks where rank 0 writes one file. Tensors are copies on the CPU, 8 bytes a parameter and rank.
 
@@ -48,14 +48,14 @@ class Saved(Reducer):
     def load_state_dict(
         self, state_dict: Mapping[str, Any] | Iterable[Mapping[str, Any]], *, allow_missing_ranks: bool = False
     ) -> None:
-        """Takes up where state_dict() was saved. Changes nothing unless all of it fits.
+        """Continues from a saved state_dict(); changes nothing unless all of it fits.
 
         Args:
-            state_dict: this rank's; or that of all ranks (full_state_dict(), or a list of theirs), for any number of
-                ranks. Then this rank takes over its part of what waited, so that the mean over the ranks, what is
-                still to come, is what it was (docs/reliability.md).
-            allow_missing_ranks: goes on without the shares of ranks whose state_dict is not there, and logs what is
-                lost.
+            state_dict: this rank's; or that of all ranks, from full_state_dict() or as a list, for any number of ranks.
+                From all ranks' this rank takes over its part, so that the mean over the ranks stays the same
+                (docs/reliability.md).
+            allow_missing_ranks: whether the shares of missing ranks count as zero, which is logged; else they are an
+                error.
 
         Raises:
             ValueError: it is of another model, version or rank, ranks are missing, or values are damaged; the message
@@ -66,7 +66,7 @@ class Saved(Reducer):
         self.take_up(self._standing.choose(parts, allow_missing_ranks))
 
     def take_up(self, choice: Choice) -> None:
-        """Takes up where a run stood, with what has been chosen for this rank; what was outstanding is forgotten."""
+        """Continues a run from the state_dicts chosen for this rank; an outstanding pass is abandoned."""
         self._pass.abandon(self.exchange)
         self._standing.take_up(choice)
         self._told.add("residual")
@@ -75,11 +75,11 @@ class Saved(Reducer):
         self._stats = replace(self._stats, steps=self.step)
 
     def restore(self, state_dict: Mapping[str, Any], joined: bool) -> None:
-        """Returns to what state_dict() was on this rank, in the group of that time; for a handler that commits.
+        """Restores this rank's state_dict() and the group of that time; for a handler that commits.
 
         Args:
             state_dict: this rank's own.
-            joined: what `joined` was.
+            joined: the value of `joined` at that time.
         """
         (share,) = map(Share.of, unwrap(state_dict))
         self._standing.own_exchange.roll_back(share.rank, share.world_size)
@@ -87,7 +87,7 @@ class Saved(Reducer):
         self._standing.joined = joined
 
     def pickled(self) -> dict[str, Any]:
-        """Returns what pickles of a state, between steps; see DGCState.__getstate__.
+        """Returns the parts of a state that are pickled, between steps; see DGCState.__getstate__.
 
         Raises:
             TypeError: the ranks do not talk over torch.distributed.
@@ -98,14 +98,21 @@ class Saved(Reducer):
         standing = self._standing
         if not isinstance(standing.own_exchange, DistributedExchange):
             raise TypeError(
-                "DGCState: expected torch.distributed's ranks to pickle it, got Horovod's. Use state_dict()"
+                "DGCState: expected ranks that talk over torch.distributed to pickle it, got "
+                f"{type(standing.own_exchange).__name__}. Use state_dict()"
             )
-        arguments = {"config": standing.made_with, "grad_scaler": self.grad_scaler, "average": self._average}
+        arguments = {
+            "config": standing.made_with,
+            "grad_scaler": self.grad_scaler,
+            "average": self._average,
+            "codec": standing.codec,
+            "late": self._late if self._late != (standing.parameters.device.type == "cuda") else None,
+        }
         named, optimizer = standing.parameters.by_name, standing.parameters.optimizer
         return {"named": named, "optimizer": optimizer, "arguments": arguments, "share": share}
 
     def unpickle(self, saved: dict[str, Any]) -> None:
-        """Takes up what pickled() had as this rank's share."""
+        """Continues from the share in pickled()."""
         share = Share.of(saved)
         self.take_up(Choice(share, [(1.0, saved)], []))
         self._standing.own_exchange.roll_back(share.rank, share.world_size)

@@ -1,4 +1,4 @@
-"""DensitySchedule: which density a step has, and when dense is the cheaper exchange."""
+"""DensitySchedule: the density of each step, and the test of whether a dense exchange is cheaper."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class DensitySchedule:
 
 
 def entries(density: float, numel: int) -> int:
-    """Returns k, how many of a parameter's numel > 0 entries are sent: at least one."""
+    """Returns k, the number of entries that are sent of a parameter with numel > 0 elements: at least one."""
     # In double precision: in float32, ceil(0.001 * n) is one too many for many multiples of 1000.
     return min(numel, max(1, math.ceil(density * numel)))
 
@@ -57,8 +57,8 @@ def entries(density: float, numel: int) -> int:
 def dense_is_cheaper(density: float, ranks: int, gradient_bytes: int, entry_bytes: float) -> bool:
     """Returns whether a ring all-reduce would carry no more bytes than the all-gather of the sent entries.
 
-    Of N ranks each receives (N-1) * density * entry_bytes bytes an element in the one, 2 (N-1)/N * gradient_bytes in
-    the other. With one rank there is nothing to carry, and density decides alone.
+    Each of N ranks receives 2 (N-1)/N * gradient_bytes bytes an element by all-reduce, and (N-1) * density *
+    entry_bytes by all-gather. With one rank nothing is carried, and density alone decides.
 
     Args:
         density: share of the entries that is sent.

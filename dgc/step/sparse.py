@@ -1,4 +1,4 @@
-"""Sparse: the half of a bucket that is compressed: from gradients to a payload, and from all payloads to averages."""
+"""Sparse: the compressed half of a bucket, from gradients to a payload and from all payloads to averages."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class Member(NamedTuple):
 
     slot: Slot
     position: int
-    """In the bucket, from 0."""
+    """Position in the bucket, from 0."""
     entries: int
-    """k, how many of its entries are sent."""
+    """k, the number of its entries that are sent."""
 
 
 class Sparse:
     """The compressed parameters of one bucket in one phase: segment tables, buffers and the undo log.
 
     `selection` holds the entries that the op has chosen, with the values that receivers will read. With the codec Plain
-    it is what travels; another codec turns it into a payload of its own.
+    it is the payload; another codec writes a payload of its own.
     """
 
     def __init__(
@@ -53,24 +53,24 @@ class Sparse:
         droppable: bool,
         agreed: str,
     ) -> None:
-        """Allocates what a pass needs.
+        """Allocates the buffers of a pass.
 
         Args:
-            gradients: the bucket as it comes; only sizes and places matter here.
-            members: the compressed ones, in the bucket's order.
-            memory: v, and what the rule keeps.
+            gradients: the bucket, of which only sizes and places are used.
+            members: the compressed parameters, in the bucket's order.
+            memory: v, and the rule's tensors.
             rule: the optimizer's.
-            codec: how entries travel.
-            topology: how many payloads come.
-            masking: whether what the rule keeps becomes 0 where an entry is sent.
+            codec: turns entries into bytes.
+            topology: for the number of payloads.
+            masking: whether the rule's tensors become 0 where an entry is sent.
             droppable: whether a pass can be dropped (DGCConfig).
-            agreed: a text that is the same on ranks whose payloads fit.
+            agreed: a text that has to be equal on all ranks; it enters the header's fingerprint.
         """
         device = gradients.buffers[0].device
         self.members = members
         self._codec, self._plain = codec, isinstance(codec, Plain)
         self._row = topology.row
-        # Types and devices are written out everywhere: torch has defaults of its own that users change.
+        # Types and devices are written out everywhere, since users change torch's defaults.
         rows = [Segment(*gradients.places[m.position], m.slot.offset, m.slot.numel, m.entries) for m in members]
         self.receiving = Segments.from_rows(rows)
         self.numel = sum(m.slot.numel for m in members)
@@ -88,7 +88,7 @@ class Sparse:
         self._layout = self.receiving.wire(codec.dtype)
         self.selection = torch.zeros(self._layout.nbytes, dtype=torch.uint8, device=device)
         self.selections = torch.zeros(topology.rows, self._layout.nbytes, dtype=torch.uint8, device=device)
-        """uint8 [rows, bytes]: what all ranks selected, as received."""
+        """uint8 [rows, bytes]: the selections of all ranks, as received."""
         self.payload, self.gathered = self.selection, self.selections
         if not self._plain:
             nbytes = wire.align_up(self._layout.ends + codec.nbytes(self.receiving))
@@ -116,12 +116,12 @@ class Sparse:
         self._one = torch.ones(1, dtype=torch.float32, device=device)
 
     def stamp(self, step: int, loss_scale: Tensor | None, dropped: int) -> None:
-        """Writes into the header what changes from step to step, and has to be the same on all ranks.
+        """Writes into the header the values that change from step to step and have to be equal on all ranks.
 
         Args:
             step: of this pass.
-            loss_scale: float32 [1], or None. Ranks that scale differently would judge differently what overflows.
-            dropped: a number for the gradients that were thrown away before the last step(), 0 where none were.
+            loss_scale: float32 [1], or None. Ranks with different scales would not find the same overflows.
+            dropped: fingerprint of the parameters whose gradients were thrown away before the last step(); 0 for none.
         """
         self._step_in_header.fill_(step)
         fingerprint = self._fingerprint ^ dropped
@@ -135,14 +135,14 @@ class Sparse:
     def compress(
         self, gradients: Gradients, memory: Memory, rule: Rule, numbers: list[tuple[float, ...]], scale: Tensor | None
     ) -> Tensor:
-        """Moves gradients into what is kept and into v, and returns the payload.
+        """Accumulates gradients in the rule's tensors and in v, and returns the payload.
 
         Args:
-            gradients: the bucket; what is left of the compressed ones is for decompress().
-            memory: v and what the rule keeps, which change.
+            gradients: the bucket. Compressed gradients are overwritten by the values that decompress() expects there.
+            memory: v and the rule's tensors, which change.
             rule: the optimizer's.
             numbers: Rule.factors of each member.
-            scale: float32 [1], what gradients are multiplied with first; None for 1.
+            scale: float32 [1], the factor by which gradients are multiplied first; None for 1.
         """
         if numbers != self._numbers:
             self._write_factors(numbers)
@@ -171,7 +171,7 @@ class Sparse:
         return self.payload
 
     def _write_factors(self, numbers: list[tuple[float, ...]]) -> None:
-        """Writes the rule's numbers by fill_, which passes them along: a copy from the host would wait for the GPU."""
+        """Writes the rule's factors by fill_, which passes each as an argument: a host copy would wait for the GPU."""
         self._numbers = numbers
         if len(numbers[0]) != len(self._factors):
             rows = max(1, len(numbers[0]))
@@ -184,7 +184,7 @@ class Sparse:
                     row[i].fill_(number)
 
     def _encode(self, memory: Memory) -> None:
-        """Turns the selection into the payload; what the codec loses stays in v."""
+        """Encodes the selection as the payload, and adds the codec's error to v."""
         entries = entries_of(self.selection, self.sending, self._codec.dtype)
         before = entries.values.to(torch.float32, copy=True)
         head = self._layout.ends
@@ -194,7 +194,7 @@ class Sparse:
         memory.residual[where] += before - entries.values.float()
 
     def decompress(self, gradients: Gradients, loss_scale: Tensor | None, report: Tensor) -> None:
-        """Writes the average of the sent entries into the gradients, times the loss scale; reports what is wrong.
+        """Writes the average of the sent entries into the gradients, times the loss scale; reports each row's status.
 
         Args:
             gradients: the bucket, as compress() left it.
@@ -219,10 +219,10 @@ class Sparse:
         )
 
     def findings(self, codes: Sequence[int]) -> set[str]:
-        """Returns in words which gradients were not finite, and on which rank.
+        """Returns descriptions of the gradients that were not finite, with their ranks.
 
         Args:
-            codes: of each row, from decompress(), on the host.
+            codes: the status of each row, from decompress(), on the host.
 
         Raises:
             PayloadError: a rank sent what does not fit.
@@ -239,14 +239,14 @@ class Sparse:
         return selections[..., at : at + len(self.members)]
 
     def witnesses(self, gradients: Gradients, unscale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Returns an element of each parameter that this rank sent, and whether its average is not zero.
+        """Returns one sent element of each parameter, and whether its average is not zero.
 
         Args:
             gradients: the bucket, reduced.
-            unscale: float32 [1]: what a GradScaler is going to multiply gradients with.
+            unscale: float32 [1]: the factor by which a GradScaler will multiply gradients; None for 1.
 
         Returns:
-            int64 [members], elements of the flat parameters; bool [members].
+            int64 [members], indices in the flat parameters; bool [members].
         """
         first = first_indices(self.selection, self.sending, self._codec.dtype)
         if len(gradients.buffers) == 1:
@@ -259,10 +259,10 @@ class Sparse:
         return first, averages != 0
 
     def restore_unused(self, memory: Memory) -> None:
-        """Takes back what was sent for parameters whose gradient was zero on every rank.
+        """Returns to memory the sent entries of parameters whose gradient was zero on every rank.
 
-        unpack gave them zeros: under find_unused_parameters, DDP throws the result of such a parameter away.
+        unpack wrote zeros for them, since DDP with find_unused_parameters discards the result of such a parameter.
         """
         unused = (self._marks(self.selections) & wire.USED).amax(0) == 0
-        if unused.is_cuda or unused.any():  # asking the device would wait for it
+        if unused.is_cuda or unused.any():  # any() on the device would wait for it
             self.undo.restore(memory, unused.to(torch.uint8))

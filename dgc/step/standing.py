@@ -1,4 +1,4 @@
-"""Standing: where a run stands, what has accumulated by then, and among which ranks."""
+"""Standing: the state of a run, that is its step, its memory and its group of ranks."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from .layouts import Layouts
 
 
 class Standing:
-    """The step, the density and the dense switch; memory; and the group of ranks that all of it was agreed with.
+    """The step, the density and the dense switch; memory; and the group of ranks that has agreed on all of them.
 
     Attributes:
-        made_with: the configuration that ranks compare.
+        made_with: the user's configuration, which ranks compare.
         config: the one in force, with the density of set_density().
         step: backward passes reduced so far, without skipped ones: the position in the warm-up.
         dense: whether DGC is switched off.
-        joined: whether memory is a share of what the ranks of a group have accumulated.
-        dropped: a number for the gradients that were thrown away before the last step(), 0 where none were.
+        joined: whether memory is this rank's share of a group's.
+        dropped: fingerprint of the parameters whose gradients were thrown away before the last step(); 0 for none.
     """
 
     def __init__(
@@ -44,46 +44,46 @@ class Standing:
         self.layouts = Layouts(config, parameters, self.memory, exchange, codec)
         self.step, self.dense, self.joined = 0, False, False
         self.dropped = 0
-        self._codec, self._loss_scaling = codec, loss_scaling
-        self._density: float | None = None  # what set_density() has set
+        self.codec, self._loss_scaling = codec, loss_scaling
+        self._density: float | None = None  # set by set_density()
         self._loaded_for: list[int] | None = None  # the ranks that shares were chosen for, before DDP's were known
         if not exchange.changed:
             self.regroup()
 
     @property
     def exchange(self) -> Exchange:
-        """How ranks talk. Until they have agreed, it looks each time where it is."""
+        """The collectives. Until ranks have agreed, each access updates rank and world_size."""
         exchange = self.own_exchange
         if not self.joined and exchange.changed:
             exchange.refresh()
-            exchange.roll_back(exchange.rank, exchange.world_size)  # still to be agreed upon
+            exchange.roll_back(exchange.rank, exchange.world_size)  # the ranks still have to agree
         return exchange
 
     def loaded_for_others_than(self, ranks: list[int]) -> bool:
-        """Returns whether what was loaded was divided among other ranks than these."""
+        """Returns whether the loaded shares were divided among other ranks than these."""
         return self.joined and self._loaded_for is not None and self._loaded_for != ranks
 
     def take_what_was_brought(self) -> None:
-        """Takes over what a dense run has left in the optimizer: the same on all ranks."""
+        """Moves the tensors of a dense run, equal on all ranks, from the optimizer into memory."""
         for name, kinds in self.parameters.brought():
             for kind, value in kinds.items():
                 self.memory.set(kind, name, value)
 
     def regroup(self) -> None:
-        """Agrees with all ranks that are there now, and takes memory over into their group; see DGCState.regroup."""
+        """Agrees with all present ranks, and takes memory over into their group; see DGCState.regroup."""
         exchange = self.own_exchange
-        # What one rank has made alone, as by set_density() before the process group is there, joins as if new.
+        # A single rank without steps and memory, as after set_density() without a process group, joins as if new.
         nothing = self.step == 0 and exchange.topology.shares == 1 and self.memory.empty
         mine = self.share() if self.joined and not nothing else None
         before = exchange.rank, exchange.world_size
         exchange.refresh()
         try:
-            exchange.agree(description(self.made_with, self.parameters, self._codec.name, self._loss_scaling))
+            exchange.agree(description(self.made_with, self.parameters, self.codec.name, self._loss_scaling))
             agreed = group.regroup(exchange, self.memory, mine)
             if agreed is None:  # all ranks are new
                 exchange.agree({"density of set_density()": self._density})
         except Exception:
-            exchange.roll_back(*before)  # it is still that group's share
+            exchange.roll_back(*before)  # memory is still the old group's share
             raise
         if agreed is not None:
             self._go_to(agreed)
@@ -104,7 +104,7 @@ class Standing:
             self.layouts.use(self.config)
 
     def share(self) -> Share:
-        """Returns whose share memory holds, and where the run stands."""
+        """Returns the description of this rank's share, and of the state of the run."""
         topology = self.exchange.topology
         return Share(
             rank=topology.share,
@@ -121,19 +121,19 @@ class Standing:
         return {**asdict(self.share()), **self.memory.state_dict()}
 
     def choose(self, parts: list[Mapping[str, Any]], allow_missing_ranks: bool) -> shares.Choice:
-        """Returns this rank's part of what ranks have saved; changes nothing. See shares.choose for what is raised."""
+        """Returns this rank's part of saved shares, and changes nothing; raises as shares.choose()."""
         topology = self.exchange.topology
         return shares.choose(self.memory, parts, topology.share, topology.shares, allow_missing_ranks)
 
     def take_up(self, choice: shares.Choice) -> None:
-        """Goes to where a run stood, with what has been chosen for this rank."""
+        """Continues a run from the state_dicts chosen for this rank."""
         exchange = self.own_exchange
         ranks = exchange.ranks if isinstance(exchange, DistributedExchange) else None
         loaded_for = ranks if exchange.changed and not self.joined else None
         self.memory.load(choice.parts, choice.share.kinds, choice.share.diverged)
         if choice.missing:
             shares.log_lost(choice.missing, choice.share.world_size)
-        self.parameters.brought()  # of a dense run before; what counts has just been loaded
+        self.parameters.brought()  # removes a dense run's tensors, which the loaded ones replace
         self._go_to(choice.share)
         self._settled()
         self._loaded_for = loaded_for

@@ -1,4 +1,4 @@
-"""Undo: what one bucket's pass has done to memory, so that it can be taken back until step() has applied it."""
+"""Undo: the log of one bucket's changes to memory, which can be undone until step() has applied them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dgc.ops.selection import positions
 
 
 class Undo:
-    """The undo log of a bucket's compressed parameters. It never reads what travels.
+    """The undo log of a bucket's compressed parameters. It reads the selection, and never a codec's payload.
 
     Attributes:
-        sent: by kind, float32 [entries]: what the rule kept where entries were sent, before it became 0.
-        taken: uint8 [parameters], 1 for each whose sent entries are out of v, and not yet applied.
+        sent: by kind, float32 [entries]: the rule's values at sent entries, before these values became 0.
+        taken: uint8 [parameters], 1 for each whose sent entries are not in v.
     """
 
     def __init__(
@@ -33,13 +33,13 @@ class Undo:
         *,
         droppable: bool,
     ) -> None:
-        """Takes what compress() writes.
+        """Takes the buffers that compress() writes.
 
         Args:
             slots: of the parameters.
             segments: the table that their entries were selected by.
             workspace: from dgc.ops.workspace, for these segments.
-            selection: uint8, the entries that were taken off v, with the values that were.
+            selection: uint8, the selected entries, with the values that were subtracted from v.
             dtype: of these values.
             sent: see the class.
             droppable: whether memory is copied before each pass (DGCConfig).
@@ -51,16 +51,16 @@ class Undo:
         self.taken = torch.zeros(len(slots), dtype=torch.uint8, device=selection.device)
 
     def begin(self, memory: Memory) -> None:
-        """Copies memory as it is before the pass, where a pass can be dropped."""
+        """Copies memory before the pass, where a pass can be dropped."""
         if self._droppable:
             memory.keep(self._spans)
 
     def restore(self, memory: Memory, which: Tensor | None = None) -> None:
-        """Takes back what was sent for the chosen parameters, or for all: memory is as before selection.
+        """Returns the sent entries of the chosen parameters, or of all, to memory, which is then as before selection.
 
         Args:
-            memory: v and what the rule keeps.
-            which: uint8, one for all or [parameters], not 0 for the chosen.
+            memory: v and the rule's tensors.
+            which: uint8, a scalar for all or [parameters], not 0 for the chosen; None for all.
         """
         which = self.taken if which is None else self.taken * which
         kinds = list(self.sent)
@@ -84,7 +84,7 @@ class Undo:
         self.taken *= 1 - which
 
     def drop(self, memory: Memory, names: Collection[str] | None = None) -> None:
-        """Takes back all that this pass did to the chosen parameters, or to all: memory is as before accumulation.
+        """Undoes this pass for the named parameters, or for all, so that memory is as before accumulation.
 
         Only with DGCConfig.droppable.
         """
@@ -93,10 +93,10 @@ class Undo:
         self.taken[rows] = 0
 
     def give_back(self, memory: Memory, which: Tensor) -> None:
-        """Drops the chosen parameters' part of the pass where DGCConfig.droppable is set, and restores it where not.
+        """Drops the chosen parameters' part of the pass with DGCConfig.droppable, and restores it without.
 
         Args:
-            memory: v and what the rule keeps.
+            memory: v and the rule's tensors.
             which: uint8 [parameters], 1 for each whose gradient was thrown away.
         """
         if not self._droppable:
@@ -106,10 +106,10 @@ class Undo:
         self.taken *= 1 - which
 
     def thrown_away(self, parameters: Mapping[str, Tensor]) -> list[str]:
-        """Returns parameters that have lost their .grad since, and with it what was sent for them.
+        """Returns the names of parameters that have lost their .grad, and with it their sent entries.
 
-        Those that no rank used have got back what was sent, and DDP leaves their .grad alone. On a GPU this waits for
-        the device, where there is a parameter without .grad.
+        Parameters that no rank used are left out: their sent entries are back in v, and DDP does not set their .grad.
+        On a GPU this waits for the device if any .grad is None.
         """
         without = [row for row, slot in enumerate(self._slots) if parameters[slot.name].grad is None]
         if not without:

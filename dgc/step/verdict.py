@@ -11,10 +11,10 @@ from .bucket import Bucket
 
 
 class Verdict:
-    """What the buckets of one backward pass report.
+    """The reports of the buckets of one backward pass.
 
-    On a GPU nobody waits: the device itself leaves a bad step out, by `bad`, and a copy of the reports travels to the
-    host. It is read at the next backward pass, when the device has the next forward pass left to do.
+    On a GPU the host does not wait: the device itself leaves a bad step out, by `bad`, and the reports are copied to
+    the host. The host reads the copy in the next backward pass, while the device still has the next forward pass to do.
     """
 
     def __init__(
@@ -27,10 +27,10 @@ class Verdict:
         """Collects the reports, once all buckets have been received.
 
         Args:
-            buckets: of one backward pass; on a GPU, this stream has to be behind them.
+            buckets: of one backward pass; on a GPU, the current stream has to be ordered after them.
             step: for messages.
-            zeroed: by name, a bool scalar on the device: whether the gradient has been set to zero since.
-            changed: the same, whether it is another one for whatever reason.
+            zeroed: by name, a bool scalar on the device: whether the gradient has been set to zero.
+            changed: by name, a bool scalar on the device: whether the gradient has changed in any way.
         """
         self.buckets = buckets
         self.step = step
@@ -42,16 +42,16 @@ class Verdict:
             reports = torch.cat([reports, torch.stack(probed).to(reports.dtype)])
         self._copied: torch.cuda.Event | None = None
         if reports.is_cuda:
-            # Pinned, or the copy would wait.
+            # Pinned, since the host would wait for a copy to pageable memory.
             self._reports = torch.empty(reports.shape, dtype=reports.dtype, pin_memory=True)
             self._reports.copy_(reports, non_blocking=True)
-            # Of the tensors' device, which need not be the current one.
+            # The stream of the tensors' device, which need not be the current device.
             self._copied = torch.cuda.current_stream(reports.device).record_event()
         else:
             self._reports = reports
 
     def findings(self) -> list[str]:
-        """Returns in words where gradients were not finite; on a GPU, waits until the step is through.
+        """Returns descriptions of the gradients that were not finite; on a GPU, waits for the copy of the reports.
 
         Raises:
             wire.PayloadError: a rank sent what does not fit.
@@ -66,7 +66,7 @@ class Verdict:
         return sorted(found)
 
     def thrown_away(self, bucket: Bucket) -> Tensor | None:
-        """Returns which gradients of a bucket were set to zero, uint8 [compressed] on the device; None for none."""
+        """Returns which gradients of a bucket were set to zero, uint8 [compressed] on the device; None if unprobed."""
         members = () if bucket.sparse is None else bucket.sparse.members
         marks = [self._zeroed.get(m.slot.name) for m in members]
         if not any(mark is not None for mark in marks):
@@ -81,7 +81,7 @@ class Verdict:
 
     @property
     def changed(self) -> list[str]:
-        """Names of those whose gradient has been changed otherwise; on a GPU, waits as findings() does."""
+        """Names of parameters whose gradient has been changed otherwise; on a GPU, waits as findings() does."""
         zeroed = self.zeroed
         return [name for name in self._marked(self._changed, len(self._changed)) if name not in zeroed]
 

@@ -1,5 +1,7 @@
 """Codecs: one that sends each value as two bfloat16 needs nothing outside its own class, and loses nothing."""
 
+import pickle
+
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -145,3 +147,13 @@ def test_a_selection_s_sections_are_views():
     assert [len(part) for part in entries] == [2, 3, 3]
     entries.values.fill_(1.0)
     assert selection.any()
+
+
+def test_a_pickled_state_keeps_its_codec_and_when_its_verdict_is_read():
+    run = Run(Halves())
+    run.train(normals(SHAPES, 0))
+    late = dgc.DGCState(run.model.named_parameters(), run.optimizer, run.state.config, codec=Halves(), late=True)
+    for state in (run.state, late):
+        again = pickle.loads(pickle.dumps(state))
+        assert type(again._standing.codec) is Halves
+        assert again._late is state._late
