@@ -53,6 +53,7 @@ class Segments:
             )
         self._table = table.detach().clone(memory_format=torch.contiguous_format)
         self._layouts: dict[torch.dtype, WireLayout] = {}
+        self._columns: dict[tuple[str, torch.device], Tensor] = {}
 
     @property
     def table(self) -> Tensor:
@@ -147,9 +148,22 @@ class Segments:
         return (tile - self.first_tile[self.segment_of_tile]) * TILE
 
     @cached_property
+    def tile_state(self) -> Tensor:
+        """The first element of each tile in momentum and residual: int64 [tiles]."""
+        return self.state[self.segment_of_tile] + self.tile_begin
+
+    @cached_property
     def tile_numel(self) -> Tensor:
         """The elements of each tile: int64 [tiles]."""
         return (self.numel[self.segment_of_tile] - self.tile_begin).clamp(max=TILE)
+
+    def column(self, name: str, device: torch.device) -> Tensor:
+        """Returns one of the tensors above on a device; copied once, since a copy from the host waits for a GPU."""
+        key = name, device
+        if key not in self._columns:
+            column: Tensor = getattr(self, name)
+            self._columns[key] = column.to(device)
+        return self._columns[key]
 
     def check(self) -> None:
         """Checks that the kernels stay inside their memory with this table; what passed once is not checked again.

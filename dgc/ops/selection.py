@@ -50,7 +50,7 @@ def positions(selection: Tensor, segments: Segments, dtype: torch.dtype) -> tupl
         dtype: of its values.
     """
     entries = entries_of(selection, segments, dtype)
-    begin = (segments.state[segments.segment_of_tile] + segments.tile_begin).to(selection.device)
+    begin = segments.column("tile_state", selection.device)
     counts = entries.ends.diff(prepend=entries.ends.new_zeros(1)).long()
     return torch.repeat_interleave(begin, counts) + (entries.indices.long() & 0xFFFF), entries.values.float()
 
@@ -64,8 +64,8 @@ def first_indices(payload: Tensor, segments: Segments, wire_dtype: torch.dtype) 
         wire_dtype: of its values.
     """
     at = segments.wire(wire_dtype)
-    first = segments.first_entry.to(payload.device)
-    first_tile = segments.first_tile.to(payload.device)
+    first = segments.column("first_entry", payload.device)
+    first_tile = segments.column("first_tile", payload.device)
     ends = payload[at.ends : at.ends + 4 * segments.n_tiles].view(torch.int32)
     tile = torch.searchsorted(ends, first.to(torch.int32), right=True)
     inside = payload[at.indices : at.values].view(torch.int16)[first].long() & 0xFFFF

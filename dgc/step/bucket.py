@@ -185,10 +185,10 @@ class Bucket:
         if self.sparse is not None:
             self.sparse.undo.drop(self._memory, names)
 
-    def give_back(self, which: Tensor) -> None:
-        """Drops or restores parameters where `which`, uint8 [compressed], is not 0; see Undo.give_back."""
+    def give_back(self, which: Tensor, bad: Tensor) -> None:
+        """Takes back the pass of some compressed parameters, or what all sent in a bad step; see Undo.give_back."""
         if self.sparse is not None:
-            self.sparse.undo.give_back(self._memory, which)
+            self.sparse.undo.give_back(self._memory, which, bad)
 
     def thrown_away(self, parameters: Mapping[str, Tensor]) -> list[str]:
         """Returns the names of compressed parameters that have lost their .grad, and with it their sent entries."""

@@ -124,9 +124,8 @@ class Claims:
         if not self._late:
             return self._settle()
         for bucket in self._pass.buckets:
-            if (which := verdict.thrown_away(bucket)) is not None:
-                bucket.give_back(which)
-            bucket.restore(verdict.bad)
+            which = verdict.thrown_away(bucket)
+            bucket.restore(verdict.bad) if which is None else bucket.give_back(which, verdict.bad)
         return True
 
     def take_for(self) -> None:

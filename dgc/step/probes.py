@@ -68,9 +68,12 @@ class Probes:
             stretches = {i: _stretch(parameters[slot.name], slot, 0, slot.numel) for i, slot in enumerate(slots)}
             flat = {i: gradient for i, gradient in stretches.items() if gradient is not None}
             if first.is_cuda:
-                # All elements, since only the device knows which one was sampled.
-                for i, norm in zip(flat, torch._foreach_norm(list(flat.values()), torch.inf), strict=True):
-                    found[slots[i].name] = (norm == 0) & nonzero[i]
+                if not flat:
+                    continue
+                # All of it: which element to look at is known to the device alone. In few launches for all of them.
+                norms = torch.stack(torch._foreach_norm(list(flat.values()), torch.inf))
+                marked = nonzero if len(flat) == len(slots) else nonzero[list(flat)]
+                found.update(zip((slots[i].name for i in flat), ((norms == 0) & marked).unbind(), strict=True))
                 continue
             elements, marks = first.tolist(), nonzero.tolist()
             for i, gradient in flat.items():

@@ -250,7 +250,7 @@ class Sparse:
         """
         first = first_indices(self.selection, self.sending, self._codec.dtype)
         if len(gradients.buffers) == 1:
-            averages = gradients.buffers[0].view(-1)[first + self.receiving.offset.to(first.device)]
+            averages = gradients.buffers[0].view(-1)[first + self.receiving.column("offset", first.device)]
         else:
             flat = [gradients.of(m.position) for m in self.members]
             averages = torch.cat([g.index_select(0, i).float() for g, i in zip(flat, first.split(1), strict=True)])

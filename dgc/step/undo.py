@@ -77,7 +77,7 @@ class Undo:
         )
         if len(kinds) > 1:
             where, _ = positions(self._selection, self._segments, self._dtype)
-            chosen = torch.repeat_interleave(which, self._segments.entries.to(which.device)) != 0
+            chosen = torch.repeat_interleave(which, self._segments.column("entries", which.device)) != 0
             for kind in kinds[1:]:
                 flat = memory.kinds[kind]
                 flat[where] = torch.where(chosen, self.sent[kind], flat[where])
@@ -92,18 +92,21 @@ class Undo:
         memory.put_back([self._spans[row] for row in rows])
         self.taken[rows] = 0
 
-    def give_back(self, memory: Memory, which: Tensor) -> None:
-        """Drops the chosen parameters' part of the pass with DGCConfig.droppable, and restores it without.
+    def give_back(self, memory: Memory, which: Tensor, bad: Tensor) -> None:
+        """Takes back the pass of the chosen parameters, or what all sent in a step that is left out.
 
         Args:
             memory: v and the rule's tensors.
-            which: uint8 [parameters], 1 for each whose gradient was thrown away.
+            which: uint8 [parameters], 1 for each whose gradient was thrown away: its pass is dropped where
+                DGCConfig.droppable is set, and what it sent restored where not.
+            bad: uint8 scalar on the device, not 0 where the step is left out: what was sent is restored for all.
         """
-        if not self._droppable:
-            self.restore(memory, which)
-            return
-        memory.put_back(self._spans, which)
-        self.taken *= 1 - which
+        if self._droppable:
+            memory.put_back(self._spans, which)
+            self.taken *= 1 - which
+            self.restore(memory, bad)
+        else:
+            self.restore(memory, which | bad)
 
     def thrown_away(self, parameters: Mapping[str, Tensor]) -> list[str]:
         """Returns the names of parameters that have lost their .grad, and with it their sent entries.
