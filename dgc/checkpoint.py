@@ -121,8 +121,7 @@ def _choose(
     there = [rank for rank, is_there in complete.items() if is_there]
     chosen = shares.taken(exchange.rank, exchange.world_size, len(complete), there)
     state_dicts = [reader.state_dict_of(rank) for rank in chosen]
-    place = exchange.rank, exchange.world_size
-    return shares.choose(state.memory, state_dicts, *place, allow_missing_ranks)
+    return state.choose(state_dicts, allow_missing_ranks)
 
 
 def _exchange_of(state: DGCState) -> DistributedExchange:

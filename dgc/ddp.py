@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from .copied import Copy
 from .exchange.base import Exchange
 from .exchange.distributed import is_alive
 from .memory.slots import Gradients, Slot
@@ -50,29 +51,6 @@ class Reducer(Protocol):
 
     def end(self) -> None:
         """Ends a backward pass."""
-
-
-class EmptyCopyError(AttributeError, RuntimeError):
-    """The error of using a deep copy of a DGCState; an AttributeError, so that hasattr() returns False."""
-
-
-class Copy:
-    """The empty result of copy.deepcopy() of a DGCState; its use raises EmptyCopyError."""
-
-    def __getattr__(self, name: str) -> Any:
-        """Says what to copy instead.
-
-        Raises:
-            EmptyCopyError: always, but for names of Python's own.
-            AttributeError: the name is Python's own: it begins with two underscores.
-        """
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise EmptyCopyError(
-            "DGCState: expected the state itself, got a copy.deepcopy() of it, which is left empty: it came with the "
-            "copy of a model. To train the copy, make a DGCState of its parameters and register it; to keep momentum "
-            "and residual, copy.deepcopy(state.state_dict())"
-        )
 
 
 def dgc_hook(

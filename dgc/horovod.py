@@ -32,7 +32,7 @@ from . import horovod_elastic
 from .config import DGCConfig
 from .exchange.horovod import HorovodExchange
 from .horovod_fusion import Fusion, fuse
-from .optim import SGD
+from .optim.base import DGCOptimizer
 from .state import DGCState
 
 
@@ -155,7 +155,7 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     # As Horovod does: one class with the methods of both, since these call super(self.__class__, self).
     parent = type(optimizer)
     methods = {k: v for k, v in vars(_Methods).items() if not k.startswith("__")}
-    if isinstance(optimizer, SGD):
+    if isinstance(optimizer, DGCOptimizer):
         methods["_step_supports_amp_scaling"] = property(_answer_grad_scaler)
     distributed: Any = type(parent.__name__, (parent, horovod_elastic.Compressed), {**vars(_Horovod), **methods})(
         params=optimizer.param_groups,
@@ -211,7 +211,7 @@ def _answer_grad_scaler(optimizer: Any) -> bool:
             "    with optimizer.skip_synchronize():\n"
             "        scaler.step(optimizer)"
         )
-    return SGD._step_supports_amp_scaling.fget(optimizer)  # type: ignore[attr-defined, no-any-return]
+    return DGCOptimizer._step_supports_amp_scaling.fget(optimizer)  # type: ignore[attr-defined, no-any-return]
 
 
 class _Alone:

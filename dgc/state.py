@@ -15,10 +15,11 @@ from torch.optim.optimizer import Optimizer
 
 from . import ddp
 from .config import DGCConfig
+from .copied import Copy
 from .exchange.base import Exchange
 from .exchange.distributed import DistributedExchange
 from .memory.parameters import Parameters
-from .ops.codec import Codec, Plain
+from .ops.codec import Codec, codec_of
 from .stats import Stats
 from .step import advice, log
 from .step.saving import Saved
@@ -75,7 +76,7 @@ class DGCState(Saved):
         parameters = Parameters(named_parameters, optimizer, config, scaler is not None)
         device = parameters.device
         exchange = exchange or DistributedExchange(device, process_group)
-        codec = codec or Plain(config.wire_dtype)
+        codec = codec or codec_of(config.wire_dtype)
         standing = Standing(config, parameters, exchange, codec, scaler is not None)
         super().__init__(standing, scaler, average, device.type == "cuda" if late is None else late)
         self._model: weakref.ref[DistributedDataParallel] | None = None
@@ -166,6 +167,6 @@ class DGCState(Saved):
         DGCState.__init__(self, saved["named"].items(), saved["optimizer"], **saved["arguments"])
         self.unpickle(saved["share"])
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ddp.Copy:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Copy:
         """Returns an empty Copy: a copy of a model with the hook, as for a weight average, needs no second u and v."""
-        return ddp.Copy()
+        return Copy()

@@ -89,7 +89,7 @@ def regroup(exchange: Exchange, memory: Memory, mine: Share | None) -> Share | N
             "dgc: %d ranks now, %d before, %d new; residuals multiplied by %d/%d",
             now,
             before,
-            now - len(survivors),
+            topology.ranks - len(survivors),
             now,
             before,
         )

@@ -54,6 +54,18 @@ class Memory:
             if kind not in self.kinds:
                 self.kinds[kind] = torch.zeros(self.numel, dtype=torch.float32, device=self.device)
 
+    def lay_out_again(self, slots: Mapping[str, Slot]) -> None:
+        """Goes by other strides for some parameters: values keep their index, and move in memory.
+
+        Args:
+            slots: the new ones, by name, with the old offsets and sizes.
+        """
+        for name, slot in slots.items():
+            flats = [*self.kinds.values(), *([self.residual] if name in self.compressed else [])]
+            for flat in flats:
+                slot.view(flat).copy_(self.slots[name].view(flat).clone())
+            self.slots[name] = slot
+
     @property
     def momentum(self) -> Tensor | None:
         """The momentum u, flat; None before it is allocated."""

@@ -14,7 +14,7 @@ from dgc.optim.foreign import rule_of
 
 from .names import by_name
 from .refusals import check_names, dense_reasons, unwrapped
-from .slots import Slot, lay_out
+from .slots import Slot, laid_out_again, lay_out
 
 
 class Parameters:
@@ -45,6 +45,7 @@ class Parameters:
         self.compressed = [name for name in self.by_name if name not in self.never_compressed]
         self.slots = lay_out(self.by_name, self.compressed)
         self._slots = {id(p): self.slots[name] for name, p in self.by_name.items()}
+        self._strides = {name: p.stride() for name, p in self.by_name.items()}
         self.rule.check_use(loss_scaling=loss_scaling, skipping=config.on_nonfinite == "skip")
         self.device = next(iter(self.by_name.values())).device
 
@@ -66,6 +67,19 @@ class Parameters:
             )
         self._groups = {name: group_of[id(p)] for name, p in self.by_name.items()}
         self.rule.check()
+
+    def lay_out_again(self) -> dict[str, Slot]:
+        """Returns new slots, by name, for parameters whose memory format has changed since, and goes by them."""
+        changed = {
+            name: laid_out_again(self.slots[name], p)
+            for name, p in self.by_name.items()
+            if p.stride() != self._strides[name]
+        }
+        for name, slot in changed.items():
+            p = self.by_name[name]
+            self.slots[name] = self._slots[id(p)] = slot
+            self._strides[name] = p.stride()
+        return changed
 
     def slot(self, parameter: Tensor) -> Slot:
         """Returns where a parameter lies in memory.

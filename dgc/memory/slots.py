@@ -79,6 +79,11 @@ def lay_out(parameters: Mapping[str, Tensor], compressed: Sequence[str]) -> dict
     }
 
 
+def laid_out_again(slot: Slot, parameter: Tensor) -> Slot:
+    """Returns the slot of a parameter whose memory format has changed, as by model.to(memory_format=...)."""
+    return slot._replace(strides=dense_strides(parameter))
+
+
 def dense_strides(parameter: Tensor) -> tuple[int, ...]:
     """Returns the strides that DDP gives a parameter's gradient: the parameter's if it has no gaps, else contiguous."""
     strides = [(stride, size) for stride, size in zip(parameter.stride(), parameter.shape, strict=True) if size != 1]

@@ -71,3 +71,8 @@ class Plain(Codec):
 
     def decode(self, body: Tensor, segments: Segments, entries: Entries) -> None:
         """Copies nothing: what came is a selection."""
+
+
+def codec_of(wire_dtype: torch.dtype) -> Codec:
+    """Returns the codec that DGCConfig.wire_dtype names."""
+    return Plain(wire_dtype)

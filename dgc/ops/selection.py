@@ -52,7 +52,8 @@ def positions(selection: Tensor, segments: Segments, dtype: torch.dtype) -> tupl
     entries = entries_of(selection, segments, dtype)
     begin = segments.column("tile_state", selection.device)
     counts = entries.ends.diff(prepend=entries.ends.new_zeros(1)).long()
-    return torch.repeat_interleave(begin, counts) + (entries.indices.long() & 0xFFFF), entries.values.float()
+    tiles = torch.repeat_interleave(begin, counts, output_size=segments.n_entries)
+    return tiles + (entries.indices.long() & 0xFFFF), entries.values.float()
 
 
 def first_indices(payload: Tensor, segments: Segments, wire_dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -60,6 +60,8 @@ class Work(NamedTuple):
     """v, flat float32."""
     factors: Tensor
     """float32 [numbers, parameters]: Rule.factors of each parameter; at least one row."""
+    numbers: Sequence[tuple[float, ...]]
+    """The same on the host, by parameter."""
     scale: Tensor
     """float32 [1]: the factor by which gradients are multiplied first."""
     selection: Tensor
@@ -83,6 +85,11 @@ class Rule(ABC):
 
     optimizer: Optimizer
     fused = True
+
+    @property
+    def may_keep(self) -> tuple[str, ...]:
+        """The kinds of tensor that the rule may keep of each parameter at any time."""
+        return self.kept
 
     @property
     @abstractmethod
@@ -135,6 +142,11 @@ class Rule(ABC):
     @abstractmethod
     def compress(self, work: Work) -> None:
         """Accumulates gradients in the rule's tensors and in v, then selects and packs the largest entries of v."""
+
+    def numbers(self) -> list[tuple[float, ...]]:
+        """Returns the numbers by parameter group that all ranks must have alike."""
+        groups = [group for group in self.optimizer.param_groups if group["params"]]
+        return [self.factors(group["params"][0], group, workers=1) for group in groups]
 
     def brought(self) -> dict[Tensor, dict[str, Tensor]]:
         """Removes the tensors of a dense run from the optimizer's state, and returns them by parameter and kind."""

@@ -29,7 +29,12 @@ class MomentumCorrection(Rule):
     @property
     def kept(self) -> tuple[str, ...]:
         """Momentum, where any parameter group has a momentum factor at present."""
-        return (MOMENTUM,) if any(group["momentum"] for group in self.optimizer.param_groups) else ()
+        return (MOMENTUM,) if any(map(_trains_with_momentum, self.optimizer.param_groups)) else ()
+
+    @property
+    def may_keep(self) -> tuple[str, ...]:
+        """Momentum, which a schedule or load_state_dict() may bring."""
+        return (MOMENTUM,)
 
     def factors(self, parameter: Tensor, group: Mapping[str, Any], workers: int) -> tuple[float, ...]:
         """Returns mu."""
@@ -264,3 +269,7 @@ class SGD(DGCOptimizer):
                     self._state(p)
                     if group["weight_decay"] and group["momentum"]:
                         self._decay_momentum(p)
+
+
+def _trains_with_momentum(group: Mapping[str, Any]) -> bool:
+    return bool(group["momentum"]) and any(p.requires_grad for p in group["params"])

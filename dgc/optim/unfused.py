@@ -39,8 +39,7 @@ class Unfused(Rule):
         """Advances each parameter where the result is finite, then selects and packs."""
         (updates,) = work.updates
         used = []
-        columns = work.factors.t().tolist()
-        rows = zip(work.receiving.rows, work.sending.rows, columns, strict=True)
+        rows = zip(work.receiving.rows, work.sending.rows, work.numbers, strict=True)
         for row, update_row, factors in rows:
             state, numel, at = row.state, row.numel, update_row.offset
             gradient = work.gradients[row.source].view(-1)[row.offset : row.offset + numel]
@@ -48,7 +47,7 @@ class Unfused(Rule):
             gradient.zero_()
             used.append((h != 0).any())
             kept = {kind: flat[state : state + numel] for kind, flat in work.kinds.items()}
-            after, update = self.advance(kept, h, tuple(factors))
+            after, update = self.advance(kept, h, factors)
             finite = (work.residual[state : state + numel] + update).isfinite()
             for tensor in after.values():
                 finite &= tensor.isfinite()

@@ -239,7 +239,7 @@ class Claims:
         if not self._pass.outstanding:
             return  # a step() has taken it
         if drop_gradient is None:
-            self._tell("kept", advice.kept())
+            self._tell("kept", advice.kept(), stacklevel=3)
         reduced = self.pending
         self._pass.abandon(self.exchange)
         for bucket in self._pass.buckets:
@@ -277,9 +277,9 @@ class Claims:
             skipped=skipped,
         )
 
-    def _tell(self, what: str, message: str, everywhere: bool = False) -> None:
+    def _tell(self, what: str, message: str, everywhere: bool = False, stacklevel: int = 4) -> None:
         if what not in self._told and (everywhere or self.exchange.rank == 0):
-            warnings.warn(message, stacklevel=4)
+            warnings.warn(message, stacklevel=stacklevel)
         self._told.add(what)
 
     def _log_skipped(self, found: list[str]) -> None:

@@ -115,6 +115,7 @@ class Reducer(Claims):
             ValueError: it is out of range, or ranks differ; then nothing has changed.
             RuntimeError: an update is outstanding.
         """
+        density = self._standing.checked_density(density)
         self.settle_between_steps("set_density")
         self._standing.set_density(density)
 
@@ -145,7 +146,7 @@ class Reducer(Claims):
             self._error = error  # for step(): DDP does not survive an error in the middle of a backward pass
         if self.exchange.changed:
             self.regroup()
-        standing.parameters.refresh()
+        standing.refresh()
         standing.take_what_was_brought()
         self._look_for_a_lost_residual()
         how = standing.config.on_changed_gradient
@@ -234,7 +235,8 @@ class Reducer(Claims):
         transfer.done.add_done_callback(partial(_receive, [arrival]))
 
     def _look_for_a_lost_residual(self) -> None:
-        if self._standing.step == 0 and (steps := self._standing.parameters.rule.steps_taken):
+        looked = "residual" in self._told
+        if self._standing.step == 0 and not looked and (steps := self._standing.parameters.rule.steps_taken):
             self._tell("residual", advice.residual_missing(steps))
         self._told.add("residual")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -63,7 +63,15 @@ class Saved(Reducer):
         """
         state_dicts = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict or ())
         parts = [share for one in state_dicts for share in unwrap(one)]
-        self.take_up(self._standing.choose(parts, allow_missing_ranks))
+        self.take_up(self.choose(parts, allow_missing_ranks))
+
+    def choose(self, parts: Sequence[Mapping[str, Any]], allow_missing_ranks: bool = False) -> Choice:
+        """Returns this rank's part of the shares that ranks have saved; changes nothing.
+
+        Raises:
+            ValueError: as load_state_dict().
+        """
+        return self._standing.choose(parts, allow_missing_ranks)
 
     def take_up(self, choice: Choice) -> None:
         """Continues a run from the state_dicts chosen for this rank; an outstanding pass is abandoned."""

@@ -156,6 +156,7 @@ class Sparse:
                 kinds=memory.kinds,
                 residual=memory.residual,
                 factors=self._factors,
+                numbers=numbers,
                 scale=self._one if scale is None else scale,
                 selection=self.selection,
                 dtype=self._codec.dtype,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -63,6 +63,13 @@ class Standing:
         """Returns whether the loaded shares were divided among other ranks than these."""
         return self.joined and self._loaded_for is not None and self._loaded_for != ranks
 
+    def refresh(self) -> None:
+        """Looks again at the optimizer's groups and at the parameters' memory format, which users change in a run."""
+        self.parameters.refresh()
+        if slots := self.parameters.lay_out_again():
+            self.memory.lay_out_again(slots)
+            self.layouts.leave()
+
     def take_what_was_brought(self) -> None:
         """Moves the tensors of a dense run, equal on all ranks, from the optimizer into memory."""
         for name, kinds in self.parameters.brought():
@@ -89,9 +96,16 @@ class Standing:
             self._go_to(agreed)
         self._settled()
 
+    def checked_density(self, density: float) -> float:
+        """Returns a density that DGCConfig takes.
+
+        Raises:
+            ValueError: it does not.
+        """
+        return replace(self.made_with, density=density).density
+
     def set_density(self, density: float) -> None:
         """Changes the density on all ranks; see DGCState.set_density."""
-        density = replace(self.made_with, density=density).density  # checks it
         if self.exchange.changed:
             self.regroup()
         self.exchange.agree({"density": density})
@@ -120,17 +134,29 @@ class Standing:
         """Returns this rank's share with views of its tensors."""
         return {**asdict(self.share()), **self.memory.state_dict()}
 
-    def choose(self, parts: list[Mapping[str, Any]], allow_missing_ranks: bool) -> shares.Choice:
+    def choose(self, parts: Sequence[Mapping[str, Any]], allow_missing_ranks: bool) -> shares.Choice:
         """Returns this rank's part of saved shares, and changes nothing; raises as shares.choose()."""
         topology = self.exchange.topology
-        return shares.choose(self.memory, parts, topology.share, topology.shares, allow_missing_ranks)
+        choice = shares.choose(self.memory, parts, topology.share, topology.shares, allow_missing_ranks)
+        may_keep = self.parameters.rule.may_keep
+        others = [kind for kind in choice.share.kinds if kind not in may_keep]
+        if others and may_keep:
+            raise ValueError(
+                f"state_dict: expected what {type(self.parameters.optimizer).__name__} keeps, {', '.join(may_keep)}, "
+                f"got {', '.join(others)}: it was saved with another optimizer. Load it with that one"
+            )
+        return choice
+
+    def _kinds_of(self, saved: Share) -> list[str]:
+        """Returns the kinds of a saved share that this optimizer's rule keeps; a foreign optimizer keeps none."""
+        return [kind for kind in saved.kinds if kind in self.parameters.rule.may_keep]
 
     def take_up(self, choice: shares.Choice) -> None:
         """Continues a run from the state_dicts chosen for this rank."""
         exchange = self.own_exchange
         ranks = exchange.ranks if isinstance(exchange, DistributedExchange) else None
-        loaded_for = ranks if exchange.changed and not self.joined else None
-        self.memory.load(choice.parts, choice.share.kinds, choice.share.diverged)
+        loaded_for = ranks if exchange.changed and not self.joined else self._loaded_for
+        self.memory.load(choice.parts, self._kinds_of(choice.share), choice.share.diverged)
         if choice.missing:
             shares.log_lost(choice.missing, choice.share.world_size)
         self.parameters.brought()  # removes a dense run's tensors, which the loaded ones replace

@@ -77,7 +77,12 @@ class Undo:
         )
         if len(kinds) > 1:
             where, _ = positions(self._selection, self._segments, self._dtype)
-            chosen = torch.repeat_interleave(which, self._segments.column("entries", which.device)) != 0
+            chosen = (
+                torch.repeat_interleave(
+                    which, self._segments.column("entries", which.device), output_size=self._segments.n_entries
+                )
+                != 0
+            )
             for kind in kinds[1:]:
                 flat = memory.kinds[kind]
                 flat[where] = torch.where(chosen, self.sent[kind], flat[where])

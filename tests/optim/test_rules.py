@@ -53,7 +53,7 @@ class ThreeRule(Unfused):
     keeps_state = True
 
     def factors(self, parameter, group, workers):
-        assert workers == (torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
+        self.workers = workers  # of the last pass, for the test to see
         return (group["beta"],)
 
     def check(self):
@@ -219,6 +219,7 @@ def both_ranks(rank, world_size):
         optimizer.zero_grad()
         model(normals(SHAPES, 10 * step + rank)).backward()
         optimizer.step()
+    assert state.parameters.rule.workers == 2
     kinds = {kind: tensor.clone() for kind, tensor in state.memory.kinds.items()}
     return {n: p.detach().clone() for n, p in model.module.named_parameters()}, kinds, sorted(state.memory.diverged)
 
@@ -228,3 +229,33 @@ def test_replicas_stay_equal_with_three_tensors_and_a_dense_phase_averages_them(
     assert_same(one, other)
     assert_same(kinds, others)
     assert diverged == []
+
+
+def other_numbers(rank, world_size):
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = DistributedDataParallel(Given(SHAPES))
+    state = dgc.DGCState(model.named_parameters(), Three(model.parameters(), beta=0.75 - 0.5 * rank))
+    with pytest.raises(ValueError, match=r"numbers of the rule by group: rank 0 has \[\(0\.75,\)\], rank 1 has"):
+        state.register(model)
+
+
+def test_ranks_compare_a_rule_s_numbers():
+    run_ranks(2, other_numbers)
+
+
+def test_what_another_rule_has_saved_is_refused_and_changes_nothing():
+    momentum, run = Run(dgc.SGD, lr=LR, momentum=0.9), Run(Three)
+    momentum.train(normals(SHAPES, 0))
+    run.train(normals(SHAPES, 1))
+    before = run.tensors()
+    with pytest.raises(ValueError, match="expected what Three keeps, first, second, third, got momentum"):
+        run.state.load_state_dict(momentum.state.state_dict())
+    assert_same(run.tensors(), before)
+    run.train(normals(SHAPES, 2))
+    # An optimizer that keeps nothing takes what waits, and no more.
+    plain = Given(SHAPES)
+    state = dgc.DGCState(plain.named_parameters(), torch.optim.SGD(plain.parameters(), lr=LR), momentum.state.config)
+    state.load_state_dict(momentum.state.state_dict())
+    assert torch.equal(state.memory.residual, momentum.state.memory.residual)
+    assert state.memory.kinds == {}

@@ -12,7 +12,7 @@ FOLDER = Path(dgc.__file__).parent
 CSRC = FOLDER.parent / "csrc"
 
 LEVELS = [
-    {"_version", "config", "stats"},
+    {"_version", "config", "copied", "stats"},
     {"ops"},
     {"exchange", "optim"},
     {"memory"},

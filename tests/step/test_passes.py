@@ -362,3 +362,11 @@ def test_the_thread_that_completes_a_result_owns_nothing_of_the_run():
     one.train(normals(SHAPES, 0))
     assert len(seen) == 1
     assert seen[0] & {"bucket", "gradients", "context"} == set()
+
+
+def test_the_warning_of_discard_names_the_user_s_line():
+    one = alone()
+    one.backward(normals(SHAPES, 0))
+    with pytest.warns(UserWarning, match="it arrives with later steps") as caught:
+        one.state.discard()
+    assert caught[0].filename == __file__
