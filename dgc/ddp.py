@@ -116,8 +116,18 @@ def _reduce(state: Reducer, bucket: dist.GradBucket) -> Future[Tensor]:
 
 def register(state: Reducer, model: DistributedDataParallel) -> None:
     """Registers the hook on a DDP module, once; see DGCState.register."""
-    if all(its_state is not state for _, its_state in model._comm_hooks):
+    hooks = list(model._comm_hooks)
+    if all(its_state is not state for _, its_state in hooks):
         model.register_comm_hook(state, dgc_hook)
+        return
+    # An unpickled module has the list of its hooks, and a new reducer without them.
+    model._comm_hooks.clear()
+    try:
+        model.register_comm_hook(state, dgc_hook)
+    except RuntimeError as error:
+        model._comm_hooks[:] = hooks
+        if "only be called once" not in str(error):
+            raise
 
 
 def check_module(state: object, model: object, parameters: Mapping[str, Tensor]) -> DistributedDataParallel:

@@ -144,7 +144,7 @@ def nothing_reduced(registered: bool) -> str:
         return (
             "DGCState: expected a backward pass since the last step(), got none that was exchanged. If it ran under "
             "no_sync(), run the last one before step() outside of it, forward pass included. If it was discarded, "
-            "leave step() out and call zero_grad()"
+            "leave step() out and call zero_grad(). If the module was unpickled, call state.register(model) again"
         )
     return (
         "DGCState: expected a backward pass since the last step(), got none, since no model has this state registered. "

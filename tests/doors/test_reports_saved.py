@@ -121,6 +121,21 @@ def test_model_optimizer_and_state_pickle_together(tmp_path):
     run_ranks(2, saved_whole, str(tmp_path))
 
 
+def test_an_unpickled_ddp_module_is_registered_again(gloo):
+    """DDP pickles the list of its hooks, and unpickles without them."""
+    model, optimizer, state = one()
+    step(model, optimizer, normals(WIDE, 0))
+    file = io.BytesIO()
+    torch.save((model, optimizer, state), file)
+    file.seek(0)
+    model, optimizer, state = torch.load(file, weights_only=False)
+    for i in range(2):
+        state.register(model)  # the second time there is nothing to do
+        step(model, optimizer, normals(WIDE, 1 + i))
+    assert state.step == 3
+    assert len(model._comm_hooks) == 1
+
+
 def test_a_copy_of_a_model_carries_no_second_memory(gloo):
     model, optimizer, state = one()
     step(model, optimizer, normals(WIDE, 0))
