@@ -167,8 +167,15 @@ class DGCOptimizer(Optimizer):
     _attached: tuple[weakref.ref[Reducer], ...] = ()
 
     def rule(self) -> Rule:
-        """Returns the rule by which gradients are accumulated before they are sent."""
-        raise NotImplementedError
+        """Returns the rule by which gradients are accumulated before they are sent.
+
+        Raises:
+            NotImplementedError: the class does not say.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__}.rule: expected a method that returns a dgc.optim.base.Rule, got none. "
+            "docs/contributing.md says what a rule is"
+        )
 
     def attach(self, reducer: Reducer) -> None:
         """Names the DGCState that reduces the gradients, without keeping it alive; DGCState calls this itself."""

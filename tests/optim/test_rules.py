@@ -259,3 +259,12 @@ def test_what_another_rule_has_saved_is_refused_and_changes_nothing():
     state.load_state_dict(momentum.state.state_dict())
     assert torch.equal(state.memory.residual, momentum.state.memory.residual)
     assert state.memory.kinds == {}
+
+
+def test_an_optimizer_without_a_rule_is_named():
+    class Ruleless(DGCOptimizer):
+        pass
+
+    model = Given(SHAPES)
+    with pytest.raises(NotImplementedError, match=r"Ruleless\.rule: expected a method that returns a .*Rule"):
+        dgc.DGCState(model.named_parameters(), Ruleless(model.parameters(), {}))
