@@ -1,6 +1,6 @@
 """Deep Gradient Compression for PyTorch (Lin et al., ICLR 2018).
 
-Three lines go in front of an unchanged training loop:
+Three lines go in front of an unchanged training loop, with dgc.SGD, or dgc.AdamW with torch.optim.AdamW's arguments:
 
     optimizer = dgc.SGD(model.parameters(), lr=0.1, momentum=0.9)
     state = dgc.DGCState(model.named_parameters(), optimizer, dgc.DGCConfig(density=0.001, warmup_steps=2000))
@@ -13,14 +13,26 @@ from ._version import __version__
 from .config import DGCConfig
 from .ddp import dgc_hook
 from .ops import PayloadError, backend
-from .optim import SGD
+from .optim import SGD, Adam, AdamW
 from .state import DGCState
 from .stats import Stats
 
 if TYPE_CHECKING:
     from . import checkpoint
 
-__all__ = ["SGD", "DGCConfig", "DGCState", "PayloadError", "Stats", "__version__", "backend", "checkpoint", "dgc_hook"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "DGCConfig",
+    "DGCState",
+    "PayloadError",
+    "Stats",
+    "__version__",
+    "backend",
+    "checkpoint",
+    "dgc_hook",
+]
 
 
 def __getattr__(name: str) -> Any:

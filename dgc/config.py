@@ -41,8 +41,8 @@ class DGCConfig:
 
     momentum_masking: bool | Literal["auto"] = "auto"
     """Momentum factor masking (section 3.2): u becomes 0 where an entry was sent. Masking keeps stale momentum from
-    overshooting, but at high densities it removes most of the momentum. "auto" masks in steps whose density is below
-    1 %, during warm-up and after it."""
+    overshooting, but at high densities it removes most of the momentum. "auto" masks with dgc.SGD, in steps whose
+    density is below 1 %, during warm-up and after it; with dgc.AdamW, whose first moment is u, it never masks."""
 
     clip_norm: float | None = None
     """Local gradient clipping (section 3.2): the gradient norm at which a single worker would clip. Each rank clips its
@@ -61,8 +61,8 @@ class DGCConfig:
 
     on_nonfinite: Literal["raise", "skip"] = "raise"
     """Reaction of the optimizer's step() to an Inf or NaN in any rank's gradient: "raise" raises FloatingPointError on
-    every rank, "skip" leaves the step out on every rank (dgc.SGD only). Either way the finite entries stay accumulated.
-    On a GPU the step is always left out, and the error or the log line comes with the next step."""
+    every rank, "skip" leaves the step out on every rank (optimizers of dgc only). Either way the finite entries stay
+    accumulated. On a GPU the step is always left out, and the error or the log line comes with the next step."""
 
     droppable: bool = False
     """Makes it possible to drop a backward pass with all that it added to u and v: by

@@ -101,7 +101,7 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     run, where they compare their configurations at the first exchange.
 
     Args:
-        optimizer: dgc.SGD; or one without momentum, for plain accumulation.
+        optimizer: dgc.SGD or dgc.AdamW; or one without momentum, for plain accumulation.
         named_parameters: model.named_parameters(). Names are the state's, and those of the collectives.
         compression: with the DGCConfig.
         backward_passes_per_step: gradients are summed locally over so many backward passes before they are compressed.

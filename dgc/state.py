@@ -35,8 +35,9 @@ class DGCState(Saved):
     Args:
         named_parameters: all of the model's. A wrapper's part of the names, such as "module." in front of all of them
             or "_orig_mod.", is removed.
-        optimizer: the one that applies the gradients. dgc.SGD gets momentum correction; an optimizer without momentum
-            gets plain accumulation (paper, Algorithm 1). A wrapper, such as Accelerate's, is unwrapped.
+        optimizer: the one that applies the gradients. dgc.SGD gets momentum correction, dgc.AdamW the
+            accumulation of its direction, an optimizer without momentum plain accumulation (paper, Algorithm 1). A
+            wrapper, such as Accelerate's, is unwrapped.
         config: the same on all ranks.
         process_group: None for the group of the DDP module that the state is registered on.
         grad_scaler: the torch.amp.GradScaler that scales the loss. Gradients are unscaled before they are accumulated,

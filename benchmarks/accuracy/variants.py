@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dgc.step.phase import MASKED_BELOW
+from dgc.optim.base import MASKED_BELOW
 
 from .replicas import WORKERS, gradients, sgd_replicas
 from .tasks import Task

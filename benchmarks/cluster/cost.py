@@ -14,6 +14,7 @@ from dgc.memory.refusals import dense_reasons
 from dgc.memory.slots import lay_out
 from dgc.ops import Segments
 from dgc.ops.codec import Plain
+from dgc.optim.base import MASKED_BELOW
 from dgc.step.phase import phase_at
 from dgc.step.schedule import entries
 
@@ -135,7 +136,16 @@ def dgc_traffic(buckets: Sequence[Shapes], workers: int, config: dgc.DGCConfig) 
     never = dense_reasons(parameters, config)
     slots = lay_out(parameters, [name for name in parameters if name not in never])
     entry_bytes = Plain(config.wire_dtype).entry_bytes
-    phase = phase_at(config.density, config, slots, never, rows=workers, entry_bytes=entry_bytes, switched_off=False)
+    phase = phase_at(
+        config.density,
+        config,
+        slots,
+        never,
+        rows=workers,
+        entry_bytes=entry_bytes,
+        switched_off=False,
+        masked_below=MASKED_BELOW,
+    )
     found = []
     for bucket in buckets:
         numel = {name: math.prod(shape) for name, shape in bucket.items()}

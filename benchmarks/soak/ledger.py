@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dgc.optim.base import MASKED_BELOW
 from dgc.step.phase import masks
 from dgc.step.schedule import DensitySchedule, entries
 
@@ -69,7 +70,7 @@ class Simulation:
                 sent = v.view(-1).abs().topk(k).indices
                 self.parameter.view(-1)[sent] -= self.lr / ranks * v.view(-1)[sent]
                 v.view(-1)[sent] = 0
-                if masks(self.config, density):
+                if masks(self.config, density, MASKED_BELOW):
                     u.view(-1)[sent] = 0
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
+
+import torch
 
 from dgc.exchange.base import Exchange
 
@@ -38,7 +40,7 @@ def gather(exchange: Exchange, memory: Memory, own: Mapping[str, Any]) -> dict[s
     return wrap(ranks) if exchange.rank == 0 else {}
 
 
-def regroup(exchange: Exchange, memory: Memory, mine: Share | None) -> Share | None:
+def regroup(exchange: Exchange, memory: Memory, mine: Share | None, averages: Collection[str] = ()) -> Share | None:
     """Takes momentum and residual over into the group of ranks that exchange has now; a collective.
 
     The update still to come is the mean of all shares of u and v. With N shares instead of M, each survivor's is
@@ -49,6 +51,7 @@ def regroup(exchange: Exchange, memory: Memory, mine: Share | None) -> Share | N
         exchange: of the new group.
         memory: this rank's, which changes.
         mine: the share that this rank brings; None for a newcomer.
+        averages: kinds that are not divided. Survivors keep theirs, and newcomers get the survivors' mean.
 
     Returns:
         A survivor's share, which has the step, density and dense switch of the run. None where all ranks are new.
@@ -79,10 +82,11 @@ def regroup(exchange: Exchange, memory: Memory, mine: Share | None) -> Share | N
     memory.diverged = set(one.diverged)
     memory.allocate(one.kinds)
     if topology.shares != one.world_size:
-        memory.scale(topology.shares / one.world_size)
+        memory.scale(topology.shares / one.world_size, averages)
     if len(survivors) < topology.ranks and one.kinds:
         same = [name for name in memory.slots if name not in memory.diverged]
         exchange.broadcast([memory.flat(kind, name) for kind in one.kinds for name in same], root=brought.index(one))
+        _average(exchange, memory, mine is not None, len(survivors), [kind for kind in one.kinds if kind in averages])
     if exchange.rank == 0:
         before, now = one.world_size, topology.shares
         logger.info(
@@ -96,3 +100,17 @@ def regroup(exchange: Exchange, memory: Memory, mine: Share | None) -> Share | N
         if lost := sorted(set(range(before)) - {share.rank for share in survivors.values()}):
             log_lost(lost, before)
     return one
+
+
+def _average(exchange: Exchange, memory: Memory, survivor: bool, survivors: int, kinds: Sequence[str]) -> None:
+    """Gives newcomers the survivors' mean of some kinds, where they differ between ranks; a collective."""
+    for kind in kinds:
+        for name in sorted(memory.diverged):
+            own = memory.flat(kind, name)
+            mean = own * (exchange.world_size / survivors) if survivor else torch.zeros_like(own)
+            transfer = exchange.start(f"mean of {kind} {name}", None, None, mean)
+            exchange.finish()
+            transfer.done.wait()
+            with transfer.arrived():
+                if not survivor:
+                    own.copy_(mean)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -127,10 +127,10 @@ class Memory:
                 self._copies[kind] = torch.zeros_like(self.residual)  # zeros: what a kind is until it is allocated
             yield now, self._copies[kind]
 
-    def scale(self, factor: float) -> None:
-        """Multiplies this rank's share: v, and the other kinds where they differ between ranks."""
+    def scale(self, factor: float, averages: Collection[str] = ()) -> None:
+        """Multiplies this rank's share: v, and the other kinds where they differ between ranks, but no averages."""
         self.residual.mul_(factor)
-        for kind in self.kinds:
+        for kind in self.kinds.keys() - set(averages):
             for name in self.diverged:
                 self.flat(kind, name).mul_(factor)
 
@@ -183,7 +183,11 @@ class Memory:
 
     @torch.no_grad()
     def load(
-        self, parts: Sequence[tuple[float, Mapping[str, Any]]], kinds: Sequence[str], diverged: Sequence[str]
+        self,
+        parts: Sequence[tuple[float, Mapping[str, Any]]],
+        kinds: Sequence[str],
+        diverged: Sequence[str],
+        averages: Collection[str] = (),
     ) -> None:
         """Sets all kinds to weighted sums of state_dicts' tensors.
 
@@ -191,8 +195,11 @@ class Memory:
             parts: weights and state_dicts, checked.
             kinds: those that the state_dicts have besides the residual; others become zero.
             diverged: parameters whose kinds are summed; those of the others are copied from the first part.
+            averages: kinds that are averaged over the parts that are there, so that a missing one does not count as 0.
         """
         share = [weight for weight, _ in parts]
+        there = sum(share)
+        mean = [weight / there for weight in share] if 0 < there < 1 else share
         first = [1.0] + [0.0] * (len(parts) - 1)
         self.allocate(kinds)
         for kind, flat in {"residual": self.residual, **self.kinds}.items():
@@ -201,7 +208,9 @@ class Memory:
                 continue
             for name in self.compressed if kind == "residual" else self.slots:
                 tensors = [state_dict[kind][name] for _, state_dict in parts]
-                weights = share if kind == "residual" or name in diverged else first
+                weights = first
+                if kind == "residual" or name in diverged:
+                    weights = mean if kind in averages else share
                 self.slots[name].view(flat).copy_(self._weighted(weights, tensors))
         self.diverged = set(diverged)
 

@@ -105,6 +105,10 @@ class Parameters:
         """Returns the rule's numbers for a parameter in the coming pass; see Rule.factors."""
         return self.rule.factors(self.by_name[name], self._groups[name], workers)
 
+    def accumulated(self, names: Iterable[str], times: int = 1) -> None:
+        """Counts a pass of some compressed parameters; see Rule.accumulated."""
+        self.rule.accumulated([self.by_name[name] for name in names], times)
+
     def brought(self) -> list[tuple[str, dict[str, Tensor]]]:
         """Removes the tensors of a dense run from the optimizer's state, and returns them by name and kind."""
         return [

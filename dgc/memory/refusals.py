@@ -32,7 +32,7 @@ def unwrapped(optimizer: object) -> Optimizer:
         return unwrapped(inside[0])
     got = f"{type(optimizer).__name__}" + (f", which holds {len(inside)} optimizers" if inside else "")
     raise TypeError(
-        f"optimizer: expected dgc.SGD or another torch optimizer, got {got}. Write "
+        f"optimizer: expected dgc.SGD, dgc.AdamW or another torch optimizer, got {got}. Write "
         "DGCState(model.named_parameters(), optimizer, config), with the optimizer that is inside of what wraps it: "
         "one DGCState serves one"
     )

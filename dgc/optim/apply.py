@@ -24,8 +24,13 @@ def advance(u: Tensor, gradient: Tensor, mu: float, alpha: float = 1) -> None:
     u.mul_(mu).add_(gradient, alpha=alpha)
 
 
-def subtract(parameters: list[Tensor], updates: list[Tensor], lr: float, skip: Tensor | None) -> None:
+def subtract(
+    parameters: list[Tensor], updates: list[Tensor], lr: float, skip: Tensor | None, shrink: float = 1.0
+) -> None:
     """Subtracts lr * update from each parameter, in one op for those that are contiguous and float32."""
+    if shrink != 1:
+        for p in parameters:
+            unless(skip, p, partial(torch.Tensor.mul_, other=shrink))
     together: list[Tensor] = []
     their_updates: list[Tensor] = []
     for p, update in zip(parameters, updates, strict=True):

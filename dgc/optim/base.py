@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from dgc.ops import Segments
+
+from .apply import all_zero
+
+MASKED_BELOW = 0.01
+"""Density below which DGCConfig.momentum_masking "auto" masks the momentum of SGD."""
 
 
 class Reducer(Protocol):
@@ -81,10 +86,20 @@ class Rule(ABC):
     Attributes:
         optimizer: the optimizer that has this rule.
         fused: whether one op does all of compress(); else compress() first writes the updates to a tensor of their own.
+        averages: the kinds that are a statistic of the gradients and no part of the update. Ranks that come or go take
+            their mean over, where they divide the other kinds and v among themselves.
+        masked_below: density below which DGCConfig.momentum_masking "auto" masks.
     """
 
     optimizer: Optimizer
     fused = True
+    averages: tuple[str, ...] = ()
+    masked_below = MASKED_BELOW
+
+    @property
+    def masked(self) -> tuple[str, ...]:
+        """The kinds that become 0 where an entry is sent, in steps that mask (paper, section 3.2)."""
+        return self.kept
 
     @property
     def may_keep(self) -> tuple[str, ...]:
@@ -148,6 +163,9 @@ class Rule(ABC):
         groups = [group for group in self.optimizer.param_groups if group["params"]]
         return [self.factors(group["params"][0], group, workers=1) for group in groups]
 
+    def accumulated(self, parameters: Sequence[Tensor], times: int = 1) -> None:  # noqa: B027  (most count nothing)
+        """Counts a pass that has accumulated gradients of compressed parameters; with -1, one that was dropped."""
+
     def brought(self) -> dict[Tensor, dict[str, Tensor]]:
         """Removes the tensors of a dense run from the optimizer's state, and returns them by parameter and kind."""
         return {}
@@ -160,8 +178,13 @@ class Rule(ABC):
 
 
 class DGCOptimizer(Optimizer):
-    """An optimizer that applies the gradients that a DGCState has reduced."""
+    """An optimizer that applies the gradients that a DGCState has reduced.
 
+    Attributes:
+        twin: the name of torch's optimizer that it is without DGC; its own is the same.
+    """
+
+    twin: ClassVar[str] = ""
     # Weak references, so that a dropped DGCState frees its memory at once. The class has an empty tuple, so that step()
     # of a copy without a DGCState says what is missing.
     _attached: tuple[weakref.ref[Reducer], ...] = ()
@@ -185,6 +208,64 @@ class DGCOptimizer(Optimizer):
     def reducer(self) -> Reducer | None:
         """The DGCState that reduces the gradients: the last one attached that is alive; None without one."""
         return next((reducer for one in reversed(self._attached) if (reducer := one()) is not None), None)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Applies the reduced gradients.
+
+        Raises:
+            RuntimeError: there are gradients, but no DGCState has reduced since the last step, so that what the rule
+                accumulates would be missing without a word.
+            ValueError: a parameter group has a value that DGC cannot honour.
+            FloatingPointError: a gradient was not finite on some rank (DGCConfig.on_nonfinite). On a GPU the device
+                leaves the step out, and the next step() raises.
+        """
+        self._check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if self._claims(parameters):
+            self._apply(self.reducer)
+        return loss
+
+    def _claims(self, parameters: Sequence[Tensor]) -> bool:
+        """Claims the gradients of the last pass; returns False if there are none, or the step is to be left out."""
+        reducer = self.reducer
+        pending = reducer is not None and reducer.pending
+        if not pending and all_zero(p.grad for p in parameters if p.grad is not None):
+            self._allocate(parameters)
+            return False
+        if reducer is not None:
+            return reducer.take()
+        if self._needs_reducer():
+            raise RuntimeError(
+                f"dgc.{self.twin}: expected a DGCState to have reduced these gradients, got none, so momentum would be "
+                "missing. Create state = dgc.DGCState(model.named_parameters(), optimizer), keep it, and register it: "
+                "state.register(model); with Horovod, wrap the optimizer: "
+                "dgc.horovod.DistributedOptimizer(optimizer, model.named_parameters()). Without DGC, use "
+                f"torch.optim.{self.twin}"
+            )
+        return True
+
+    def _check(self) -> None:
+        """Checks the parameter groups; raises ValueError."""
+
+    def _apply(self, reducer: Reducer | None) -> None:
+        """Changes all parameters that have a gradient.
+
+        Raises:
+            NotImplementedError: the class does not say how.
+        """
+        raise NotImplementedError(f"{type(self).__name__}._apply: expected a method that applies gradients, got none")
+
+    def _allocate(self, parameters: Sequence[Tensor]) -> None:
+        """Makes the state of some parameters that step() would make."""
+
+    def _needs_reducer(self) -> bool:
+        """Returns whether the optimizer does nothing sensible without a DGCState."""
+        return True
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

@@ -57,23 +57,33 @@ class Foreign(Rule):
             )
 
     def check_use(self, *, loss_scaling: bool, skipping: bool) -> None:
-        """Refuses uses that the optimizer cannot support, and warns unless it is torch.optim.SGD.
+        """Refuses Adam, and uses that the optimizer cannot support; warns unless it is torch.optim.SGD.
 
         Raises:
-            ValueError: steps are to be left out, or loss is scaled for a fused optimizer.
+            ValueError: it is an Adam; steps are to be left out; or loss is scaled for a fused optimizer.
         """
         kind = type(self.optimizer).__name__
+        if "adam" in kind.lower():
+            ours = "Adam" if kind == "Adam" else "AdamW"
+            raise ValueError(
+                f"optimizer: expected dgc.{ours}, got {kind}, which takes sparse averages of what has waited for "
+                "gradients: its second moment is then wrong by orders of magnitude, and training fails. Write "
+                f"optimizer = dgc.{ours}(model.parameters(), lr=...), with the arguments of torch.optim.{ours}"
+            )
         if loss_scaling and getattr(self.optimizer, "_step_supports_amp_scaling", False):
             raise ValueError(
                 f"optimizer: expected {kind}(fused=False) with a GradScaler, which calls step() of a fused one also "
                 "where the step is to be left out"
             )
         if skipping:
-            raise ValueError(f'on_nonfinite: expected "raise" with {kind}; only dgc.SGD can leave a step out')
+            raise ValueError(
+                f'on_nonfinite: expected "raise" with {kind}; only dgc.SGD, dgc.AdamW and dgc.Adam can leave a step out'
+            )
         if not isinstance(self.optimizer, torch.optim.SGD):
             warnings.warn(
-                f"dgc: {kind} is outside the paper: what it keeps of earlier gradients, or takes from their size, is "
-                "misled by sparse, delayed ones. Accuracy may suffer; dgc.SGD is what DGC was made for",
+                f"dgc: {kind} gets averages that are zero but for few entries, each the sum of many steps, and takes "
+                "them for gradients. Nobody has shown that it trains well so, and it may not: dgc.SGD and dgc.AdamW "
+                "accumulate what they apply, and are measured",
                 stacklevel=5,
             )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,11 +12,34 @@ from torch.optim.optimizer import ParamsT
 
 from dgc import ops
 
-from .apply import advance, all_zero, subtract, unless
+from . import saved
+from .apply import advance, subtract, unless
 from .base import Claimer, DGCOptimizer, Reducer, Rule, Work
-from .saved import check_groups, check_saved, count, fill, fresh, most_steps, take_over
+from .saved import Format
 
 MOMENTUM = "momentum"
+FORMAT = Format(
+    twin="SGD",
+    numbers=("lr", "momentum", "weight_decay"),
+    needed=("lr", "momentum", "weight_decay", "nesterov"),
+    unsupported={"dampening": 0, "maximize": False, "differentiable": False, "fused": None},
+    hints={"foreach": None},  # dgc.SGD always works on lists
+    tensors=("decay_momentum", "momentum_buffer"),
+    empty=("decay_momentum",),
+)
+"""momentum_buffer is torch.optim.SGD's, and stays until a DGCState takes it."""
+
+
+def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Refuses parameter groups whose values DGC cannot honour.
+
+    Raises:
+        ValueError: the message names the value.
+    """
+    groups = list(groups)
+    saved.check_groups(groups, FORMAT)
+    if len({bool(group.get("nesterov")) for group in groups}) > 1:
+        raise ValueError("nesterov: expected the same in all parameter groups, got both True and False")
 
 
 class MomentumCorrection(Rule):
@@ -104,6 +127,8 @@ class SGD(DGCOptimizer):
             add_param_group(), load_state_dict() and step() raise it too; load_state_dict() then has changed nothing.
     """
 
+    twin = "SGD"
+
     def __init__(
         self,
         params: ParamsT,
@@ -126,7 +151,7 @@ class SGD(DGCOptimizer):
             "weight_decay": weight_decay,
             "nesterov": nesterov,
             "maximize": maximize,
-            "foreach": foreach,  # a hint about speed; dgc.SGD always works on lists
+            "foreach": foreach,
             "differentiable": differentiable,
             "fused": fused,
         }
@@ -145,12 +170,14 @@ class SGD(DGCOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes over the state that load_state_dict() or pickle has read; changes nothing unless all of it is valid."""
         groups = state["param_groups"]
-        check_saved(groups, state["state"])
+        # Muon has all the other settings, and buffers of another kind.
+        torchs = any("momentum_buffer" in entries for entries in state["state"].values())
+        saved.check_saved(groups, state["state"], FORMAT, *(["dampening"] if torchs else []))
         for group in groups:
-            fill(group)
+            saved.fill(group, FORMAT)
         check_groups(groups)
-        super().__setstate__({**state, "state": take_over(groups, state["state"])})
-        fill(self.defaults)
+        super().__setstate__({**state, "state": saved.take_over(groups, state["state"], FORMAT)})
+        saved.fill(self.defaults, FORMAT)
 
     def rule(self) -> Rule:
         """Returns momentum correction (paper, section 3.1)."""
@@ -159,7 +186,7 @@ class SGD(DGCOptimizer):
     @property
     def steps(self) -> int:
         """The largest number of steps that a parameter has had; 0 where there is no state."""
-        return int(most_steps(self.state))
+        return int(saved.most_steps(self.state))
 
     def take_momentum(self) -> dict[Tensor, Tensor]:
         """Removes the momentum of torch.optim.SGD from loaded state, and returns it by parameter.
@@ -170,46 +197,20 @@ class SGD(DGCOptimizer):
         """
         return {p: state.pop("momentum_buffer") for p, state in self.state.items() if "momentum_buffer" in state}
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Applies the reduced gradients and weight decay, times lr.
-
-        Raises:
-            RuntimeError: there are gradients and momentum, but no DGCState has reduced since the last step: momentum
-                would be silently missing.
-            ValueError: a parameter group has a value that DGC cannot honour.
-            FloatingPointError: a gradient was not finite on some rank (DGCConfig.on_nonfinite). On a GPU the device
-                leaves the step out, and the next step() raises.
-        """
+    def _check(self) -> None:
         check_groups(self.param_groups)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        reducer = self.reducer
-        if not parameters and not (reducer is not None and reducer.pending):
-            return loss
-        if not (reducer is not None and reducer.pending) and all_zero(p.grad for p in parameters):
-            self._allocate()
-            return loss
-        if reducer is not None:
-            if not reducer.take():
-                return loss
-        elif any(group["momentum"] > 0 for group in self.param_groups):
-            raise RuntimeError(
-                "dgc.SGD: expected a DGCState to have reduced these gradients, got none, so momentum would be missing. "
-                "Create state = dgc.DGCState(model.named_parameters(), optimizer), keep it, and register it: "
-                "state.register(model); with Horovod, wrap the optimizer: "
-                "dgc.horovod.DistributedOptimizer(optimizer, model.named_parameters()). Without DGC, use "
-                "torch.optim.SGD"
-            )
+
+    def _needs_reducer(self) -> bool:
+        return any(group["momentum"] > 0 for group in self.param_groups)
+
+    def _apply(self, reducer: Reducer | None) -> None:
+        """Subtracts the reduced gradients and the weight decay, times lr."""
         # A tensor, since _foreach_add_ would make one of a number for each addition.
-        if parameters:
-            torch._foreach_add_([self._state(p)["step"] for p in parameters], count(1), alpha=1)
+        steps = [self._state(p)["step"] for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if steps:
+            torch._foreach_add_(steps, saved.count(1), alpha=1)
         for group in self.param_groups:
             self._step_group(group, reducer)
-        return loss
 
     def _step_group(self, group: dict[str, Any], reducer: Reducer | None) -> None:
         lr, mu, decay, nesterov = group["lr"], group["momentum"], group["weight_decay"], group["nesterov"]
@@ -251,7 +252,7 @@ class SGD(DGCOptimizer):
         """
         state: dict[str, Any] = self.state[p]
         if "step" not in state:
-            state.update(fresh(p))
+            state.update(saved.fresh(p, FORMAT))
         return state
 
     def _decay_momentum(self, p: Tensor) -> Tensor:
@@ -261,14 +262,12 @@ class SGD(DGCOptimizer):
         u: Tensor = state["decay_momentum"]
         return u
 
-    def _allocate(self) -> None:
-        """Makes the state that step() would make."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._state(p)
-                    if group["weight_decay"] and group["momentum"]:
-                        self._decay_momentum(p)
+    def _allocate(self, parameters: Sequence[Tensor]) -> None:
+        with_decay = {id(p) for g in self.param_groups if g["weight_decay"] and g["momentum"] for p in g["params"]}
+        for p in parameters:
+            self._state(p)
+            if id(p) in with_decay:
+                self._decay_momentum(p)
 
 
 def _trains_with_momentum(group: Mapping[str, Any]) -> bool:

@@ -64,7 +64,7 @@ def not_finite(found: Sequence[str], step: int) -> str:
     return (
         f"DGCState: expected finite gradients, got Inf or NaN: {'; '.join(found)}, step {step}. Nothing was applied, "
         "and what was sent is back in the residual. Look at the loss; or leave such steps out: "
-        'DGCConfig(on_nonfinite="skip"), which takes dgc.SGD; with loss scaling DGCState(grad_scaler=scaler)'
+        'DGCConfig(on_nonfinite="skip"), with an optimizer of dgc; with loss scaling DGCState(grad_scaler=scaler)'
     )
 
 
@@ -73,7 +73,7 @@ def cannot_skip(optimizer: str) -> str:
     return (
         "DGCState: expected finite gradients, got some whose average or residual overflows, so this step must not be "
         f"applied, and {optimizer} cannot leave one out: lower the loss scale or the learning rate, clip with "
-        "DGCConfig(clip_norm=...), or use dgc.SGD"
+        "DGCConfig(clip_norm=...), or use an optimizer of dgc's"
     )
 
 
@@ -204,8 +204,8 @@ def changed(which: Sequence[str]) -> str:
         f"dgc: expected gradients as backward() left them, got others for {names(which)} in step(). Clipping, weight "
         "decay or noise there acts on the few entries that were sent, which are sums of many steps, and what it cuts "
         "is lost. Take it out (a Trainer's max_grad_norm or gradient_clip_val: set it to 0) and write instead: "
-        "DGCConfig(clip_norm=...) to clip, dgc.SGD(weight_decay=...) to decay. A backward() after the exchanged "
-        "one adds this rank's gradient alone: add the losses, and call backward() once. "
+        "DGCConfig(clip_norm=...) to clip, weight_decay of dgc.SGD or dgc.AdamW to decay. A backward() after the "
+        "exchanged one adds this rank's gradient alone: add the losses, and call backward() once. "
         'If the change is intended: DGCConfig(on_changed_gradient="ignore")'
     )
 

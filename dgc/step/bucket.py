@@ -129,6 +129,7 @@ class Bucket:
                 numbers = [self._parameters.factors(m.slot.name, workers) for m in self.sparse.members]
                 self.sparse.stamp(context.step, context.loss_scale, context.dropped)
                 payload = self.sparse.compress(gradients, self._memory, self._parameters.rule, numbers, scale)
+                self._parameters.accumulated([m.slot.name for m in self.sparse.members])
                 gathered = self.sparse.gathered
         with record_function("dgc.exchange"):
             if self.dense is not None:
@@ -184,6 +185,8 @@ class Bucket:
         """Undoes this pass in memory, for the named parameters or for all."""
         if self.sparse is not None:
             self.sparse.undo.drop(self._memory, names)
+            dropped = [m.slot.name for m in self.sparse.members if names is None or m.slot.name in names]
+            self._parameters.accumulated(dropped, times=-1)
 
     def give_back(self, which: Tensor, bad: Tensor) -> None:
         """Takes back the pass of some compressed parameters, or what all sent in a bad step; see Undo.give_back."""

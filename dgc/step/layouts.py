@@ -62,6 +62,7 @@ class Layouts:
                 rows=rows,
                 entry_bytes=self._codec.entry_bytes,
                 switched_off=dense,
+                masked_below=parameters.rule.masked_below,
             )
             return_free_memory()
         return changed

@@ -11,9 +11,6 @@ from dgc.memory.slots import Slot
 
 from .schedule import dense_is_cheaper
 
-MASKED_BELOW = 0.01
-"""Density below which DGCConfig.momentum_masking "auto" masks."""
-
 
 class Phase(NamedTuple):
     """A stretch of steps that all send the parameters in the same way."""
@@ -38,9 +35,9 @@ class Phase(NamedTuple):
         )
 
 
-def masks(config: DGCConfig, density: float) -> bool:
-    """Returns whether, at this density, u becomes 0 where an entry was sent."""
-    return density < MASKED_BELOW if config.momentum_masking == "auto" else config.momentum_masking
+def masks(config: DGCConfig, density: float, masked_below: float) -> bool:
+    """Returns whether, at this density, the rule's momentum becomes 0 where an entry was sent."""
+    return density < masked_below if config.momentum_masking == "auto" else config.momentum_masking
 
 
 def phase_at(
@@ -52,6 +49,7 @@ def phase_at(
     rows: int,
     entry_bytes: float,
     switched_off: bool,
+    masked_below: float,
 ) -> Phase:
     """Returns the phase of the steps at a density.
 
@@ -63,6 +61,7 @@ def phase_at(
         rows: payloads that are gathered.
         entry_bytes: bytes of an entry on the wire.
         switched_off: whether the user has asked for dense steps.
+        masked_below: density below which the rule masks by default.
     """
     dense = {}
     for name, slot in slots.items():
@@ -74,4 +73,4 @@ def phase_at(
             dense[name] = "density 1"
         elif dense_is_cheaper(density, rows, slot.dtype.itemsize, entry_bytes):
             dense[name] = f"all-reduce is cheaper at this density with {rows} ranks"
-    return Phase(density, masks(config, density), dense)
+    return Phase(density, masks(config, density, masked_below), dense)

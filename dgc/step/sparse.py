@@ -100,7 +100,7 @@ class Sparse:
         self._fingerprint = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
         self._stamped = self._fingerprint
         self._step_in_header = wire.stamp(self.selection, self._fingerprint)
-        masked = tuple(memory.kinds) if masking else ()
+        masked = tuple(kind for kind in memory.kinds if kind in rule.masked) if masking else ()
         sent = {kind: torch.zeros(self.entries, dtype=torch.float32, device=device) for kind in masked}
         self.undo = Undo(
             [m.slot for m in members],

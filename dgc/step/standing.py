@@ -86,7 +86,7 @@ class Standing:
         exchange.refresh()
         try:
             exchange.agree(description(self.made_with, self.parameters, self.codec.name, self._loss_scaling))
-            agreed = group.regroup(exchange, self.memory, mine)
+            agreed = group.regroup(exchange, self.memory, mine, self.parameters.rule.averages)
             if agreed is None:  # all ranks are new
                 exchange.agree({"density of set_density()": self._density})
         except Exception:
@@ -156,7 +156,8 @@ class Standing:
         exchange = self.own_exchange
         ranks = exchange.ranks if isinstance(exchange, DistributedExchange) else None
         loaded_for = ranks if exchange.changed and not self.joined else self._loaded_for
-        self.memory.load(choice.parts, self._kinds_of(choice.share), choice.share.diverged)
+        rule = self.parameters.rule
+        self.memory.load(choice.parts, self._kinds_of(choice.share), choice.share.diverged, rule.averages)
         if choice.missing:
             shares.log_lost(choice.missing, choice.share.world_size)
         self.parameters.brought()  # removes a dense run's tensors, which the loaded ones replace
