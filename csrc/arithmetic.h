@@ -77,6 +77,26 @@ DGC_BOTH inline float multiply_add(float a, float b, float c) {
 #endif
 }
 
+DGC_BOTH inline float divide(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float x;
+  asm("div.rn.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+  return x;
+#else
+  return a / b;
+#endif
+}
+
+DGC_BOTH inline float square_root(float a) {
+#if defined(__CUDA_ARCH__)
+  float x;
+  asm("sqrt.rn.f32 %0, %1;" : "=f"(x) : "f"(a));
+  return x;
+#else
+  return __builtin_sqrtf(a);
+#endif
+}
+
 // The types in which values travel. store() rounds to nearest even and saturates, so that what stays behind, v - w, is
 // finite and exact (WireHalf: up to |v| = 2^29, where v - 65504 no longer fits into 24 bits); load() is exact.
 struct WireFloat {
@@ -155,18 +175,5 @@ struct StoreHalf {
   DGC_BOTH static bool is_finite(Raw x) { return (x & 0x7fffu) < 0x7c00u; }
   DGC_BOTH static Raw nan() { return 0x7e00u; }
 };
-
-// Momentum-corrected accumulation of one entry (paper, section 3.1): u <- mu*u + h; v <- v + u, or v + h + mu*u with
-// Nesterov. mu*u + h is rounded twice, as torch's mul_().add_(), and Nesterov's h + mu*u once, as torch's add(alpha=).
-// Returns false and leaves u and v as they are if the new v is not finite: v was finite and v' = v + (something), so a
-// non-finite h or u' always shows in v', and one test covers all three.
-DGC_BOTH inline bool accumulate(float h, float mu, bool keeps_momentum, bool nesterov, float* u, float* v) {
-  const float new_u = keeps_momentum ? add(multiply(mu, *u), h) : h;
-  const float new_v = add(*v, nesterov ? multiply_add(mu, new_u, h) : new_u);
-  if (magnitude(new_v) >= kInfinity) return false;
-  if (keeps_momentum) *u = new_u;
-  *v = new_v;
-  return true;
-}
 
 }  // namespace dgc

@@ -5,6 +5,8 @@
 #include <mutex>
 #include <utility>
 
+#include "rule.h"
+
 namespace dgc {
 
 template <class F>
@@ -133,6 +135,22 @@ void check_sources(const std::vector<Tensor>& sources, const char* name, DeviceT
                     name, ": a segment of ", s.numel, " elements at offset ", s.offset, " of tensor ", s.source,
                     " does not fit");
   }
+}
+
+void check_rule(int64_t rule, const std::vector<Tensor>& kept, const Tensor& numbers, bool logs, const Bucket& bucket) {
+  STD_TORCH_CHECK(rule >= 0 && rule <= static_cast<int64_t>(Accumulation::kAdam), "rule: expected 0 to ",
+                  static_cast<int64_t>(Accumulation::kAdam), ", got ", rule);
+  with_rule(static_cast<Accumulation>(rule), [&](auto type) {
+    using Rule = decltype(type);
+    const auto segments = static_cast<int64_t>(bucket.segments.size());
+    STD_TORCH_CHECK(kept.size() == Rule::kKept, "kept: expected ", Rule::kKept, " tensors for rule ", rule, ", got ",
+                    kept.size());
+    const bool fits = numbers.dim() == 2 && numbers.size(0) == kRows<Rule> && numbers.size(1) == segments;
+    STD_TORCH_CHECK(fits, "numbers: expected [", kRows<Rule>, ", ", segments, "] for rule ", rule, ", got ",
+                    numbers.dim() == 2 ? numbers.size(0) : numbers.numel(), " x ",
+                    numbers.dim() == 2 ? numbers.size(1) : 1);
+    STD_TORCH_CHECK(!logs || Rule::kKept > 0, "sent: expected None where the rule keeps nothing");
+  });
 }
 
 }  // namespace dgc

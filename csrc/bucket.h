@@ -29,7 +29,7 @@ struct Bucket {
   std::vector<int64_t> first_entry;  // likewise, in the payload
   int64_t tiles = 0;
   int64_t entries = 0;
-  int64_t state = 0;  // elements that momentum and residual have at least
+  int64_t state = 0;  // elements that the residual and what a rule keeps have at least
 
  private:
   template <class F>
@@ -47,5 +47,8 @@ void check_aligned(const Tensor& tensor, const char* name);
 // Throws unless the segments lie inside the tensors that their `source` names: contiguous, float32, bfloat16 or
 // float16.
 void check_sources(const std::vector<Tensor>& sources, const char* name, DeviceType device, const Bucket& bucket);
+
+// Throws unless there are as many kept tensors and numbers as a rule has, and a momentum where it is to be logged.
+void check_rule(int64_t rule, const std::vector<Tensor>& kept, const Tensor& numbers, bool logs, const Bucket& bucket);
 
 }  // namespace dgc

@@ -29,29 +29,29 @@ constexpr int64_t kMinElementsPerEntry = 40;
 
 class Compressor {
  public:
-  Compressor(const Bucket& bucket, float* momentum, float* residual, uint32_t* group_max)
+  // kept: the tensors of the rule, its momentum first.
+  Compressor(const Bucket& bucket, const std::array<float*, kMaxKept>& kept, float* residual, uint32_t* group_max)
       : bucket_(bucket),
         tiles_(tiles_of(bucket)),
-        momentum_(momentum),
+        kept_(kept),
         residual_(residual),
         group_max_(group_max),
         work_(tiles_.size()),
         bound_(bucket.segments.size()),
         threshold_(bucket.segments.size()) {}
 
-  void accumulate(const std::vector<Tensor>& gradients, const float* mu, float scale, bool nesterov) {
-    over_tiles([&](const Tile& tile, TileWork& work) {
-      const Segment& s = bucket_.segments[tile.segment];
-      const Tensor& gradient = gradients[s.source];
-      const int64_t at = s.state + tile.begin;
-      const UpdateArgs args{momentum_ != nullptr ? momentum_ + at : nullptr,
-                            residual_ + at,
-                            group_max_ + tile.group,
-                            tile.numel,
-                            mu[tile.segment],
-                            scale,
-                            nesterov};
-      work.report = update(avx2_, gradient.scalar_type(), gradient.mutable_data_ptr(), s.offset + tile.begin, args);
+  void accumulate(const std::vector<Tensor>& gradients, Accumulation rule, const float* numbers, float scale) {
+    with_rule(rule, [&](auto type) {
+      using Rule = decltype(type);
+      over_tiles([&](const Tile& tile, TileWork& work) {
+        const Segment& s = bucket_.segments[tile.segment];
+        const Tensor& gradient = gradients[s.source];
+        const int64_t at = s.state + tile.begin;
+        UpdateArgs args{{}, residual_ + at, group_max_ + tile.group, tile.numel, scale};
+        for (int t = 0; t < Rule::kKept; ++t) args.kept[t] = kept_[t] + at;
+        work.report = update(avx2_, gradient.scalar_type(), gradient.mutable_data_ptr(), s.offset + tile.begin, args,
+                             rule_of<Rule>(numbers, bucket_.segments.size(), tile.segment));
+      });
     });
   }
 
@@ -117,7 +117,7 @@ class Compressor {
           residual_[state + c.index] = c.value - sent;  // exact: what the wire type cannot say stays here
           if (sent_momentum != nullptr) {
             // Momentum factor masking (paper, section 3.2), where something was sent.
-            float& u = momentum_[state + c.index];
+            float& u = kept_[0][state + c.index];
             sent_momentum[entry] = u;
             if (sent != 0.0f) u = 0.0f;
           }
@@ -172,7 +172,7 @@ class Compressor {
 
   void prefetch(int64_t at) const {
     __builtin_prefetch(residual_ + at, 1);
-    if (momentum_ != nullptr) __builtin_prefetch(momentum_ + at, 1);
+    if (kept_[0] != nullptr) __builtin_prefetch(kept_[0] + at, 1);
   }
 
   void collect(const Tile& tile, TileWork& work) {
@@ -224,7 +224,7 @@ class Compressor {
 
   const Bucket& bucket_;
   const std::vector<Tile> tiles_;
-  float* momentum_;
+  std::array<float*, kMaxKept> kept_;
   float* residual_;
   uint32_t* group_max_;
   std::vector<TileWork> work_;
@@ -233,15 +233,16 @@ class Compressor {
   const bool avx2_ = use_avx2();
 };
 
-void compress_cpu(std::vector<Tensor> gradients, std::optional<Tensor> momentum, Tensor residual, Tensor segments,
-                  Tensor mu, Tensor scale, Tensor payload, Tensor workspace, std::optional<Tensor> sent_momentum,
-                  bool nesterov, ScalarType wire_dtype) {
+void compress_cpu(std::vector<Tensor> gradients, int64_t rule, std::vector<Tensor> kept, Tensor residual,
+                  Tensor segments, Tensor numbers, Tensor scale, Tensor payload, Tensor workspace,
+                  std::optional<Tensor> sent, ScalarType wire_dtype) {
   const auto known = bucket_of(segments);
   const Bucket& bucket = *known;
   check_sources(gradients, "gradients", DeviceType::CPU, bucket);
   check_cpu(residual, "residual", ScalarType::Float, bucket.state);
-  if (momentum) check_cpu(*momentum, "momentum", ScalarType::Float, bucket.state);
-  check_cpu(mu, "mu", ScalarType::Float, bucket.segments.size());
+  check_rule(rule, kept, numbers, sent.has_value(), bucket);
+  for (const Tensor& tensor : kept) check_cpu(tensor, "kept", ScalarType::Float, bucket.state);
+  check_cpu(numbers, "numbers", ScalarType::Float, 0);
   check_cpu(scale, "scale", ScalarType::Float, 1);
   int64_t groups = 0;
   for (const Segment& s : bucket.segments) groups += s.numel / kTile * kGroupsPerTile + div_up(s.numel % kTile, kGroup);
@@ -249,21 +250,20 @@ void compress_cpu(std::vector<Tensor> gradients, std::optional<Tensor> momentum,
   check_aligned(workspace, "workspace");
   check_cpu(payload, "payload", ScalarType::Byte, bucket.wire(wire_dtype).bytes);
   check_aligned(payload, "payload");
-  if (sent_momentum) {
-    STD_TORCH_CHECK(momentum.has_value(), "sent_momentum: expected None where momentum is None");
-    check_cpu(*sent_momentum, "sent_momentum", ScalarType::Float, bucket.entries);
-  }
+  if (sent) check_cpu(*sent, "sent", ScalarType::Float, bucket.entries);
 
-  Compressor compressor(bucket, momentum ? static_cast<float*>(momentum->mutable_data_ptr()) : nullptr,
-                        static_cast<float*>(residual.mutable_data_ptr()),
+  std::array<float*, kMaxKept> of_rule{};
+  for (size_t t = 0; t < kept.size(); ++t) of_rule[t] = static_cast<float*>(kept[t].mutable_data_ptr());
+  Compressor compressor(bucket, of_rule, static_cast<float*>(residual.mutable_data_ptr()),
                         static_cast<uint32_t*>(workspace.mutable_data_ptr()));
   with_wire_type(wire_dtype, [&](auto wire) {
     using Wire = decltype(wire);
-    compressor.accumulate(gradients, static_cast<const float*>(mu.const_data_ptr()),
-                          *static_cast<const float*>(scale.const_data_ptr()), nesterov);
+    compressor.accumulate(gradients, static_cast<Accumulation>(rule),
+                          static_cast<const float*>(numbers.const_data_ptr()),
+                          *static_cast<const float*>(scale.const_data_ptr()));
     compressor.select();
     compressor.pack<Wire>(static_cast<uint8_t*>(payload.mutable_data_ptr()),
-                          sent_momentum ? static_cast<float*>(sent_momentum->mutable_data_ptr()) : nullptr);
+                          sent ? static_cast<float*>(sent->mutable_data_ptr()) : nullptr);
   });
 }
 

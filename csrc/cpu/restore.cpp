@@ -6,7 +6,7 @@
 namespace dgc {
 namespace {
 
-void restore_cpu(Tensor payload, Tensor which, Tensor segments, Tensor, std::optional<Tensor> sent_momentum,
+void restore_cpu(Tensor payload, Tensor which, Tensor segments, Tensor, std::optional<Tensor> sent,
                  std::optional<Tensor> momentum, Tensor residual, ScalarType wire_dtype) {
   const auto known = bucket_of(segments);
   const Bucket& bucket = *known;
@@ -17,12 +17,12 @@ void restore_cpu(Tensor payload, Tensor which, Tensor segments, Tensor, std::opt
   check_cpu(residual, "residual", ScalarType::Float, bucket.state);
   float* u = nullptr;
   const float* sent_u = nullptr;
-  if (sent_momentum) {
-    STD_TORCH_CHECK(momentum.has_value(), "sent_momentum: expected None where momentum is None");
-    check_cpu(*sent_momentum, "sent_momentum", ScalarType::Float, bucket.entries);
+  if (sent) {
+    STD_TORCH_CHECK(momentum.has_value(), "sent: expected None where momentum is None");
+    check_cpu(*sent, "sent", ScalarType::Float, bucket.entries);
     check_cpu(*momentum, "momentum", ScalarType::Float, bucket.state);
     u = static_cast<float*>(momentum->mutable_data_ptr());
-    sent_u = static_cast<const float*>(sent_momentum->const_data_ptr());
+    sent_u = static_cast<const float*>(sent->const_data_ptr());
   }
   const std::vector<Tile> tiles = tiles_of(bucket);  // only now: of a wrong table it could be any number
   auto* v = static_cast<float*>(residual.mutable_data_ptr());

@@ -1,11 +1,12 @@
-// accumulate: u <- mu*u + h, v <- v + u (or v + h + mu*u), one tile at a time. Where the gradient was, zeros are left:
-// unpack writes averages among them, and to fill a gradient there would mean to fetch it from memory once more. On the
-// way, a report of what selection and the payload need: the largest |v| of every group, whether any h was
-// non-zero, whether any was lost.
+// accumulate: what is kept of each element and v, by the bucket's rule, one tile at a time. Where the gradient was,
+// zeros are left: unpack writes averages among them, and to fill a gradient there would mean to fetch it from memory
+// once more. On the way, a report of what selection and the payload need: the largest |v| of every group, whether any h
+// was non-zero, whether any was lost.
 #pragma once
 
 #include <cstring>
 
+#include "../rule.h"
 #include "common.h"
 
 namespace dgc {
@@ -16,13 +17,11 @@ struct TileReport {
 };
 
 struct UpdateArgs {
-  float* momentum;  // null: mu is 0 and u is not kept
+  float* kept[kMaxKept];  // null beyond those of the rule
   float* residual;
   uint32_t* group_max;
   int64_t numel;
-  float mu;
   float scale;
-  bool nesterov;
 };
 
 // The types in which gradients are read: one element, and eight of them.
@@ -55,80 +54,139 @@ struct ReadHalf {
 #endif
 };
 
-// One group, element by element.
-template <class Read>
-uint32_t update_group(typename Read::Raw* g, float* u, float* v, int64_t n, const UpdateArgs& a,
+// One group, from element i of the tile on, element by element.
+template <class Read, class Rule>
+uint32_t update_group(typename Read::Raw* g, const UpdateArgs& a, const Rule& rule, int64_t i, int64_t n,
                       uint32_t* gradient_bits, bool* nonfinite) {
   uint32_t largest = 0;
-  for (int64_t i = 0; i < n; ++i) {
+  for (const int64_t end = i + n; i < end; ++i) {
     const float h = Read::one(g + i) * a.scale;
     *gradient_bits |= float_bits(h);
-    if (!accumulate(h, a.mu, u != nullptr, a.nesterov, u != nullptr ? u + i : nullptr, v + i)) *nonfinite = true;
-    const uint32_t size = magnitude(v[i]);
+    float* kept[kMaxKept];
+    for (int t = 0; t < Rule::kKept; ++t) kept[t] = a.kept[t] + i;
+    if (!accumulate(rule, h, kept, a.residual + i)) *nonfinite = true;
+    const uint32_t size = magnitude(a.residual[i]);
     largest = size > largest ? size : largest;
   }
-  std::memset(g, 0, n * sizeof(*g));
+  std::memset(g + i - n, 0, n * sizeof(*g));
   return largest;
 }
 
-template <class Read>
-TileReport update_portable(typename Read::Raw* g, const UpdateArgs& a) {
+template <class Read, class Rule>
+TileReport update_portable(typename Read::Raw* g, const UpdateArgs& a, const Rule& rule) {
   TileReport report;
   uint32_t gradient_bits = 0;
   for (int64_t i = 0, group = 0; i < a.numel; i += kGroup, ++group) {
     const int64_t n = a.numel - i < kGroup ? a.numel - i : kGroup;
-    float* u = a.momentum != nullptr ? a.momentum + i : nullptr;
-    a.group_max[group] = update_group<Read>(g + i, u, a.residual + i, n, a, &gradient_bits, &report.nonfinite);
+    a.group_max[group] = update_group<Read>(g, a, rule, i, n, &gradient_bits, &report.nonfinite);
   }
   report.used = (gradient_bits & kMagnitude) != 0;
   return report;
 }
 
 #if defined(__x86_64__)
-template <class Read, bool kMomentum, bool kNesterov>
-DGC_AVX2 TileReport update_avx2(typename Read::Raw* g, const UpdateArgs& a) {
+// The rules of rule.h for eight entries at a time.
+template <class Rule>
+struct Eight;
+
+template <>
+struct Eight<Sum> {
+  DGC_AVX2 explicit Eight(const Sum&) {}
+  DGC_AVX2 __m256 update(__m256 h, __m256*) const { return h; }
+};
+
+template <>
+struct Eight<Momentum> {
+  __m256 mu;
+  DGC_AVX2 explicit Eight(const Momentum& rule) : mu(_mm256_set1_ps(rule.mu)) {}
+  DGC_AVX2 __m256 update(__m256 h, __m256* kept) const {
+    return kept[0] = _mm256_add_ps(_mm256_mul_ps(mu, kept[0]), h);
+  }
+};
+
+template <>
+struct Eight<Nesterov> {
+  __m256 mu;
+  DGC_AVX2 explicit Eight(const Nesterov& rule) : mu(_mm256_set1_ps(rule.mu)) {}
+  DGC_AVX2 __m256 update(__m256 h, __m256* kept) const {
+    kept[0] = _mm256_add_ps(_mm256_mul_ps(mu, kept[0]), h);
+    return _mm256_fmadd_ps(mu, kept[0], h);
+  }
+};
+
+template <>
+struct Eight<Adam> {
+  __m256 from_m, coefficient, b2, c1, c2, step, root, eps;
+  DGC_AVX2 explicit Eight(const Adam& rule)
+      : from_m(_mm256_castsi256_ps(_mm256_set1_epi32(rule.starts_from_m() ? -1 : 0))),
+        coefficient(_mm256_set1_ps(rule.coefficient())),
+        b2(_mm256_set1_ps(rule.b2)),
+        c1(_mm256_set1_ps(rule.c1)),
+        c2(_mm256_set1_ps(rule.c2)),
+        step(_mm256_set1_ps(rule.step)),
+        root(_mm256_set1_ps(rule.root)),
+        eps(_mm256_set1_ps(rule.eps)) {}
+  DGC_AVX2 __m256 update(__m256 h, __m256* kept) const {
+    const __m256 start = _mm256_blendv_ps(h, kept[0], from_m);
+    const __m256 m = _mm256_fmadd_ps(coefficient, _mm256_sub_ps(h, kept[0]), start);
+    const __m256 of_h = _mm256_fmadd_ps(_mm256_mul_ps(c1, h), h, _mm256_mul_ps(b2, kept[1]));
+    const __m256 s = _mm256_fmadd_ps(_mm256_mul_ps(c2, m), m, of_h);
+    kept[0] = m;
+    kept[1] = s;
+    const __m256 size = _mm256_add_ps(_mm256_div_ps(_mm256_sqrt_ps(s), root), eps);
+    return _mm256_div_ps(_mm256_mul_ps(step, m), size);
+  }
+};
+
+DGC_AVX2 inline uint32_t largest_of(__m256i x) {
+  __m128i m = _mm_max_epu32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
+  m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
+}
+
+template <class Read, class Rule>
+DGC_AVX2 TileReport update_avx2(typename Read::Raw* g, const UpdateArgs& a, const Rule& rule) {
   TileReport report;
   uint32_t rest_bits = 0;
-  const __m256 mu = _mm256_set1_ps(a.mu), scale = _mm256_set1_ps(a.scale);
+  const Eight<Rule> eight(rule);
+  const __m256 scale = _mm256_set1_ps(a.scale), decay = _mm256_set1_ps(rule.decay);
   const __m256i size = _mm256_set1_epi32(static_cast<int32_t>(kMagnitude));
   __m256 gradient_bits = _mm256_setzero_ps();
-  float* u = a.momentum;
   float* v = a.residual;
   int64_t i = 0, group = 0;
   for (; i + kGroup <= a.numel; i += kGroup, ++group) {
-    __m256 new_u[4], new_v[4];
-    __m256i largest = _mm256_setzero_si256();
+    __m256 kept[4][kMaxKept], new_v[4];
+    __m256i largest = _mm256_setzero_si256(), squares = _mm256_setzero_si256();
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       const int64_t at = i + 8 * j;
       const __m256 h = _mm256_mul_ps(Read::eight(g + at), scale);
       gradient_bits = _mm256_or_ps(gradient_bits, h);
-      new_u[j] = h;
-      if constexpr (kMomentum) new_u[j] = _mm256_add_ps(_mm256_mul_ps(mu, _mm256_loadu_ps(u + at)), h);
-      const __m256 step = kNesterov ? _mm256_fmadd_ps(mu, new_u[j], h) : new_u[j];
-      new_v[j] = _mm256_add_ps(_mm256_loadu_ps(v + at), step);
+      for (int t = 0; t < Rule::kKept; ++t) kept[j][t] = _mm256_loadu_ps(a.kept[t] + at);
+      const __m256 update = eight.update(h, kept[j]);
+      new_v[j] = _mm256_add_ps(_mm256_mul_ps(decay, _mm256_loadu_ps(v + at)), update);
       largest = _mm256_max_epu32(largest, _mm256_and_si256(_mm256_castps_si256(new_v[j]), size));
+      if constexpr (Rule::kKept > 1)
+        squares = _mm256_max_epu32(squares, _mm256_and_si256(_mm256_castps_si256(kept[j][1]), size));
     }
-    __m128i m = _mm_max_epu32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
-    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
-    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
-    const uint32_t group_max = static_cast<uint32_t>(_mm_cvtsi128_si32(m));
-    if (__builtin_expect(group_max >= kInfinity, 0)) {
-      a.group_max[group] =
-          update_group<Read>(g + i, kMomentum ? u + i : nullptr, v + i, kGroup, a, &rest_bits, &report.nonfinite);
+    const uint32_t group_max = largest_of(largest);
+    bool finite = group_max < kInfinity;
+    if constexpr (Rule::kKept > 1) finite &= largest_of(squares) < kInfinity;
+    if (__builtin_expect(!finite, 0)) {
+      a.group_max[group] = update_group<Read>(g, a, rule, i, kGroup, &rest_bits, &report.nonfinite);
       continue;
     }
     a.group_max[group] = group_max;
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      if constexpr (kMomentum) _mm256_storeu_ps(u + i + 8 * j, new_u[j]);
+      for (int t = 0; t < Rule::kKept; ++t) _mm256_storeu_ps(a.kept[t] + i + 8 * j, kept[j][t]);
       _mm256_storeu_ps(v + i + 8 * j, new_v[j]);
     }
     std::memset(g + i, 0, kGroup * sizeof(*g));
   }
   if (i < a.numel) {
-    a.group_max[group] =
-        update_group<Read>(g + i, kMomentum ? u + i : nullptr, v + i, a.numel - i, a, &rest_bits, &report.nonfinite);
+    a.group_max[group] = update_group<Read>(g, a, rule, i, a.numel - i, &rest_bits, &report.nonfinite);
   }
   const __m256i bits = _mm256_and_si256(_mm256_castps_si256(gradient_bits), size);
   report.used = !_mm256_testz_si256(bits, bits) || (rest_bits & kMagnitude) != 0;
@@ -136,24 +194,20 @@ DGC_AVX2 TileReport update_avx2(typename Read::Raw* g, const UpdateArgs& a) {
 }
 #endif
 
-template <class Read>
-TileReport update(bool avx2, void* gradient, int64_t offset, const UpdateArgs& a) {
+template <class Read, class Rule>
+TileReport update(bool avx2, void* gradient, int64_t offset, const UpdateArgs& a, const Rule& rule) {
   auto* g = static_cast<typename Read::Raw*>(gradient) + offset;
 #if defined(__x86_64__)
-  if (avx2) {
-    if (a.momentum == nullptr) {
-      return a.nesterov ? update_avx2<Read, false, true>(g, a) : update_avx2<Read, false, false>(g, a);
-    }
-    return a.nesterov ? update_avx2<Read, true, true>(g, a) : update_avx2<Read, true, false>(g, a);
-  }
+  if (avx2) return update_avx2<Read>(g, a, rule);
 #endif
-  return update_portable<Read>(g, a);
+  return update_portable<Read>(g, a, rule);
 }
 
-inline TileReport update(bool avx2, ScalarType dtype, void* gradient, int64_t offset, const UpdateArgs& a) {
-  if (dtype == ScalarType::Float) return update<ReadFloat>(avx2, gradient, offset, a);
-  if (dtype == ScalarType::BFloat16) return update<ReadBFloat16>(avx2, gradient, offset, a);
-  return update<ReadHalf>(avx2, gradient, offset, a);
+template <class Rule>
+TileReport update(bool avx2, ScalarType dtype, void* gradient, int64_t offset, const UpdateArgs& a, const Rule& rule) {
+  if (dtype == ScalarType::Float) return update<ReadFloat>(avx2, gradient, offset, a, rule);
+  if (dtype == ScalarType::BFloat16) return update<ReadBFloat16>(avx2, gradient, offset, a, rule);
+  return update<ReadHalf>(avx2, gradient, offset, a, rule);
 }
 
 }  // namespace dgc

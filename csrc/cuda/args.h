@@ -3,6 +3,7 @@
 // size is asserted here has that size there, and tests/ops/test_twins.py holds them together.
 #pragma once
 
+#include "../rule.h"
 #include "../wire.h"
 
 namespace dgc {
@@ -136,16 +137,16 @@ static_assert(sizeof(BucketArgs) == 40);
 
 struct CompressArgs {
   BucketArgs bucket;
-  float* momentum;  // null: not kept
+  float* kept[kMaxKept];  // by the rule, the momentum first; null beyond
   float* residual;
-  const float* mu;
+  const float* numbers;  // of the rule: a row for each, a column for each segment
   const float* scale;
   uint8_t* payload;
-  float* sent_momentum;  // null: no masking
-  int64_t nesterov;
+  float* sent;   // null: no masking
+  int64_t rule;  // Accumulation
   Sources gradients;
 };
-static_assert(sizeof(CompressArgs) == 2400);
+static_assert(sizeof(CompressArgs) == 2408);
 
 struct UnpackArgs {
   BucketArgs bucket;
@@ -162,7 +163,7 @@ struct RestoreArgs {
   BucketArgs bucket;
   const uint8_t* payload;
   const uint8_t* which;
-  const float* sent_momentum;  // null: nothing was masked
+  const float* sent;  // null: nothing was masked
   float* momentum;
   float* residual;
 };
@@ -180,9 +181,11 @@ static_assert(sizeof(Pair) == 32);
 struct SubtractArgs {
   const uint8_t* skip;  // null, or not zero there: change nothing
   float minus_lr;
+  float shrink;
   int32_t count;
+  int32_t unused;
   Pair pairs[kMaxPairs];
 };
-static_assert(sizeof(SubtractArgs) == 3856);
+static_assert(sizeof(SubtractArgs) == 3864);
 
 }  // namespace dgc

@@ -80,35 +80,33 @@ void check_launch(int code, int device) {
                   "DGC_CUDA=0 pip install --no-build-isolation .");
 }
 
-void compress_cuda(std::vector<Tensor> gradients, std::optional<Tensor> momentum, Tensor residual, Tensor segments,
-                   Tensor mu, Tensor scale, Tensor payload, Tensor workspace, std::optional<Tensor> sent_momentum,
-                   bool nesterov, ScalarType wire_dtype) {
+void compress_cuda(std::vector<Tensor> gradients, int64_t rule, std::vector<Tensor> kept, Tensor residual,
+                   Tensor segments, Tensor numbers, Tensor scale, Tensor payload, Tensor workspace,
+                   std::optional<Tensor> sent, ScalarType wire_dtype) {
   const auto known = bucket_of(segments);
   const Bucket& bucket = *known;
   CompressArgs args{};
   check(payload, "payload", ScalarType::Byte, bucket.wire(wire_dtype).bytes, workspace);
-  check_aligned(payload, "payload");  // it, u and v are read up to 16 bytes at a time
+  check_aligned(payload, "payload");  // it and the state are read up to 16 bytes at a time
   args.bucket = bucket_args(bucket, workspace, wire_dtype);
   set_sources(&args.gradients, gradients, "gradients", bucket, workspace);
   check(residual, "residual", ScalarType::Float, bucket.state, workspace);
   check_aligned(residual, "residual");
-  if (momentum) {
-    check(*momentum, "momentum", ScalarType::Float, bucket.state, workspace);
-    check_aligned(*momentum, "momentum");
+  check_rule(rule, kept, numbers, sent.has_value(), bucket);
+  for (size_t t = 0; t < kept.size(); ++t) {
+    check(kept[t], "kept", ScalarType::Float, bucket.state, workspace);
+    check_aligned(kept[t], "kept");
+    args.kept[t] = data<float>(kept[t]);
   }
-  check(mu, "mu", ScalarType::Float, args.bucket.segments, workspace);
+  check(numbers, "numbers", ScalarType::Float, 0, workspace);
   check(scale, "scale", ScalarType::Float, 1, workspace);
-  if (sent_momentum) {
-    STD_TORCH_CHECK(momentum.has_value(), "sent_momentum: expected None where momentum is None");
-    check(*sent_momentum, "sent_momentum", ScalarType::Float, bucket.entries, workspace);
-  }
-  args.momentum = data<float>(momentum);
+  if (sent) check(*sent, "sent", ScalarType::Float, bucket.entries, workspace);
   args.residual = data<float>(residual);
-  args.mu = static_cast<const float*>(mu.const_data_ptr());
+  args.numbers = static_cast<const float*>(numbers.const_data_ptr());
   args.scale = static_cast<const float*>(scale.const_data_ptr());
   args.payload = data<uint8_t>(payload);
-  args.sent_momentum = data<float>(sent_momentum);
-  args.nesterov = nesterov;
+  args.sent = data<float>(sent);
+  args.rule = rule;
   const int device = workspace.get_device_index();
   if (bucket.tiles != 0) check_launch(dgc_cuda_compress(&args, device, current_stream(device)), device);
 }
@@ -137,7 +135,7 @@ void unpack_cuda(Tensor payloads, int64_t rank, Tensor segments, Tensor workspac
   if (bucket.tiles != 0) check_launch(dgc_cuda_unpack(&args, device, current_stream(device)), device);
 }
 
-void restore_cuda(Tensor payload, Tensor which, Tensor segments, Tensor workspace, std::optional<Tensor> sent_momentum,
+void restore_cuda(Tensor payload, Tensor which, Tensor segments, Tensor workspace, std::optional<Tensor> sent,
                   std::optional<Tensor> momentum, Tensor residual, ScalarType wire_dtype) {
   const auto known = bucket_of(segments);
   const Bucket& bucket = *known;
@@ -146,11 +144,11 @@ void restore_cuda(Tensor payload, Tensor which, Tensor segments, Tensor workspac
   check(payload, "payload", ScalarType::Byte, bucket.wire(wire_dtype).bytes, workspace);
   check(which, "which", ScalarType::Byte, args.bucket.segments, workspace);
   check(residual, "residual", ScalarType::Float, bucket.state, workspace);
-  if (sent_momentum) {
-    STD_TORCH_CHECK(momentum.has_value(), "sent_momentum: expected None where momentum is None");
-    check(*sent_momentum, "sent_momentum", ScalarType::Float, bucket.entries, workspace);
+  if (sent) {
+    STD_TORCH_CHECK(momentum.has_value(), "sent: expected None where momentum is None");
+    check(*sent, "sent", ScalarType::Float, bucket.entries, workspace);
     check(*momentum, "momentum", ScalarType::Float, bucket.state, workspace);
-    args.sent_momentum = data<float>(sent_momentum);
+    args.sent = data<float>(sent);
     args.momentum = data<float>(momentum);
   }
   args.payload = static_cast<const uint8_t*>(payload.const_data_ptr());
@@ -160,7 +158,8 @@ void restore_cuda(Tensor payload, Tensor which, Tensor segments, Tensor workspac
   if (bucket.tiles != 0) check_launch(dgc_cuda_restore(&args, device, current_stream(device)), device);
 }
 
-void subtract_cuda(std::vector<Tensor> parameters, std::vector<Tensor> updates, double lr, std::optional<Tensor> skip) {
+void subtract_cuda(std::vector<Tensor> parameters, std::vector<Tensor> updates, double lr, double shrink,
+                   std::optional<Tensor> skip) {
   STD_TORCH_CHECK(parameters.size() == updates.size(), "updates: expected one for each of ", parameters.size(),
                   " parameters, got ", updates.size());
   if (skip && !parameters.empty()) check(*skip, "skip", ScalarType::Byte, 1, parameters[0]);
@@ -168,6 +167,7 @@ void subtract_cuda(std::vector<Tensor> parameters, std::vector<Tensor> updates, 
     SubtractArgs args{};
     args.skip = data<const uint8_t>(skip);
     args.minus_lr = static_cast<float>(-lr);
+    args.shrink = static_cast<float>(shrink);
     args.count = static_cast<int32_t>(std::min<size_t>(kMaxPairs, parameters.size() - first));
     int64_t blocks = 0;
     for (int32_t i = 0; i < args.count; ++i) {

@@ -1,5 +1,5 @@
 // place and emit, the last kernels of compress_: every entry finds its place in the payload, and what is written there
-// is taken off v and masked in u.
+// is taken off v and masked in the momentum.
 #pragma once
 
 #include "select.cuh"
@@ -75,10 +75,10 @@ __device__ inline void emit_tile(const CompressArgs& a, const Workspace& w, cons
       indices[entry] = static_cast<uint16_t>(warp() * kChunk + index);
       values[entry] = raw;
       a.residual[at] = subtract(value, sent);  // exact: what the wire type cannot say stays here
-      if (a.sent_momentum != nullptr) {
+      if (a.sent != nullptr) {
         // Momentum factor masking (paper, section 3.2), where something was sent.
-        a.sent_momentum[entry] = a.momentum[at];
-        if (!is_zero(sent)) a.momentum[at] = 0.0f;
+        a.sent[entry] = a.kept[0][at];
+        if (!is_zero(sent)) a.kept[0][at] = 0.0f;
       }
     }
     above += __popc(above_vote);

@@ -23,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) dgc_restore(const __grid_
       if (indices[e] >= tile.numel) continue;  // not what compress_ wrote
       const int64_t i = to + indices[e];
       a.residual[i] = add(a.residual[i], Wire::load(values[e]));  // exact: compress_ left v - w here
-      if (a.sent_momentum != nullptr) a.momentum[i] = a.sent_momentum[e];
+      if (a.sent != nullptr) a.momentum[i] = a.sent[e];
     }
   });
 }

@@ -1,5 +1,5 @@
-// update, the first kernel of compress_: u and v, the largest |v| of every 32 elements, and the first digit of the
-// bound.
+// update, the first kernel of compress_: what the rule keeps and v, the largest |v| of every 32 elements, and the first
+// digit of the bound.
 #pragma once
 
 #include "common.cuh"
@@ -15,26 +15,36 @@ struct WarpReport {
 constexpr int kWarpElements = kWarp * kGroup;
 constexpr int kRounds = 8;  // of four elements a lane
 
-// One warp's 1024 elements: eight lanes hold a group of 32, four elements each. Lane 8q + j returns the maximum of
-// group 4j + q. u and v are aligned, since every segment's state starts at a multiple of 128 bytes.
-template <class Wire, Reach kReach, bool kMomentum>
-__device__ inline WarpReport update_warp(const typename Wire::Raw* __restrict__ g, float* __restrict__ u,
-                                         float* __restrict__ v, int numel, float mu, float scale, bool nesterov) {
+// One warp's 1024 elements, from where the tensors of the rule and v begin.
+struct WarpState {
+  float* kept[kMaxKept];
+  float* residual;
+};
+
+// Eight lanes hold a group of 32, four elements each. Lane 8q + j returns the maximum of group 4j + q. The state is
+// aligned, since every segment's starts at a multiple of 128 bytes.
+template <class Wire, Reach kReach, class Rule>
+__device__ inline WarpReport update_warp(const typename Wire::Raw* __restrict__ g, const WarpState& state, int numel,
+                                         const Rule& rule, float scale) {
   using Raw = typename Wire::Raw;
   constexpr Reach kState = kReach == kTail ? kTail : kAligned;
   constexpr int kAtOnce = 2;  // rounds whose loads are under way together
+  constexpr int kTensors = Rule::kKept + 1;
+  float* __restrict__ tensors[kTensors];  // those of the rule, then v
+  for (int t = 0; t < Rule::kKept; ++t) tensors[t] = state.kept[t];
+  tensors[Rule::kKept] = state.residual;
   WarpReport report{0, false, false};
   uint32_t gradient_bits = 0;
 #pragma unroll 1
   for (int first = 0; first < kRounds; first += kAtOnce) {
     Quad<Raw> raw[kAtOnce];
-    Quad<float> new_u[kAtOnce] = {}, new_v[kAtOnce];
+    Quad<float> x[kAtOnce][kTensors];
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       const int at = (first + j) * 4 * kWarp + 4 * lane();
       raw[j] = load<Raw, kReach>(g + at, numel - at);
-      if constexpr (kMomentum) new_u[j] = load<float, kState>(u + at, numel - at);
-      new_v[j] = load<float, kState>(v + at, numel - at);
+#pragma unroll
+      for (int t = 0; t < kTensors; ++t) x[j][t] = load<float, kState>(tensors[t] + at, numel - at);
     }
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
@@ -44,12 +54,16 @@ __device__ inline WarpReport update_warp(const typename Wire::Raw* __restrict__ 
       for (int i = 0; i < 4; ++i) {
         const float h = multiply(Wire::load(raw[j].x[i]), scale);
         gradient_bits |= float_bits(h);
-        report.nonfinite |= !accumulate(h, mu, kMomentum, nesterov, &new_u[j].x[i], &new_v[j].x[i]);
-        const uint32_t size = magnitude(new_v[j].x[i]);
+        float* kept[kMaxKept];
+#pragma unroll
+        for (int t = 0; t < Rule::kKept; ++t) kept[t] = &x[j][t].x[i];
+        float* v = &x[j][Rule::kKept].x[i];
+        report.nonfinite |= !accumulate(rule, h, kept, v);
+        const uint32_t size = magnitude(*v);
         largest = size > largest ? size : largest;
       }
-      if constexpr (kMomentum) store<float, kState>(u + at, numel - at, new_u[j]);
-      store<float, kState>(v + at, numel - at, new_v[j]);
+#pragma unroll
+      for (int t = 0; t < kTensors; ++t) store<float, kState>(tensors[t] + at, numel - at, x[j][t]);
 #pragma unroll
       for (int step = 1; step < 8; step *= 2) {
         const uint32_t other = __shfl_xor_sync(kAll, largest, step);
@@ -62,14 +76,14 @@ __device__ inline WarpReport update_warp(const typename Wire::Raw* __restrict__ 
   return report;
 }
 
-template <class Wire, bool kMomentum>
-__device__ inline WarpReport update_warp(const void* gradient, int64_t offset, float* u, float* v, int numel, float mu,
-                                         float scale, bool nesterov) {
+template <class Wire, class Rule>
+__device__ inline WarpReport update_warp(const void* gradient, int64_t offset, const WarpState& state, int numel,
+                                         const Rule& rule, float scale) {
   const auto* g = static_cast<const typename Wire::Raw*>(gradient) + offset;
-  if (numel < kWarpElements) return update_warp<Wire, kTail, kMomentum>(g, u, v, numel, mu, scale, nesterov);
+  if (numel < kWarpElements) return update_warp<Wire, kTail>(g, state, numel, rule, scale);
   const bool aligned = reinterpret_cast<uint64_t>(g) % sizeof(Quad<typename Wire::Raw>) == 0;
-  return aligned ? update_warp<Wire, kAligned, kMomentum>(g, u, v, numel, mu, scale, nesterov)
-                 : update_warp<Wire, kUnaligned, kMomentum>(g, u, v, numel, mu, scale, nesterov);
+  return aligned ? update_warp<Wire, kAligned>(g, state, numel, rule, scale)
+                 : update_warp<Wire, kUnaligned>(g, state, numel, rule, scale);
 }
 
 // The group whose maximum update_warp gave to this lane.
@@ -85,17 +99,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4) dgc_update(const __gri
   const int numel = tile.chunk_numel(chunk) - warp() * kWarpElements;  // from this warp's first element on
   if (numel > 0) {
     const int64_t begin = tile.begin + chunk * kChunk + warp() * kWarpElements;
-    float* u = a.momentum == nullptr ? nullptr : a.momentum + s.state + begin;
-    float* v = a.residual + s.state + begin;
-    const float mu = a.mu[tile.segment], scale = *a.scale;
-    const void* gradient = a.gradients.data[s.source];
-    const int64_t offset = s.offset + begin;
-    const bool nesterov = a.nesterov != 0;
+    WarpState at{{}, a.residual + s.state + begin};
+    for (int t = 0; t < kMaxKept; ++t) at.kept[t] = a.kept[t] == nullptr ? nullptr : a.kept[t] + s.state + begin;
     WarpReport report{};
-    with_wire_type(a.gradients.type[s.source], [&](auto type) {
-      using Wire = decltype(type);
-      report = u != nullptr ? update_warp<Wire, true>(gradient, offset, u, v, numel, mu, scale, nesterov)
-                            : update_warp<Wire, false>(gradient, offset, u, v, numel, mu, scale, nesterov);
+    with_rule(static_cast<Accumulation>(a.rule), [&](auto of_rule) {
+      using Rule = decltype(of_rule);
+      const Rule rule = rule_of<Rule>(a.numbers, a.bucket.segments, tile.segment);
+      with_wire_type(a.gradients.type[s.source], [&](auto type) {
+        report = update_warp<decltype(type)>(a.gradients.data[s.source], s.offset + begin, at, numel, rule, *a.scale);
+      });
     });
     const bool exists = group_of_lane() * kGroup < numel;
     const int64_t group = tile.index * kGroupsPerTile + chunk * kGroupsPerChunk + warp() * kWarp + group_of_lane();

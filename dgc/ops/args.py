@@ -9,6 +9,7 @@ import torch
 
 MAX_SOURCES = 256
 MAX_PAIRS = 120
+MAX_KEPT = 2
 FLOAT_TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The FloatType of each dtype."""
 
@@ -37,13 +38,13 @@ class CompressArgs(ctypes.Structure):
 
     _fields_ = (
         ("bucket", BucketArgs),
-        ("momentum", ctypes.c_void_p),
+        ("kept", ctypes.c_void_p * MAX_KEPT),
         ("residual", ctypes.c_void_p),
-        ("mu", ctypes.c_void_p),
+        ("numbers", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
         ("payload", ctypes.c_void_p),
-        ("sent_momentum", ctypes.c_void_p),
-        ("nesterov", ctypes.c_int64),
+        ("sent", ctypes.c_void_p),
+        ("rule", ctypes.c_int64),
         ("gradients", Sources),
     )
 
@@ -69,7 +70,7 @@ class RestoreArgs(ctypes.Structure):
         ("bucket", BucketArgs),
         ("payload", ctypes.c_void_p),
         ("which", ctypes.c_void_p),
-        ("sent_momentum", ctypes.c_void_p),
+        ("sent", ctypes.c_void_p),
         ("momentum", ctypes.c_void_p),
         ("residual", ctypes.c_void_p),
     )
@@ -93,6 +94,8 @@ class SubtractArgs(ctypes.Structure):
     _fields_ = (
         ("skip", ctypes.c_void_p),
         ("minus_lr", ctypes.c_float),
+        ("shrink", ctypes.c_float),
         ("count", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
         ("pairs", Pair * MAX_PAIRS),
     )

@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .accumulation import check_rule
 from .args import (
     FLOAT_TYPE,
+    MAX_KEPT,
     MAX_PAIRS,
     MAX_SOURCES,
     BucketArgs,
@@ -41,30 +43,30 @@ class Kernels:
     def compress_(
         self,
         gradients: list[Tensor],
-        momentum: Tensor | None,
+        rule: int,
+        kept: list[Tensor],
         residual: Tensor,
         segments: Tensor,
-        mu: Tensor,
+        numbers: Tensor,
         scale: Tensor,
         payload: Tensor,
         workspace: Tensor,
-        sent_momentum: Tensor | None,
-        nesterov: bool,
+        sent: Tensor | None,
         wire_dtype: torch.dtype,
     ) -> None:
         """Accumulates, selects and packs: see dgc.ops.compress_."""
         known = _sound(segments)
-        if sent_momentum is not None and momentum is None:
-            raise RuntimeError("sent_momentum: expected None where momentum is None")
+        check_rule(rule, kept, numbers, sent, len(known))
+        pointers = [_address(x, "kept", torch.float32, known.n_state, workspace, aligned=True) for x in kept]
         args = CompressArgs(
             _bucket_args(known, workspace, wire_dtype),
-            _address(momentum, "momentum", torch.float32, known.n_state, workspace, aligned=True),
+            (ctypes.c_void_p * MAX_KEPT)(*pointers),
             _address(residual, "residual", torch.float32, known.n_state, workspace, aligned=True),
-            _address(mu, "mu", torch.float32, len(known), workspace),
+            _address(numbers, "numbers", torch.float32, 0, workspace),
             _address(scale, "scale", torch.float32, 1, workspace),
             _address(payload, "payload", torch.uint8, known.wire(wire_dtype).nbytes, workspace, aligned=True),
-            _address(sent_momentum, "sent_momentum", torch.float32, known.n_entries, workspace),
-            nesterov,
+            _address(sent, "sent", torch.float32, known.n_entries, workspace),
+            rule,
             _sources(gradients, "gradients", known, workspace),
         )
         tiles = args.bucket.tiles
@@ -111,34 +113,36 @@ class Kernels:
         which: Tensor,
         segments: Tensor,
         workspace: Tensor,
-        sent_momentum: Tensor | None,
+        sent: Tensor | None,
         momentum: Tensor | None,
         residual: Tensor,
         wire_dtype: torch.dtype,
     ) -> None:
         """Puts back what was taken out for the chosen parameters: see dgc.ops.restore_."""
         known = _sound(segments)
-        if sent_momentum is not None and momentum is None:
-            raise RuntimeError("sent_momentum: expected None where momentum is None")
+        if sent is not None and momentum is None:
+            raise RuntimeError("sent: expected None where momentum is None")
         args = RestoreArgs(
             _bucket_args(known, workspace, wire_dtype),
             _address(payload, "payload", torch.uint8, known.wire(wire_dtype).nbytes, workspace),
             _address(which, "which", torch.uint8, len(known), workspace),
-            _address(sent_momentum, "sent_momentum", torch.float32, known.n_entries, workspace),
+            _address(sent, "sent", torch.float32, known.n_entries, workspace),
             _address(momentum, "momentum", torch.float32, known.n_state, workspace),
             _address(residual, "residual", torch.float32, known.n_state, workspace),
         )
         self.launch("dgc_restore", args.bucket.tiles, 1, args)
 
-    def subtract_(self, parameters: list[Tensor], updates: list[Tensor], lr: float, skip: Tensor | None) -> None:
-        """Takes lr * update off each parameter: see dgc.ops.subtract_."""
+    def subtract_(
+        self, parameters: list[Tensor], updates: list[Tensor], lr: float, shrink: float, skip: Tensor | None
+    ) -> None:
+        """Shrinks each parameter and takes lr * update off it: see dgc.ops.subtract_."""
         if len(parameters) != len(updates):
             raise RuntimeError(
                 f"updates: expected one for each of {len(parameters)} parameters, got {len(updates)} of them"
             )
         for first in range(0, len(parameters), MAX_PAIRS):
             pairs = list(zip(parameters, updates, strict=True))[first : first + MAX_PAIRS]
-            args = SubtractArgs(_address(skip, "skip", torch.uint8, 1, parameters[0]), -lr, len(pairs))
+            args = SubtractArgs(_address(skip, "skip", torch.uint8, 1, parameters[0]), -lr, shrink, len(pairs))
             blocks = 0
             for i, (p, g) in enumerate(pairs):
                 args.pairs[i] = Pair(

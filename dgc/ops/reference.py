@@ -8,25 +8,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .accumulation import Accumulation, check_rule
 from .segments import Segments, checked
 from .wire import LEFT_OUT, MAGIC, NON_FINITE, NON_FINITE_STATUS, TILE, USED, header
 
 
 def compress_(
     gradients: list[Tensor],
-    momentum: Tensor | None,
+    rule: int,
+    kept: list[Tensor],
     residual: Tensor,
     segments: Tensor,
-    mu: Tensor,
+    numbers: Tensor,
     scale: Tensor,
     payload: Tensor,
     workspace: Tensor,
-    sent_momentum: Tensor | None,
-    nesterov: bool,
+    sent: Tensor | None,
     wire_dtype: torch.dtype,
 ) -> None:
     """Accumulates, selects and packs, one parameter after the other: see dgc.ops.compress_."""
     known = checked(segments)
+    check_rule(rule, kept, numbers, sent, len(known))
     at = known.wire(wire_dtype)
     ends, all_indices, all_values = _sections(payload, known, wire_dtype)
     entry = tile = 0
@@ -36,43 +38,77 @@ def compress_(
         h = gradient.float() * scale
         gradient.zero_()
         v = residual[state : state + numel]
-        u = None if momentum is None else momentum[state : state + numel]
-        left_out = accumulate_(u, v, h, float(mu[row]), nesterov)
+        mine = [tensor[state : state + numel] for tensor in kept]
+        left_out = accumulate_(rule, mine, v, h, numbers[:, row])
         payload[at.used + row] = USED * (h != 0).any() + LEFT_OUT * left_out
         flags |= left_out
 
         chosen = select(v, k, unit)
         largest = torch.finfo(wire_dtype).max
-        sent = v[chosen].clamp(-largest, largest).to(wire_dtype)
-        w = sent.float()
+        values = v[chosen].clamp(-largest, largest).to(wire_dtype)
+        w = values.float()
         v[chosen] -= w
-        mine = slice(entry, entry + k)
-        if sent_momentum is not None:
-            if u is None:
-                raise ValueError("sent_momentum: expected None where momentum is None")
-            sent_momentum[mine] = u[chosen]
+        here = slice(entry, entry + k)
+        if sent is not None:
+            u = mine[0]
+            sent[here] = u[chosen]
             u[chosen] = torch.where(w != 0, 0.0, u[chosen])
         tiles = int(known.tiles[row])
         ends[tile : tile + tiles] = entry + torch.bincount(chosen // TILE, minlength=tiles).cumsum(0).int()
-        all_indices[mine] = (chosen % TILE).to(torch.int16)
-        all_values[mine] = sent
+        all_indices[here] = (chosen % TILE).to(torch.int16)
+        all_values[here] = values
         entry, tile = entry + k, tile + tiles
     header(payload)[3] = flags * NON_FINITE
 
 
-def accumulate_(u: Tensor | None, v: Tensor, h: Tensor, mu: float, nesterov: bool) -> Tensor:
-    """Accumulates with momentum correction (paper, section 3.1): u <- mu*u + h, v <- v + u, or v + h + mu*u (Nesterov).
+def accumulate_(rule: int, kept: list[Tensor], v: Tensor, h: Tensor, numbers: Tensor) -> Tensor:
+    """Accumulates one parameter by a rule, in what it keeps and in v; dgc.ops.compress_ has the equations.
+
+    Args:
+        rule: an Accumulation.
+        kept: the rule's tensors, float32 [numel].
+        v: float32 [numel].
+        h: the gradient, float32 [numel].
+        numbers: float32 [rows]: the decay of v and the rule's own.
 
     Returns:
-        Whether any entry was left as it was because its result is not finite: a bool scalar.
+        Whether any entry was left as it was because a result is not finite: a bool scalar.
     """
-    new_u = h if u is None else u * mu + h
-    new_v = v + (torch.add(h, new_u, alpha=mu) if nesterov else new_u)
-    finite = new_v.isfinite()
-    if u is not None:
-        torch.where(finite, new_u, u, out=u)
-    torch.where(finite, new_v, v, out=v)
+    decay, *own = numbers.tolist()
+    if rule == Accumulation.ADAM:
+        after, update = adam(*kept, h, *own[:5], numbers[6], own[6])
+    elif rule == Accumulation.SUM:
+        after, update = [], h
+    else:
+        (mu,) = own
+        u = kept[0] * mu + h
+        after, update = [u], torch.add(h, u, alpha=mu) if rule == Accumulation.NESTEROV else u
+    results = [*after, v * decay + update]
+    finite = torch.stack([result.isfinite() for result in results]).all(0)
+    for tensor, result in zip([*kept, v], results, strict=True):
+        torch.where(finite, result, tensor, out=tensor)
     return ~finite.all()
+
+
+def adam(
+    m: Tensor,
+    s: Tensor,
+    h: Tensor,
+    weight: float,
+    b2: float,
+    c1: float,
+    c2: float,
+    step: float,
+    root: Tensor,
+    eps: float,
+) -> tuple[list[Tensor], Tensor]:
+    """Returns m and s after this gradient, and Adam's direction."""
+    m = torch.lerp(m, h, weight)
+    s = torch.addcmul(s * b2, h * c1, h)
+    s = torch.addcmul(s, m * c2, m)
+    # pow(), since on a CPU sqrt() calls MKL, which does not round correctly. root is a tensor, since CUDA multiplies by
+    # the inverse of a number.
+    return [m, s], m * step / (s.pow(0.5) / root + eps)
 
 
 def select(v: Tensor, k: int, unit: int = 1) -> Tensor:
@@ -137,7 +173,7 @@ def restore_(
     which: Tensor,
     segments: Tensor,
     workspace: Tensor,
-    sent_momentum: Tensor | None,
+    sent: Tensor | None,
     momentum: Tensor | None,
     residual: Tensor,
     wire_dtype: torch.dtype,
@@ -154,15 +190,17 @@ def restore_(
         if not chosen[row]:
             continue
         residual[state + positions[mine]] += values[mine]
-        if sent_momentum is not None and momentum is not None:
-            momentum[state + positions[mine]] = sent_momentum[mine]
+        if sent is not None and momentum is not None:
+            momentum[state + positions[mine]] = sent[mine]
 
 
-def subtract_(parameters: list[Tensor], updates: list[Tensor], lr: float, skip: Tensor | None) -> None:
-    """Takes lr * update off each parameter: see dgc.ops.subtract_."""
+def subtract_(parameters: list[Tensor], updates: list[Tensor], lr: float, shrink: float, skip: Tensor | None) -> None:
+    """Shrinks each parameter and takes lr * update off it: see dgc.ops.subtract_."""
     if skip is not None and skip.item():
         return
     for parameter, update in zip(parameters, updates, strict=True):
+        if shrink != 1:
+            parameter.mul_(shrink)
         parameter.add_(update, alpha=-lr)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .accumulation import check_rule
 from .segments import COLUMNS
 from .wire import layout_of
 
@@ -64,34 +65,33 @@ def _least_bytes(rows: int, wire_dtype: torch.dtype) -> int:
     return layout_of(rows, rows, rows, wire_dtype.itemsize).nbytes
 
 
-def _check_masking(sent_momentum: Tensor | None, momentum: Tensor | None, rows: int) -> None:
-    """Checks that sent_momentum goes with a momentum."""
-    torch._check(
-        sent_momentum is None or momentum is not None,
-        lambda: "sent_momentum: expected None where momentum is None",
-    )
-    _check(sent_momentum, "sent_momentum", torch.float32, rows)
-
-
 def compress_(
     gradients: list[Tensor],
-    momentum: Tensor | None,
+    rule: int,
+    kept: list[Tensor],
     residual: Tensor,
     segments: Tensor,
-    mu: Tensor,
+    numbers: Tensor,
     scale: Tensor,
     payload: Tensor,
     workspace: Tensor,
-    sent_momentum: Tensor | None,
-    nesterov: bool,
+    sent: Tensor | None,
     wire_dtype: torch.dtype,
 ) -> None:
-    """Moves gradients into u and v, and packs the k largest entries of every parameter's v (paper, Algorithm 4).
+    """Moves gradients into v by a rule, and packs the k largest entries of every parameter's v (paper, Algorithm 4).
 
-    For each parameter: h = scale * gradient; u <- mu*u + h; v <- v + u, or v + h + mu*u with Nesterov; exactly the k
-    entries of v largest in magnitude (ties to the smaller index) go into the payload, rounded to the wire type, and are
-    taken off v; where something was sent, u becomes 0 (momentum factor masking). An entry whose new v would not be
-    finite keeps its u and v, and the payload's non-finite flag is set.
+    For each parameter: h = scale * gradient; the rule changes what it keeps, and gives an update; v <- decay*v +
+    update; exactly the k entries of v largest in magnitude (ties to the smaller index) go into the payload, rounded to
+    the wire type, and are taken off v; where something was sent, the first kept tensor, a momentum, becomes 0 (momentum
+    factor masking). An entry of which a result would not be finite keeps what it had, and the payload's non-finite flag
+    is set. The rules, with what they keep and their numbers after decay:
+
+    - SUM: update = h. Keeps nothing, no numbers (paper, Algorithm 1).
+    - MOMENTUM: u <- mu*u + h; update = u. Keeps u; mu (paper, section 3.1).
+    - NESTEROV: u <- mu*u + h; update = h + mu*u. Keeps u; mu.
+    - ADAM: m <- m + weight*(h - m); s <- b2*s + c1*h^2 + c2*m^2, with the new m; update = step*m / (sqrt(s)/root +
+      eps). Keeps m and s; weight, b2, c1, c2, step, root, eps. weight is 1 - b1. With c1 = 1 - b2, c2 = 0, and step and
+      root from the bias corrections, update is what torch.optim.Adam subtracts.
 
     Where a parameter's unit is 32, what is chosen are whole groups of 32 consecutive elements, counted from its first:
     the k / 32 groups whose largest |v| are the largest (ties to the smaller index).
@@ -99,52 +99,55 @@ def compress_(
     Args:
         gradients: contiguous tensors, float32, bfloat16 or float16, that hold the bucket's gradients. Used up: what is
             left in them is what unpack expects there, zeros on the CPU.
-        momentum: u, float32 [elements], or None where mu is 0 throughout.
+        rule: an Accumulation.
+        kept: the rule's tensors, in its order, float32 [elements].
         residual: v, float32 [elements].
         segments: int64 [segments, 6] on the CPU, a row per parameter as in segments.COLUMNS.
-        mu: float32 [segments], the momentum factor of each parameter.
+        numbers: float32 [rows, segments], contiguous: decay, then the rule's own, for each parameter.
         scale: float32 [1], what gradients are multiplied with: clipping, and the inverse of a loss scale.
         payload: uint8 [wire_layout(...).nbytes]. Its header is the caller's (wire.stamp), except the flags.
         workspace: from workspace() for these segments.
-        sent_momentum: float32 [entries], receives u of the sent entries before it is masked. None: no masking.
-        nesterov: whether v accumulates the Nesterov form.
+        sent: float32 [entries], receives the first kept tensor's values at sent entries before they are masked. None:
+            no masking.
         wire_dtype: type of the values in the payload: float32, bfloat16 or float16.
 
     Raises:
-        RuntimeError: a tensor that is too small, of another type, or on another device.
+        RuntimeError: a tensor that is too small, of another type, or on another device; or not what the rule takes.
     """
     torch.ops.dgc.compress_(
-        gradients, momentum, residual, segments, mu, scale, payload, workspace, sent_momentum, nesterov, wire_dtype
+        gradients, rule, kept, residual, segments, numbers, scale, payload, workspace, sent, wire_dtype
     )
 
 
 @_op(
-    "compress_(Tensor(a!)[] gradients, Tensor(b!)? momentum, Tensor(c!) residual, Tensor segments, Tensor mu, "
-    "Tensor scale, Tensor(d!) payload, Tensor(e!) workspace, Tensor(f!)? sent_momentum, bool nesterov, "
-    "ScalarType wire_dtype) -> ()"
+    "compress_(Tensor(a!)[] gradients, int rule, Tensor(b!)[] kept, Tensor(c!) residual, Tensor segments, "
+    "Tensor numbers, Tensor scale, Tensor(d!) payload, Tensor(e!) workspace, Tensor(f!)? sent, ScalarType wire_dtype) "
+    "-> ()"
 )
 def _(
     gradients: list[Tensor],
-    momentum: Tensor | None,
+    rule: int,
+    kept: list[Tensor],
     residual: Tensor,
     segments: Tensor,
-    mu: Tensor,
+    numbers: Tensor,
     scale: Tensor,
     payload: Tensor,
     workspace: Tensor,
-    sent_momentum: Tensor | None,
-    nesterov: bool,
+    sent: Tensor | None,
     wire_dtype: torch.dtype,
 ) -> None:
     rows = _check_segments(segments)
     _check_floats(gradients, "gradients")
-    _check(momentum, "momentum", torch.float32, rows)
+    check_rule(rule, kept, numbers, sent, rows)
+    for tensor in kept:
+        _check(tensor, "kept", torch.float32, rows)
     _check(residual, "residual", torch.float32, rows)
-    _check(mu, "mu", torch.float32, rows)
+    _check(numbers, "numbers", torch.float32, 0)
     _check(scale, "scale", torch.float32, 1)
     _check(payload, "payload", torch.uint8, _least_bytes(rows, wire_dtype))
     _check(workspace, "workspace", torch.uint8, 4 * rows)
-    _check_masking(sent_momentum, momentum, rows)
+    _check(sent, "sent", torch.float32, rows)
 
 
 def unpack(
@@ -214,7 +217,7 @@ def restore_(
     which: Tensor,
     segments: Tensor,
     workspace: Tensor,
-    sent_momentum: Tensor | None,
+    sent: Tensor | None,
     momentum: Tensor | None,
     residual: Tensor,
     wire_dtype: torch.dtype,
@@ -228,16 +231,16 @@ def restore_(
         which: uint8 [segments], 1 for each parameter whose entries come back.
         segments: as for compress_.
         workspace: as for compress_.
-        sent_momentum: as compress_ left it, or None.
-        momentum: u, or None.
+        sent: as compress_ left it, or None.
+        momentum: the first kept tensor, or None.
         residual: v.
         wire_dtype: as for compress_.
     """
-    torch.ops.dgc.restore_(payload, which, segments, workspace, sent_momentum, momentum, residual, wire_dtype)
+    torch.ops.dgc.restore_(payload, which, segments, workspace, sent, momentum, residual, wire_dtype)
 
 
 @_op(
-    "restore_(Tensor payload, Tensor which, Tensor segments, Tensor workspace, Tensor? sent_momentum, "
+    "restore_(Tensor payload, Tensor which, Tensor segments, Tensor workspace, Tensor? sent, "
     "Tensor(a!)? momentum, Tensor(b!) residual, ScalarType wire_dtype) -> ()"
 )
 def _(
@@ -245,7 +248,7 @@ def _(
     which: Tensor,
     segments: Tensor,
     workspace: Tensor,
-    sent_momentum: Tensor | None,
+    sent: Tensor | None,
     momentum: Tensor | None,
     residual: Tensor,
     wire_dtype: torch.dtype,
@@ -254,27 +257,34 @@ def _(
     _check(payload, "payload", torch.uint8, _least_bytes(rows, wire_dtype))
     _check(which, "which", torch.uint8, rows)
     _check(workspace, "workspace", torch.uint8, 4 * rows)
-    _check_masking(sent_momentum, momentum, rows)
+    torch._check(sent is None or momentum is not None, lambda: "sent: expected None where momentum is None")
+    _check(sent, "sent", torch.float32, rows)
     _check(momentum, "momentum", torch.float32, rows)
     _check(residual, "residual", torch.float32, rows)
 
 
-def subtract_(parameters: list[Tensor], updates: list[Tensor], lr: float, skip: Tensor | None = None) -> None:
-    """Takes lr * update off each parameter, at the cost of reading the updates where these are nearly all zero.
+def subtract_(
+    parameters: list[Tensor], updates: list[Tensor], lr: float, shrink: float = 1.0, skip: Tensor | None = None
+) -> None:
+    """Shrinks each parameter and takes lr * update off it: p <- shrink*p - lr*update, shrink*p rounded on its own.
+
+    With a shrink of 1, at the cost of reading the updates where these are nearly all zero; with another one, in one
+    pass over the parameters too.
 
     Args:
         parameters: contiguous, float32.
         updates: one for each, of the same size; any values, so nothing is assumed of what unpack wrote.
         lr: the learning rate.
+        shrink: what the parameters are multiplied with: 1 - lr * decay is weight decay apart from the gradient.
         skip: uint8 with one element, on the same device; where it is not 0, nothing changes. None: never.
     """
-    torch.ops.dgc.subtract_(parameters, updates, lr, skip)
+    torch.ops.dgc.subtract_(parameters, updates, lr, shrink, skip)
     # The kernel writes behind autograd's back; this keeps its check against modified saved tensors alive.
     torch.autograd.graph.increment_version(parameters)
 
 
-@_op("subtract_(Tensor(a!)[] parameters, Tensor[] updates, float lr, Tensor? skip) -> ()")
-def _(parameters: list[Tensor], updates: list[Tensor], lr: float, skip: Tensor | None) -> None:
+@_op("subtract_(Tensor(a!)[] parameters, Tensor[] updates, float lr, float shrink, Tensor? skip) -> ()")
+def _(parameters: list[Tensor], updates: list[Tensor], lr: float, shrink: float, skip: Tensor | None) -> None:
     torch._check(
         len(parameters) == len(updates),
         lambda: f"updates: expected one for each of {len(parameters)} parameters, got {len(updates)} of them",

@@ -10,14 +10,16 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
+from dgc import ops
+from dgc.ops import Accumulation
+
 from . import saved
 from .adam import FIRST, SECOND, check_groups, factors, format_of
 from .apply import subtract
-from .base import Claimer, DGCOptimizer, Reducer, Rule
-from .unfused import Unfused
+from .base import Claimer, DGCOptimizer, Reducer, Rule, Work
 
 
-class LocalAdam(Unfused):
+class LocalAdam(Rule):
     """Keeps m and s of this rank's gradients, and adds their direction, times lr, to v."""
 
     kept = (FIRST, SECOND)
@@ -66,14 +68,21 @@ class LocalAdam(Unfused):
         """Removes the moments of a dense run from the optimizer's state, and returns them."""
         return self.optimizer.take_moments()
 
-    def advance(
-        self, kept: Mapping[str, Tensor], gradient: Tensor, factors: tuple[float, ...]
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        weight, beta2, own, others, step, root, eps = factors
-        m = kept[FIRST].lerp(gradient, weight)
-        s = (kept[SECOND] * beta2).addcmul_(gradient, gradient, value=own).addcmul_(m, m, value=others)
-        denominator = (s.sqrt() / root).add_(eps)
-        return {FIRST: m, SECOND: s}, torch.zeros_like(m).addcdiv_(m, denominator, value=step)
+    def compress(self, work: Work) -> None:
+        """Accumulates, selects and packs in one op."""
+        ops.compress_(
+            gradients=work.gradients,
+            rule=Accumulation.ADAM,
+            kept=[work.kinds[FIRST], work.kinds[SECOND]],
+            residual=work.residual,
+            segments=work.receiving.table,
+            numbers=work.numbers,
+            scale=work.scale,
+            payload=work.selection,
+            workspace=work.workspace,
+            sent=work.sent.get(FIRST),
+            wire_dtype=work.dtype,
+        )
 
 
 class AdamW(DGCOptimizer):

@@ -27,10 +27,13 @@ def advance(u: Tensor, gradient: Tensor, mu: float, alpha: float = 1) -> None:
 def subtract(
     parameters: list[Tensor], updates: list[Tensor], lr: float, skip: Tensor | None, shrink: float = 1.0
 ) -> None:
-    """Subtracts lr * update from each parameter, in one op for those that are contiguous and float32."""
-    if shrink != 1:
-        for p in parameters:
-            unless(skip, p, partial(torch.Tensor.mul_, other=shrink))
+    """Multiplies each parameter by `shrink` and subtracts lr * update, in one op where contiguous and float32."""
+
+    def change(parameter: Tensor, update: Tensor) -> None:
+        if shrink != 1:
+            parameter.mul_(shrink)
+        parameter.add_(update, alpha=-lr)
+
     together: list[Tensor] = []
     their_updates: list[Tensor] = []
     for p, update in zip(parameters, updates, strict=True):
@@ -38,9 +41,9 @@ def subtract(
             together.append(p)
             their_updates.append(update)
         else:
-            unless(skip, p, partial(torch.Tensor.add_, other=update, alpha=-lr))
+            unless(skip, p, partial(change, update=update))
     if together:
-        ops.subtract_(together, their_updates, lr, skip)
+        ops.subtract_(together, their_updates, lr, shrink, skip)
 
 
 def unless(skip: Tensor | None, tensor: Tensor, change: Callable[[Tensor], object]) -> None:

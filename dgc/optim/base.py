@@ -63,10 +63,10 @@ class Work(NamedTuple):
     """The rule's tensors, flat float32, by kind."""
     residual: Tensor
     """v, flat float32."""
-    factors: Tensor
-    """float32 [numbers, parameters]: Rule.factors of each parameter; at least one row."""
-    numbers: Sequence[tuple[float, ...]]
-    """The same on the host, by parameter."""
+    numbers: Tensor
+    """float32 [rows, parameters], as dgc.ops.compress_ takes them: the decay of v, then Rule.factors."""
+    factors: Sequence[tuple[float, ...]]
+    """Rule.factors of each parameter, on the host."""
     scale: Tensor
     """float32 [1]: the factor by which gradients are multiplied first."""
     selection: Tensor

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from dgc import ops
+from dgc.ops import Accumulation
 
 from .base import Claimer, DGCOptimizer, Reducer, Rule, Work
 
@@ -105,15 +106,15 @@ class Foreign(Rule):
         """Adds gradients to v, and selects and packs."""
         ops.compress_(
             gradients=work.gradients,
-            momentum=None,
+            rule=Accumulation.SUM,
+            kept=[],
             residual=work.residual,
             segments=work.receiving.table,
-            mu=work.factors[0],
+            numbers=work.numbers,
             scale=work.scale,
             payload=work.selection,
             workspace=work.workspace,
-            sent_momentum=None,
-            nesterov=False,
+            sent=None,
             wire_dtype=work.dtype,
         )
 

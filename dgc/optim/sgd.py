@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from dgc import ops
+from dgc.ops import Accumulation
 
 from . import saved
 from .apply import advance, subtract, unless
@@ -93,17 +94,20 @@ class MomentumCorrection(Rule):
 
     def compress(self, work: Work) -> None:
         """Accumulates, selects and packs in one op."""
+        u = work.kinds.get(MOMENTUM)
+        nesterov = self.optimizer.param_groups[0]["nesterov"]
+        with_momentum = Accumulation.NESTEROV if nesterov else Accumulation.MOMENTUM
         ops.compress_(
             gradients=work.gradients,
-            momentum=work.kinds.get(MOMENTUM),
+            rule=Accumulation.SUM if u is None else with_momentum,
+            kept=[] if u is None else [u],
             residual=work.residual,
             segments=work.receiving.table,
-            mu=work.factors[0],
+            numbers=work.numbers[:1] if u is None else work.numbers,
             scale=work.scale,
             payload=work.selection,
             workspace=work.workspace,
-            sent_momentum=work.sent.get(MOMENTUM),
-            nesterov=bool(self.optimizer.param_groups[0]["nesterov"]),
+            sent=work.sent.get(MOMENTUM),
             wire_dtype=work.dtype,
         )
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dgc import ops
+from dgc.ops import Accumulation
 from dgc.ops.selection import positions
 from dgc.ops.wire import LEFT_OUT, USED
 
@@ -39,7 +40,7 @@ class Unfused(Rule):
         """Advances each parameter where the result is finite, then selects and packs."""
         (updates,) = work.updates
         used = []
-        rows = zip(work.receiving.rows, work.sending.rows, work.numbers, strict=True)
+        rows = zip(work.receiving.rows, work.sending.rows, work.factors, strict=True)
         for row, update_row, factors in rows:
             state, numel, at = row.state, row.numel, update_row.offset
             gradient = work.gradients[row.source].view(-1)[row.offset : row.offset + numel]
@@ -56,15 +57,15 @@ class Unfused(Rule):
             updates[at : at + numel] = torch.where(finite, update, torch.nan)  # the op leaves NaN out, and reports it
         ops.compress_(
             gradients=work.updates,
-            momentum=None,
+            rule=Accumulation.SUM,
+            kept=[],
             residual=work.residual,
             segments=work.sending.table,
-            mu=torch.zeros(len(work.sending), dtype=torch.float32, device=updates.device),
+            numbers=work.numbers[:1],
             scale=torch.ones(1, dtype=torch.float32, device=updates.device),
             payload=work.selection,
             workspace=work.workspace,
-            sent_momentum=None,
-            nesterov=False,
+            sent=None,
             wire_dtype=work.dtype,
         )
         layout = work.sending.wire(work.dtype)

@@ -126,9 +126,9 @@ class Bucket:
         if self.sparse is not None:
             with record_function("dgc.accumulate_select_pack"):
                 workers = self._exchange.topology.workers
-                numbers = [self._parameters.factors(m.slot.name, workers) for m in self.sparse.members]
+                factors = [self._parameters.factors(m.slot.name, workers) for m in self.sparse.members]
                 self.sparse.stamp(context.step, context.loss_scale, context.dropped)
-                payload = self.sparse.compress(gradients, self._memory, self._parameters.rule, numbers, scale)
+                payload = self.sparse.compress(gradients, self._memory, self._parameters.rule, factors, scale)
                 self._parameters.accumulated([m.slot.name for m in self.sparse.members])
                 gathered = self.sparse.gathered
         with record_function("dgc.exchange"):

@@ -111,8 +111,8 @@ class Sparse:
             sent,
             droppable=droppable,
         )
-        self._numbers: list[tuple[float, ...]] = []
-        self._factors = torch.zeros(1, len(rows), dtype=torch.float32, device=device)
+        self._columns: list[tuple[float, ...]] = []
+        self._numbers = torch.ones(1, len(rows), dtype=torch.float32, device=device)
         self._one = torch.ones(1, dtype=torch.float32, device=device)
 
     def stamp(self, step: int, loss_scale: Tensor | None, dropped: int) -> None:
@@ -133,7 +133,7 @@ class Sparse:
             self._stamped = fingerprint
 
     def compress(
-        self, gradients: Gradients, memory: Memory, rule: Rule, numbers: list[tuple[float, ...]], scale: Tensor | None
+        self, gradients: Gradients, memory: Memory, rule: Rule, factors: list[tuple[float, ...]], scale: Tensor | None
     ) -> Tensor:
         """Accumulates gradients in the rule's tensors and in v, and returns the payload.
 
@@ -141,11 +141,10 @@ class Sparse:
             gradients: the bucket. Compressed gradients are overwritten by the values that decompress() expects there.
             memory: v and the rule's tensors, which change.
             rule: the optimizer's.
-            numbers: Rule.factors of each member.
+            factors: Rule.factors of each member.
             scale: float32 [1], the factor by which gradients are multiplied first; None for 1.
         """
-        if numbers != self._numbers:
-            self._write_factors(numbers)
+        self._write_numbers(factors)
         self.undo.begin(memory)
         rule.compress(
             Work(
@@ -155,8 +154,8 @@ class Sparse:
                 sending=self.sending,
                 kinds=memory.kinds,
                 residual=memory.residual,
-                factors=self._factors,
-                numbers=numbers,
+                numbers=self._numbers,
+                factors=factors,
                 scale=self._one if scale is None else scale,
                 selection=self.selection,
                 dtype=self._codec.dtype,
@@ -171,18 +170,25 @@ class Sparse:
             self._encode(memory)
         return self.payload
 
-    def _write_factors(self, numbers: list[tuple[float, ...]]) -> None:
-        """Writes the rule's factors by fill_, which passes each as an argument: a host copy would wait for the GPU."""
-        self._numbers = numbers
-        if len(numbers[0]) != len(self._factors):
-            rows = max(1, len(numbers[0]))
-            self._factors = torch.zeros(rows, len(numbers), dtype=torch.float32, device=self._factors.device)
-        for row, column in zip(self._factors, zip(*numbers, strict=True), strict=False):
+    def _write_numbers(self, factors: list[tuple[float, ...]]) -> None:
+        """Writes the decay of v and the factors, where they have changed, a row for each and a column for each member.
+
+        By fill_, which passes each as an argument: a copy from the host would wait for the GPU.
+        """
+        columns = [(1.0,) * len(factors), *zip(*factors, strict=True)]
+        if len(columns) != len(self._numbers):
+            self._numbers = self._numbers.new_empty(len(columns), len(factors))
+        if len(columns) != len(self._columns):
+            self._columns = [()] * len(columns)
+        for row, column, before in zip(self._numbers, columns, self._columns, strict=True):
+            if column == before:
+                continue
             if len(set(column)) == 1:
                 row.fill_(column[0])
             else:
                 for i, number in enumerate(column):
                     row[i].fill_(number)
+        self._columns = columns
 
     def _encode(self, memory: Memory) -> None:
         """Encodes the selection as the payload, and adds the codec's error to v."""

@@ -70,7 +70,7 @@ class Undo:
             which=which,
             segments=self._segments.table,
             workspace=self._workspace,
-            sent_momentum=self.sent[kinds[0]] if kinds else None,
+            sent=self.sent[kinds[0]] if kinds else None,
             momentum=memory.kinds[kinds[0]] if kinds else None,
             residual=memory.residual,
             wire_dtype=self._dtype,

@@ -28,9 +28,9 @@ LARGE = ("a", "c", "e")
 
 def on_gpu(args):
     """Returns compress_'s arguments on the GPU."""
-    moved = [x.cuda() if isinstance(x, torch.Tensor) and i not in (3, 7) else x for i, x in enumerate(args.list())]
-    moved[0] = [g.cuda() for g in args.gradients]
-    moved[7] = ops.workspace(args.segments, torch.device("cuda", 0))
+    moved = [x.cuda() if isinstance(x, torch.Tensor) and i not in (4, 8) else x for i, x in enumerate(args.list())]
+    moved[0], moved[2] = [g.cuda() for g in args.gradients], [x.cuda() for x in args.kept]
+    moved[8] = ops.workspace(args.segments, torch.device("cuda", 0))
     return moved
 
 
@@ -129,19 +129,19 @@ def test_neither_the_hook_nor_the_optimizer_waits_for_the_device():
 def test_compress_and_unpack_in_a_cuda_graph_follow_what_changes_in_memory():
     args = on_gpu(make([300_000, 70_000, 33], 0.01, torch.bfloat16))
     eager = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
-    eager[0] = [g.clone() for g in args[0]]
-    eager[7] = ops.workspace(args[3], torch.device("cuda", 0))
+    eager[0], eager[2] = [g.clone() for g in args[0]], [x.clone() for x in args[2]]
+    eager[8] = ops.workspace(args[4], torch.device("cuda", 0))
     results = []
     for a in (args, eager):
         out = torch.zeros(370_033, device="cuda")
         status = torch.full((3,), 9, dtype=torch.int32, device="cuda")
-        payloads = torch.zeros(2, len(a[6]), dtype=torch.uint8, device="cuda")
+        payloads = torch.zeros(2, len(a[7]), dtype=torch.uint8, device="cuda")
         results.append((a, out, status, payloads))
 
     def step(a, out, status, payloads):
         ops.compress_(*a)
-        payloads.copy_(a[6].expand_as(payloads))
-        ops.unpack(payloads, 0, a[3], a[7], a[5], a[10], [out], status)
+        payloads.copy_(a[7].expand_as(payloads))
+        ops.unpack(payloads, 0, a[4], a[8], a[6], a[10], [out], status)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -156,11 +156,12 @@ def test_compress_and_unpack_in_a_cuda_graph_follow_what_changes_in_memory():
         for a, *_ in results:
             generator = torch.Generator(device="cuda").manual_seed(round_index)
             a[0][0].copy_(torch.randn(a[0][0].shape, device="cuda", generator=generator))
-            a[4].fill_(0.1 * round_index)  # mu
-            a[5].fill_(1.0 + round_index)  # scale
+            a[5][1].fill_(0.1 * round_index)  # mu
+            a[6].fill_(1.0 + round_index)  # scale
         graph.replay()
         step(*results[1])
-        for i in (1, 2, 6, 8):
+        assert torch.equal(args[2][0], eager[2][0])
+        for i in (3, 7, 9):
             assert torch.equal(results[0][0][i].view(torch.uint8), results[1][0][i].view(torch.uint8)), i
         assert torch.equal(results[0][1], results[1][1])
         assert results[0][2].tolist() == results[1][2].tolist() == [0, 0]
@@ -169,12 +170,12 @@ def test_compress_and_unpack_in_a_cuda_graph_follow_what_changes_in_memory():
 def test_a_large_bucket_of_many_segments_has_exactly_the_largest():
     sizes = [20_000_000, 16_384, 4_000_000, 65_536, 65_537, 1_000_001] + [20_000] * 100
     args = on_gpu(make(sizes, 0.001))
-    before = [args[2][state : state + n].clone() for _, _, state, n, _ in args[3].tolist()]
-    for row, (_, offset, state, n, *_) in enumerate(args[3].tolist()):
-        before[row] += args[4][row] * args[1][state : state + n] + args[0][0][offset : offset + n]
+    before = [args[3][state : state + n].clone() for _, _, state, n, *_ in args[4].tolist()]
+    for row, (_, offset, state, n, *_) in enumerate(args[4].tolist()):
+        before[row] += args[5][1, row] * args[2][0][state : state + n] + args[0][0][offset : offset + n]
     ops.compress_(*args)
-    for row, (_, _, state, n, k, _) in enumerate(args[3].tolist()):
-        sent = before[row] != args[2][state : state + n]
+    for row, (_, _, state, n, k, _) in enumerate(args[4].tolist()):
+        sent = before[row] != args[3][state : state + n]
         assert int(sent.sum()) == k
         assert before[row][sent].abs().min() >= before[row][~sent].abs().max()
 
@@ -212,6 +213,6 @@ def test_gradients_and_state_on_different_devices_are_refused():
 
 def test_a_residual_that_is_not_aligned_is_refused():
     args = on_gpu(make([1000], 0.01))
-    args[2] = torch.zeros(2001, device="cuda")[1:]
+    args[3] = torch.zeros(2001, device="cuda")[1:]
     with pytest.raises(RuntimeError, match="residual: expected memory aligned"):
         ops.compress_(*args)

@@ -14,7 +14,7 @@ import torch
 import dgc
 from dgc.ops import cupy as jit
 from dgc.ops import reference
-from support.buckets import make
+from support.buckets import equal, make
 from support.roads import emulator, ops
 
 compiled = []
@@ -66,8 +66,7 @@ def test_kernels_are_compiled_once_and_launched_with_their_structs(cupy):
     finally:
         ops.take("native")
     assert compiled == [jit.NVRTC_OPTIONS]
-    for name in ("momentum", "residual", "payload", "sent_momentum"):
-        assert torch.equal(getattr(args, name), getattr(expected, name)), name
+    equal(args, expected)
 
 
 def test_a_cupy_that_cannot_compile_says_what_to_do(cupy, monkeypatch):

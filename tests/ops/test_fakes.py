@@ -15,12 +15,12 @@ def calls():
     status = torch.zeros(3, dtype=torch.int32)
     which = torch.ones(2, dtype=torch.uint8)
     payloads = torch.stack([args.payload] * 2)
-    state = [args.sent_momentum, args.momentum, args.residual]
+    state = [args.sent, args.momentum, args.residual]
     return {
         "compress_": args.list(),
         "unpack": [payloads, 1, args.segments, args.workspace, args.scale, torch.float32, args.gradients, status],
         "restore_": [args.payload, which, args.segments, args.workspace, *state, torch.float32],
-        "subtract_": [[torch.zeros(5), torch.zeros(2, 3)], [torch.zeros(5), torch.zeros(2, 3)], 0.1, which[:1]],
+        "subtract_": [[torch.zeros(5), torch.zeros(2, 3)], [torch.zeros(5), torch.zeros(2, 3)], 0.1, 0.5, which[:1]],
     }
 
 
@@ -47,7 +47,7 @@ def test_what_the_op_takes_its_fake_takes(name):
 
 def test_an_empty_bucket_passes():
     arguments = calls()["compress_"]
-    arguments[3] = arguments[3][:0]
+    arguments[4], arguments[5] = arguments[4][:0], arguments[5][:, :0]
     run("compress_", arguments)
 
 
@@ -58,16 +58,18 @@ U8, I64 = torch.uint8, torch.int64
     ("name", "position", "value", "message"),
     [
         ("compress_", 0, [torch.zeros(9, dtype=I64)], "gradients: expected float32, bfloat16 or float16, got"),
-        ("compress_", 1, torch.zeros(0), "momentum: expected at least"),
-        ("compress_", 1, None, "sent_momentum: expected None where momentum is None"),
-        ("compress_", 2, torch.zeros(9, dtype=torch.float64), r"residual: expected torch\.float32, got torch\.float64"),
-        ("compress_", 3, torch.zeros(2, 5, dtype=I64), r"segments: expected int64 \[segments, 6\], got"),
-        ("compress_", 3, torch.zeros(2, 6), r"segments: expected int64 \[segments, 6\], got"),
-        ("compress_", 4, torch.zeros(1), "mu: expected at least 2 elements, got 1"),
-        ("compress_", 5, torch.zeros(0), "scale: expected at least 1 elements, got 0"),
-        ("compress_", 6, torch.zeros(95, dtype=U8), "payload: expected at least 96 elements, got 95"),
-        ("compress_", 7, torch.zeros(1, dtype=U8), "workspace: expected at least"),
-        ("compress_", 8, torch.zeros(1), "sent_momentum: expected at least 2"),
+        ("compress_", 1, 4, "rule: expected 0 to 3, got 4"),
+        ("compress_", 1, 3, "kept: expected 2 tensors for rule 3, got 1"),
+        ("compress_", 2, [torch.zeros(0)], "kept: expected at least"),
+        ("compress_", 2, [], "kept: expected 1 tensors for rule 1, got 0"),
+        ("compress_", 3, torch.zeros(9, dtype=torch.float64), r"residual: expected torch\.float32, got torch\.float64"),
+        ("compress_", 4, torch.zeros(2, 5, dtype=I64), r"segments: expected int64 \[segments, 6\], got"),
+        ("compress_", 4, torch.zeros(2, 6), r"segments: expected int64 \[segments, 6\], got"),
+        ("compress_", 5, torch.zeros(2, 1), r"numbers: expected \[2, 2\] for rule 1, got \(2, 1\)"),
+        ("compress_", 6, torch.zeros(0), "scale: expected at least 1 elements, got 0"),
+        ("compress_", 7, torch.zeros(95, dtype=U8), "payload: expected at least 96 elements, got 95"),
+        ("compress_", 8, torch.zeros(1, dtype=U8), "workspace: expected at least"),
+        ("compress_", 9, torch.zeros(1), "sent: expected at least 2"),
         ("compress_", 10, torch.float64, "wire_dtype: expected float32, bfloat16 or float16"),
         ("unpack", 0, torch.zeros(200, dtype=U8), "payloads: expected a row of"),
         ("unpack", 0, torch.zeros(2, 95, dtype=U8), "payloads: expected a row of"),
@@ -79,11 +81,11 @@ U8, I64 = torch.uint8, torch.int64
         ("unpack", 7, torch.zeros(2, dtype=torch.int32), "status: expected at least 3 elements, got 2"),
         ("restore_", 0, torch.zeros(95, dtype=U8), "payload: expected at least 96"),
         ("restore_", 1, torch.zeros(1, dtype=U8), "which: expected at least 2"),
-        ("restore_", 5, None, "sent_momentum: expected None where momentum is None"),
+        ("restore_", 5, None, "sent: expected None where momentum is None"),
         ("subtract_", 1, [torch.zeros(5)], "updates: expected one for each of 2 parameters, got 1"),
         ("subtract_", 1, [torch.zeros(5), torch.zeros(5)], "updates: expected at least 6 elements, got 5"),
-        ("subtract_", 3, torch.zeros(0, dtype=U8), "skip: expected at least 1"),
-        ("subtract_", 3, None, None),
+        ("subtract_", 4, torch.zeros(0, dtype=U8), "skip: expected at least 1"),
+        ("subtract_", 4, None, None),
     ],
 )
 def test_what_is_wrong_is_named(name, position, value, message):

@@ -26,7 +26,7 @@ def test_schemas_name_what_is_mutated():
     call = (payloads, 0, args.segments, args.workspace, args.scale, torch.float32, [torch.zeros(1064)], status)
     torch.library.opcheck(torch.ops.dgc.unpack, call, test_utils=("test_schema", "test_faketensor"))
     which = torch.ones(2, dtype=torch.uint8)
-    call = (args.payload, which, args.segments, args.workspace, args.sent_momentum, args.momentum, args.residual)
+    call = (args.payload, which, args.segments, args.workspace, args.sent, args.momentum, args.residual)
     call = (*call, torch.float32)
     torch.library.opcheck(torch.ops.dgc.restore_, call, test_utils=("test_schema", "test_faketensor"))
 

@@ -94,15 +94,15 @@ def test_launches_are_those_of_the_list(op):
             torch.ones(2, dtype=torch.uint8),
             rows.segments,
             cuda_workspace(rows.segments),
-            rows.sent_momentum,
+            rows.sent,
             rows.momentum,
             rows.residual,
             rows.wire_dtype,
         ],
-        "subtract_": [[torch.zeros(20_000)], [torch.zeros(20_000)], 0.1, None],
+        "subtract_": [[torch.zeros(20_000)], [torch.zeros(20_000)], 0.1, 1.0, None],
     }[op]
     if op == "compress_":
-        call[7] = cuda_workspace(rows.segments)
+        call[8] = cuda_workspace(rows.segments)
     getattr(kernels, op)(*call)
     numbers = {"tiles": 4 + 2, "ranks": ranks, "blocks": 3, "kChunksPerTile": cuda.CHUNKS_PER_TILE}
     numbers |= {"kWarps": cuda.THREADS // 32, "div_up": wire.div_up}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dgc.ops import Segments, reference, wire, wire_layout
+from dgc.ops import Accumulation, Segments, reference, wire, wire_layout
 from support.buckets import FLOATS, Args, compress_both, equal, make, unpack_both
 from support.roads import CPU, ROADS, ops
 
@@ -29,8 +29,8 @@ def bucket(sizes: list[int], density: float, by_element: tuple[int, ...] = (), *
     args.workspace = ops.workspace(segments.table)
     args.payload = torch.zeros(segments.wire(args.wire_dtype).nbytes, dtype=torch.uint8)
     wire.stamp(args.payload, fingerprint=42).fill_(7)
-    if args.sent_momentum is not None:
-        args.sent_momentum = torch.zeros(segments.n_entries)
+    if args.sent is not None:
+        args.sent = torch.zeros(segments.n_entries)
     return args
 
 
@@ -71,7 +71,7 @@ def check_against_the_oracle(args: Args) -> None:
         largest = torch.finfo(args.wire_dtype).max
         rounded = torch.from_numpy(v[at]).clamp(-largest, largest).to(args.wire_dtype).float().numpy()
         assert np.array_equal(values, rounded)
-        assert args.sent_momentum[entry : entry + k].tolist() == u[at].tolist()
+        assert args.sent[entry : entry + k].tolist() == u[at].tolist()
         v[at] -= values
         u[at] = np.where(values != 0, np.float32(0), u[at])
         entry += k
@@ -133,9 +133,9 @@ def test_left_out_entries_do_not_lift_their_group(bad):
 
 
 def test_without_momentum_and_with_nesterov():
-    compress_both(bucket([70_016, 96], 0.01, momentum=False))
+    compress_both(bucket([70_016, 96], 0.01, rule=Accumulation.SUM))
     compress_both(bucket([70_016, 96], 0.01, masking=False))
-    compress_both(bucket([70_016, 96], 0.01, nesterov=True))
+    compress_both(bucket([70_016, 96], 0.01, rule=Accumulation.NESTEROV))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -164,7 +164,7 @@ def test_restore_gives_back_the_groups_of_the_chosen_parameters(wire_dtype):
     which = torch.tensor([1, 0, 1], dtype=torch.uint8)
     expected = args.clone()
     for road, a in ((reference, expected), (ops, args)):
-        call = (a.payload, which, a.segments, a.workspace, a.sent_momentum, a.momentum, a.residual, a.wire_dtype)
+        call = (a.payload, which, a.segments, a.workspace, a.sent, a.momentum, a.residual, a.wire_dtype)
         road.restore_(*call)
     equal(args, expected)
     for row, (_, _, state, n, *_) in enumerate(args.segments.tolist()):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgc.ops import reference, wire, wire_layout
+from dgc.ops import Accumulation, reference, wire, wire_layout
 from support.roads import ops
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -20,15 +20,15 @@ class Args:
     """The arguments of compress_, in its order."""
 
     gradients: list[Tensor]
-    momentum: Tensor | None
+    rule: Accumulation
+    kept: list[Tensor]
     residual: Tensor
     segments: Tensor
-    mu: Tensor
+    numbers: Tensor
     scale: Tensor
     payload: Tensor
     workspace: Tensor
-    sent_momentum: Tensor | None
-    nesterov: bool
+    sent: Tensor | None
     wire_dtype: torch.dtype
 
     def list(self) -> list[Any]:
@@ -36,7 +36,24 @@ class Args:
 
     def clone(self) -> Args:
         copies = {k: v.clone() for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, gradients=[g.clone() for g in self.gradients], **copies)
+        lists = {name: [x.clone() for x in getattr(self, name)] for name in ("gradients", "kept")}
+        return replace(self, **lists, **copies)
+
+    @property
+    def momentum(self) -> Tensor | None:
+        """The first of the rule's tensors, which masking clears."""
+        return self.kept[0] if self.kept else None
+
+    @property
+    def mu(self) -> Tensor:
+        """The momentum factor of each parameter."""
+        return self.numbers[1]
+
+    @property
+    def state(self) -> dict[str, Tensor | None]:
+        """All that the op changes, besides gradients and workspace."""
+        kept = {f"kept {i}": x for i, x in enumerate(self.kept)}
+        return {**kept, "residual": self.residual, "payload": self.payload, "sent": self.sent}
 
     def entries(self, segment: int) -> dict[int, float]:
         """Returns what the payload says of one parameter: value by index."""
@@ -63,15 +80,26 @@ class Args:
         return self.payload[at.used : at.used + len(self.segments)].tolist()
 
 
+def numbers_of(rule: Accumulation, parameters: int, decay: float = 1.0) -> Tensor:
+    """Returns numbers as compress_ takes them, other ones for each parameter."""
+    if rule == Accumulation.ADAM:
+        # 1 - b1 on both sides of 0.5, b2, c1, c2, step, root, eps.
+        spans = [(0.1, 0.7), (0.99, 0.9), (0.01, 0.1), (0.0, 0.2), (0.003, 1.0), (0.1, 0.9), (1e-8, 1e-3)]
+    else:
+        spans = [(0.5, 0.95)] * (rule.rows - 1)
+    rows = [torch.full((parameters,), decay), *(torch.linspace(*span, parameters) for span in spans)]
+    return torch.stack(rows)
+
+
 def make(
     sizes: list[int],
     density: float = 0.01,
     dtype: torch.dtype = torch.float32,
     wire_dtype: torch.dtype = torch.float32,
     *,
-    momentum: bool = True,
+    rule: Accumulation = Accumulation.MOMENTUM,
     masking: bool = True,
-    nesterov: bool = False,
+    decay: float = 1.0,
     scale: float = 1.0,
     offset: int = 0,
     seed: int = 0,
@@ -89,22 +117,21 @@ def make(
     wire.stamp(payload, fingerprint=42).fill_(7)
     return Args(
         gradients=[torch.randn(at, generator=generator).to(dtype)],
-        momentum=torch.randn(state, generator=generator) if momentum else None,
+        rule=rule,
+        kept=[torch.randn(state, generator=generator).pow(1 + i) for i in range(rule.kept)],  # a second one is >= 0
         residual=torch.randn(state, generator=generator),
         segments=segments,
-        mu=torch.linspace(0.5, 0.95, len(sizes)),
+        numbers=numbers_of(rule, len(sizes), decay),
         scale=torch.tensor([scale]),
         payload=payload,
         workspace=ops.workspace(segments),
-        sent_momentum=torch.zeros(entries) if momentum and masking else None,
-        nesterov=nesterov,
+        sent=torch.zeros(entries) if rule.kept and masking else None,
         wire_dtype=wire_dtype,
     )
 
 
 def equal(a: Args, b: Args) -> None:
-    for name in ("momentum", "residual", "payload", "sent_momentum"):
-        x, y = getattr(a, name), getattr(b, name)
+    for (name, x), y in zip(a.state.items(), b.state.values(), strict=True):
         # As integers: NaN and the sign of zero count.
         if x is not None:
             assert torch.equal(x.view(torch.uint8), y.view(torch.uint8)), name

@@ -108,8 +108,8 @@ class Built:
         op = getattr(torch.ops.dgc, known(name)).default
 
         def run(*args: Any) -> None:
-            if name == "subtract_" and len(args) == 3:
-                args = (*args, None)
+            if name == "subtract_":
+                args = (*args, *(1.0, None)[len(args) - 3 :])
             op._op_dk(torch._C.DispatchKey.PrivateUse1, *args)
 
         return run
@@ -124,8 +124,15 @@ class Jit(kernels.Kernels):
         emulator().emulate_order(0)
         super().__init__(emulate)
 
-    def subtract_(self, parameters: list[Tensor], updates: list[Tensor], lr: float, skip: Tensor | None = None) -> None:
-        super().subtract_(parameters, updates, lr, skip)
+    def subtract_(
+        self,
+        parameters: list[Tensor],
+        updates: list[Tensor],
+        lr: float,
+        shrink: float = 1.0,
+        skip: Tensor | None = None,
+    ) -> None:
+        super().subtract_(parameters, updates, lr, shrink, skip)
 
 
 class Cuda:

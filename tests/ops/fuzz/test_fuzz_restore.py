@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgc.ops import reference
+from dgc.ops import Accumulation, reference
 from support.buckets import FLOATS, make
 from support.payloads import (
     BUCKETS,
@@ -52,8 +52,7 @@ def gradients(draw: st.DrawFn) -> dict[str, Any]:
         "bucket": draw(st.sampled_from([0, 1, 4, 4, 5])),
         "dtype": draw(st.sampled_from(FLOATS)),
         "wire_dtype": draw(st.sampled_from(FLOATS)),
-        "momentum": draw(st.booleans()),
-        "nesterov": draw(st.booleans()),
+        "rule": draw(st.sampled_from(Accumulation)),
         "seed": draw(st.integers(0, 2**31)),
         "exponent": draw(st.integers(-45, 38)),
         "scale": draw(st.sampled_from([1.0, 1.0, 0.3, 2.0**-16, 2.0**16])),
@@ -76,8 +75,7 @@ def test_restore_undoes_compress_to_the_bit(road, examples):
             density,
             case["dtype"],
             case["wire_dtype"],
-            momentum=case["momentum"],
-            nesterov=case["nesterov"],
+            rule=case["rule"],
             scale=case["scale"],
             seed=case["seed"],
         )
@@ -89,14 +87,14 @@ def test_restore_undoes_compress_to_the_bit(road, examples):
         args.residual += 0.0  # no -0: no sum of another number gives it, and it would come back as 0
         accumulated = args.clone()
         for row, (_, offset, state, n, *_) in enumerate(args.segments.tolist()):
-            u, v = (None if x is None else x[state : state + n] for x in (accumulated.momentum, accumulated.residual))
+            *kept, v = (x[state : state + n] for x in (*accumulated.kept, accumulated.residual))
             h = gradient[offset : offset + n].float() * args.scale
-            reference.accumulate_(u, v, h, float(args.mu[row]), case["nesterov"])
+            reference.accumulate_(case["rule"], kept, v, h, args.numbers[:, row])
         ops.compress_(*args.list())
         seen["non-finite"] += args.flags
         which = torch.tensor(case["which"][: len(sizes)], dtype=torch.uint8)
         compressed = args.clone()
-        state = (args.sent_momentum, args.momentum, args.residual)
+        state = (args.sent, args.momentum, args.residual)
         ops.restore_(args.payload, which, args.segments, args.workspace, *state, args.wire_dtype)
         for name in ("momentum", "residual"):
             after = getattr(args, name)

@@ -53,9 +53,9 @@ def test_a_malformed_segment_table_is_an_error_for_every_op():
         if fits:  # its payload has another size
             args.payload = torch.zeros(wire_layout(args.segments, torch.float32).nbytes, dtype=torch.uint8)
             wire.stamp(args.payload, fingerprint=42).fill_(7)
-            args.sent_momentum = torch.zeros(int(args.segments[:, 4].sum()))
+            args.sent = torch.zeros(int(args.segments[:, 4].sum()))
             args.workspace = ops.workspace(args.segments)
-        state = (args.sent_momentum, args.momentum, args.residual)
+        state = (args.sent, args.momentum, args.residual)
         restore = (args.payload, which, args.segments, args.workspace, *state, torch.float32)
         before = args.clone()
         if fits:

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from dgc.ops import cuda, wire, wire_layout
+from dgc.ops import Accumulation, cuda, wire, wire_layout
 from support.buckets import FLOATS, compress_both, make, unpack_both
 from support.roads import AVAILABLE, ops
 
@@ -15,8 +15,6 @@ pytestmark = pytest.mark.usefixtures("road")
 # Where much is tried, jit is left out: its kernels are built's.
 every_kernel = pytest.mark.parametrize("road", [name for name in AVAILABLE if name != "jit"], indirect=True)
 SIZES = [[1], [31], [33, 1, 64], [65535], [65537], [100_000, 1, 33, 70_000]]
-# (Nesterov, with momentum)
-MODES = [(False, True), (True, True), (False, False)]
 
 
 @every_kernel
@@ -26,8 +24,8 @@ MODES = [(False, True), (True, True), (False, False)]
     ids=str,
 )
 def test_op_equals_reference_for_every_type(sizes, density):
-    for dtype, wire_dtype, (nesterov, momentum) in itertools.product(FLOATS, FLOATS, MODES):
-        args = make(sizes, density, dtype, wire_dtype, nesterov=nesterov, momentum=momentum, offset=3, scale=0.7)
+    for dtype, wire_dtype, rule in itertools.product(FLOATS, FLOATS, Accumulation):
+        args = make(sizes, density, dtype, wire_dtype, rule=rule, offset=3, scale=0.7, decay=0.9)
         compress_both(args)
         other = args.clone()
         other.gradients[0].neg_()
@@ -93,7 +91,16 @@ def test_op_equals_reference_on_random_shapes(seed):
     generator = torch.Generator().manual_seed(seed)
     sizes = [int(10 ** (5 * torch.rand(1, generator=generator))) for _ in range(6)]
     density = float(10 ** (-3.5 * torch.rand(1, generator=generator)))
-    args = make(sizes, density, FLOATS[seed % 3], FLOATS[seed // 3 % 3], seed=seed, masking=seed % 2 == 0, offset=seed)
+    args = make(
+        sizes,
+        density,
+        FLOATS[seed % 3],
+        FLOATS[seed // 3 % 3],
+        seed=seed,
+        masking=seed % 2 == 0,
+        offset=seed,
+        rule=Accumulation(seed % 4),
+    )
     for _ in range(3):
         compress_both(args)
 
@@ -132,7 +139,7 @@ def test_masking_zeroes_momentum_only_where_something_was_sent():
     ops.compress_(*args.list())
     sent = sorted(args.entries(0))
     assert args.momentum[sent].tolist() == [0.0] * 10
-    assert torch.equal(args.sent_momentum, u[sent])
+    assert torch.equal(args.sent, u[sent])
     u[sent] = 0
     assert torch.equal(args.momentum[:1000], u)
 
@@ -150,20 +157,19 @@ def test_a_value_too_small_for_the_wire_is_not_sent_and_not_masked():
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_a_non_finite_gradient_leaves_its_entry_alone_and_raises_the_flag(bad, dtype, nesterov):
-    args = make([70_000, 100], 0.001, dtype, nesterov=nesterov)
+@pytest.mark.parametrize("rule", list(Accumulation)[1:])
+def test_a_non_finite_gradient_leaves_its_entry_alone_and_raises_the_flag(bad, dtype, rule):
+    args = make([70_000, 100], 0.001, dtype, rule=rule)
     where = torch.tensor([0, 77, 69_999, 70_050])
     args.gradients[0][where] = bad
     state = torch.tensor([0, 77, 69_999, 70_016 + 50])
     args.residual[state] = 1e-6  # too small to be sent
-    u, v = args.momentum[state].clone(), args.residual[state].clone()
+    before = [x[state] for x in (*args.kept, args.residual)]
     compress_both(args)
     assert args.flags == wire.NON_FINITE
-    assert torch.equal(args.momentum[state], u)
-    assert torch.equal(args.residual[state], v)
-    assert args.momentum.isfinite().all()
-    assert args.residual.isfinite().all()
+    for x, kept in zip((*args.kept, args.residual), before, strict=True):
+        assert torch.equal(x[state], kept)
+        assert x.isfinite().all()
 
 
 def test_finite_gradients_that_overflow_are_left_out_too():

@@ -16,12 +16,22 @@ pytestmark = pytest.mark.usefixtures("road")
     [
         ("residual", torch.zeros(10)),
         ("residual", torch.zeros(128, dtype=torch.float64)),
-        ("momentum", torch.zeros(10)),
-        ("mu", torch.zeros(0)),
+        ("rule", 4),
+        ("rule", -1),
+        ("kept", [torch.zeros(10)]),
+        ("kept", [torch.zeros(128, dtype=torch.float64)]),
+        ("kept", []),
+        ("kept", [torch.zeros(128)] * 2),
+        ("numbers", torch.zeros(0, 1)),
+        ("numbers", torch.zeros(1, 1)),
+        ("numbers", torch.zeros(3, 1)),
+        ("numbers", torch.zeros(2, 2)),
+        ("numbers", torch.zeros(2)),
+        ("numbers", torch.zeros(2, 1, dtype=torch.float64)),
         ("scale", torch.zeros(0)),
         ("payload", torch.zeros(10, dtype=torch.uint8)),
         ("workspace", torch.zeros(1, dtype=torch.uint8)),
-        ("sent_momentum", torch.zeros(0)),
+        ("sent", torch.zeros(0)),
         ("gradients", [torch.zeros(10)]),
         ("gradients", [torch.zeros(100, dtype=torch.float64)]),
         ("gradients", [torch.zeros(200)[::2]]),
@@ -77,8 +87,8 @@ def test_unpack_refuses_what_would_read_or_write_out_of_bounds(position, value, 
         (0, torch.zeros(10, dtype=torch.uint8), "payload"),
         (1, torch.zeros(0, dtype=torch.uint8), "which"),
         (1, torch.zeros(1), "which"),
-        (4, torch.zeros(0), "sent_momentum"),
-        (5, None, "sent_momentum"),
+        (4, torch.zeros(0), "sent"),
+        (5, None, "sent"),
         (5, torch.zeros(10), "momentum"),
         (6, torch.zeros(10), "residual"),
         (7, torch.float64, "wire_dtype"),
@@ -88,7 +98,7 @@ def test_restore_refuses_what_would_read_or_write_out_of_bounds(position, value,
     args = make([100])
     ops.compress_(*args.list())
     which = torch.ones(1, dtype=torch.uint8)
-    call = [args.payload, which, args.segments, args.workspace, args.sent_momentum, args.momentum, args.residual]
+    call = [args.payload, which, args.segments, args.workspace, args.sent, args.momentum, args.residual]
     call.append(torch.float32)
     call[position] = value
     with pytest.raises(RuntimeError, match=name):
@@ -107,5 +117,5 @@ def test_cuda_refuses_what_its_kernels_cannot_do(road):
         ops.compress_(*replace(args, segments=args.segments + torch.tensor([0, 0, 1, 0, 0, 0])).list())
     with pytest.raises(RuntimeError, match="gradients: expected at most 256 tensors"):
         ops.compress_(*replace(args, gradients=args.gradients * 257).list())
-    with pytest.raises(RuntimeError, match="sent_momentum: expected None"):
-        ops.compress_(*replace(args, momentum=None).list())
+    with pytest.raises(RuntimeError, match="kept: expected memory aligned"):
+        ops.compress_(*replace(args, kept=[torch.zeros(1001)[1:]]).list())

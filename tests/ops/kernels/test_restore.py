@@ -17,13 +17,13 @@ def test_restore_gives_back_every_bit(wire_dtype, masking):
     args.gradients[0] *= 3e4
     before = args.clone()
     for row, (_, offset, state, n, *_) in enumerate(args.segments.tolist()):
-        u, v = before.momentum[state : state + n], before.residual[state : state + n]
-        reference.accumulate_(u, v, before.gradients[0][offset : offset + n], float(args.mu[row]), False)
+        *kept, v = (x[state : state + n] for x in (*before.kept, before.residual))
+        reference.accumulate_(args.rule, kept, v, before.gradients[0][offset : offset + n], args.numbers[:, row])
     ops.compress_(*args.list())
     after = args.clone()
     which = torch.tensor([1, 0, 1], dtype=torch.uint8)
     for op, a in ((ops, args), (reference, after)):
-        op.restore_(a.payload, which, a.segments, a.workspace, a.sent_momentum, a.momentum, a.residual, a.wire_dtype)
+        op.restore_(a.payload, which, a.segments, a.workspace, a.sent, a.momentum, a.residual, a.wire_dtype)
     equal(args, after)
     for row, (_, _, state, n, *_) in enumerate(args.segments.tolist()):
         mine = slice(state, state + n)
