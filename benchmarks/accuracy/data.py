@@ -17,8 +17,8 @@ from torch import Tensor, nn
 CACHE = Path.home() / ".cache" / "torch-dgc"
 VOCABULARY, LENGTH = 1000, 32
 """Of the language models: words that are told apart, and words of one sample."""
-MASKED, MASKINGS = 5, 4
-"""Words of each sample that the encoder has to find, about 15 %, and ways in which each sample is masked."""
+MASKED = 5
+"""Words of each sample that the encoder has to find, about 15 %."""
 IGNORED = -100
 """The target of words that do not count: cross_entropy's own default."""
 
@@ -109,13 +109,13 @@ def masked_bible() -> Data:
     All have equally many masked words, so that the mean over a batch is the mean of the means over its parts.
     """
     plain, generator = bible(), torch.Generator().manual_seed(0)
-    inputs, targets = masked(plain.inputs, generator)
-    return Data(inputs, targets, *masked(plain.test_inputs, generator))
+    inputs, targets = masked(plain.inputs, 4, generator)
+    return Data(inputs, targets, *masked(plain.test_inputs, 2, generator))
 
 
-def masked(words: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Returns inputs and targets: all of words (samples, LENGTH), masked in MASKINGS ways, one way after another."""
-    words = words.repeat(MASKINGS, 1)
+def masked(words: Tensor, ways: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Returns inputs and targets: all of words (samples, LENGTH), masked in several ways, one after another."""
+    words = words.repeat(ways, 1)
     chosen = torch.rand(words.shape, generator=generator).topk(MASKED, 1).indices
     inputs = words.scatter(1, chosen, VOCABULARY)
     return inputs, torch.full_like(words, IGNORED).scatter(1, chosen, words.gather(1, chosen))
