@@ -49,6 +49,11 @@ def share_of_dense(network: nn.Module, config: dgc.DGCConfig, steps: int, worker
     return sent / (steps * traffic(0, whole, workers))
 
 
+def shown(share: float) -> str:
+    """Returns a share of dense training's bytes, as the tables show it."""
+    return f"{100 * share:.1f} %"
+
+
 def payload_bytes(numels: Sequence[int], density: float, config: dgc.DGCConfig) -> int:
     """Returns the bytes of a payload of tensors with these numbers of elements."""
     begins = accumulate(numels, initial=0)
