@@ -71,9 +71,9 @@ class LSTM(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.before_attention, self.before_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
@@ -82,25 +82,27 @@ class _Block(nn.Module):
         batch, time, width = x.shape
         qkv = self.qkv(self.before_attention(x)).view(batch, time, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + self.out(attended.transpose(1, 2).reshape(batch, time, width))
         y: Tensor = x + self.mlp(self.before_mlp(x))
         return y
 
 
 class GPT(nn.Module):
-    """A language model: causal transformer blocks, LayerNorm in front of each part, embedding and output tied."""
+    """A language model: transformer blocks, LayerNorm in front of each part, embedding and output tied."""
 
-    def __init__(self, vocabulary: int, width: int, depth: int, heads: int, context: int) -> None:
-        """Makes it for at most `context` words."""
+    def __init__(
+        self, vocabulary: int, width: int, depth: int, heads: int, context: int, *, causal: bool = True
+    ) -> None:
+        """Makes it for at most `context` words; if not causal, an encoder like BERT's, where a word sees all others."""
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.position = nn.Parameter(torch.zeros(context, width))
         nn.init.normal_(self.embedding.weight, std=0.02)
-        self.blocks = nn.Sequential(*(_Block(width, heads) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(_Block(width, heads, causal) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, words: Tensor) -> Tensor:
-        """Returns scores (batch, time, vocabulary) of the words that follow words (batch, time)."""
+        """Returns scores (batch, time, vocabulary) for words (batch, time): of what follows each, or stands there."""
         x = self.embedding(words) + self.position[: words.shape[1]]
         return nn.functional.linear(self.norm(self.blocks(x)), self.embedding.weight)

@@ -25,11 +25,15 @@ class Difference(NamedTuple):
     """Of the 95 % confidence interval of the mean (Student's t)."""
 
 
+def paired(task: str, scores: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """Returns the difference of each score to a reference's, in points of accuracy or in per cent of perplexity."""
+    relative = TASKS[task].metric == "perplexity"
+    return [100 * (a / b - 1) if relative else a - b for a, b in zip(scores, reference, strict=True)]
+
+
 def difference(task: str, scores: Sequence[float], reference: Sequence[float]) -> Difference:
     """Returns the paired difference of scores to a reference's, of the same seeds in the same order."""
-    relative = TASKS[task].metric == "perplexity"
-    pairs = zip(scores, reference, strict=True)
-    values = [100 * (a / b - 1) if relative else a - b for a, b in pairs]
+    values = paired(task, scores, reference)
     mean = statistics.fmean(values)
     spread = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
     return Difference(mean, mean - spread, mean + spread)

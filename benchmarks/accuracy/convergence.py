@@ -23,6 +23,7 @@ from .replicas import DGC, WORKERS, Dense, train
 from .runs import Record, Run, gather, options
 from .tasks import TASKS, Task
 
+TRAINED = [name for name, task in TASKS.items() if task.optimizer == "SGD"]
 METHODS: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "DGC 5 %": {"density": 0.05},
@@ -98,7 +99,7 @@ def tell(tasks: Sequence[str], seeds: Sequence[int], records: Sequence[Record], 
 
 def main() -> None:
     """Gathers the runs, and reports once they are complete."""
-    args = options(__doc__, list(TASKS), RESULTS / "convergence.jsonl").parse_args()
+    args = options(__doc__, TRAINED, RESULTS / "convergence.jsonl").parse_args()
     runs = plan(args.tasks, args.seeds, args.steps)
     found = gather(runs, perform, args.file, args.processes, args.minutes)
     if len(found) == len(runs):

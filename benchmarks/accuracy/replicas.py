@@ -8,7 +8,8 @@ in processes, which on few cores would take turns, and wait for each other at ev
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
@@ -22,6 +23,7 @@ from torch.optim.optimizer import Optimizer
 import dgc
 from dgc.exchange.base import Exchange
 from dgc.memory.slots import Gradients
+from dgc.optim.base import DGCOptimizer
 
 from .tasks import Task, loss_of, measure, schedule_of
 
@@ -38,15 +40,66 @@ class Replica(Generic[SomeOptimizer]):
     optimizer: SomeOptimizer
 
 
+Batch = tuple[Tensor, Tensor]
+"""One worker's inputs and targets."""
+
+
 class Trainer(Protocol):
-    """How the workers' gradients become one."""
+    """What takes the steps of all workers."""
 
     @property
-    def replicas(self) -> Sequence[Replica[Optimizer]]:
-        """All workers', by rank."""
+    def network(self) -> nn.Module:
+        """The network that is measured."""
 
+    @property
+    def optimizers(self) -> Sequence[Optimizer]:
+        """Those whose learning rate follows the task's schedule."""
+
+    def learn(self, batches: Sequence[Batch]) -> None:
+        """Takes one step, with a batch of each worker."""
+
+    def check(self) -> None:
+        """Raises RuntimeError if the workers have come apart."""
+
+
+class Replicated(ABC):
+    """A Trainer with a network and an optimizer for each worker."""
+
+    replicas: Sequence[Replica[Optimizer]]
+    """All workers', by rank."""
+
+    @abstractmethod
     def reduce(self) -> None:
         """Replaces the gradients of all replicas by what their optimizers are to apply."""
+
+    @property
+    def network(self) -> nn.Module:
+        """The first worker's; the others' are equal."""
+        return self.replicas[0].network
+
+    @property
+    def optimizers(self) -> Sequence[Optimizer]:
+        """All workers'."""
+        return [replica.optimizer for replica in self.replicas]
+
+    def learn(self, batches: Sequence[Batch]) -> None:
+        """Computes each worker's gradients, reduces them and applies the result."""
+        for replica, (inputs, targets) in zip(self.replicas, batches, strict=True):
+            replica.optimizer.zero_grad()
+            loss_of(replica.network(inputs), targets).backward()
+        self.reduce()
+        for replica in self.replicas:
+            replica.optimizer.step()
+
+    def check(self) -> None:
+        """Compares the replicas.
+
+        Raises:
+            RuntimeError: they differ.
+        """
+        first, *others = ([*r.network.parameters()] for r in self.replicas)
+        if any(not torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True)):
+            raise RuntimeError("replicas.py: expected replicas equal to the bit after training, got some that differ")
 
 
 def train(task: Task, make: Callable[[nn.Module, Task], Trainer], seed: int, steps: int) -> list[tuple[int, float]]:
@@ -57,25 +110,19 @@ def train(task: Task, make: Callable[[nn.Module, Task], Trainer], seed: int, ste
     """
     torch.manual_seed(seed)
     trainer = make(task.network(), task)
-    schedules = [schedule_of(task, r.optimizer, steps) for r in trainer.replicas]
+    schedules = [schedule_of(task, optimizer, steps) for optimizer in trainer.optimizers]
     found = []
     for step, batches in enumerate(_batches(task, seed, steps), start=1):
-        for replica, (inputs, targets) in zip(trainer.replicas, batches, strict=True):
-            replica.optimizer.zero_grad()
-            loss_of(replica.network(inputs), targets).backward()
-        trainer.reduce()
-        for replica, schedule in zip(trainer.replicas, schedules, strict=True):
-            replica.optimizer.step()
+        trainer.learn(batches)
+        for schedule in schedules:
             schedule.step()
         if step * 5 // steps > (step - 1) * 5 // steps:
-            found.append((step, measure(task, trainer.replicas[0].network)))
-    first, *others = ([*r.network.parameters()] for r in trainer.replicas)
-    if any(not torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True)):
-        raise RuntimeError("replicas.py: expected replicas equal to the bit after training, got some that differ")
+            found.append((step, measure(task, trainer.network)))
+    trainer.check()
     return found
 
 
-def _batches(task: Task, seed: int, steps: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+def _batches(task: Task, seed: int, steps: int) -> Iterator[list[Batch]]:
     """Yields each worker's samples, for each step: passes over all samples in an order of their own."""
     data = task.load()
     generator = torch.Generator().manual_seed(seed)
@@ -87,7 +134,7 @@ def _batches(task: Task, seed: int, steps: int) -> Iterator[list[tuple[Tensor, T
         yield [(data.inputs[part], data.targets[part]) for part in chosen.split(task.batch_size)]
 
 
-class Dense:
+class Dense(Replicated):
     """Averaged gradients and torch.optim.SGD: plain DDP. Where the task clips, it clips the average."""
 
     def __init__(self, network: nn.Module, task: Task) -> None:
@@ -114,17 +161,18 @@ class Dense:
                 nn.utils.clip_grad_norm_(replica.network.parameters(), self.task.clip_norm)
 
 
-class DGC:
+class DGC(Replicated):
     """The project's core: one DGCState for each worker."""
 
     def __init__(self, network: nn.Module, task: Task, config: dgc.DGCConfig) -> None:
         """Makes the replicas and their states."""
-        self.replicas = sgd_replicas(network, task)
+        replicas = dgc_replicas(network, task)
         meeting = Meeting()
         self.states = [
             dgc.DGCState(r.network.named_parameters(), r.optimizer, config, exchange=InProcess(rank, meeting))
-            for rank, r in enumerate(self.replicas)
+            for rank, r in enumerate(replicas)
         ]
+        self.replicas = replicas
 
     def reduce(self) -> None:
         """Has every state reduce its replica's gradients, as one bucket."""
@@ -144,15 +192,18 @@ class DGC:
                 parameter.grad = bucket.of(i).view_as(parameter)
 
 
-def sgd_replicas(network: nn.Module, task: Task) -> list[Replica[dgc.SGD]]:
-    """Returns replicas with dgc.SGD."""
-    return [
-        Replica(
-            replica,
-            dgc.SGD(replica.parameters(), lr=task.lr, momentum=task.momentum, weight_decay=task.weight_decay),
+def dgc_replicas(network: nn.Module, task: Task) -> list[Replica[DGCOptimizer]]:
+    """Returns replicas with dgc.SGD or dgc.AdamW."""
+    return [Replica(replica, _dgc_optimizer(replica.parameters(), task)) for replica in _copies(network)]
+
+
+def _dgc_optimizer(parameters: Iterable[nn.Parameter], task: Task) -> DGCOptimizer:
+    if task.optimizer == "AdamW":
+        adamw: DGCOptimizer = dgc.AdamW(
+            parameters, lr=task.lr, betas=task.betas, eps=task.eps, weight_decay=task.weight_decay
         )
-        for replica in _copies(network)
-    ]
+        return adamw
+    return dgc.SGD(parameters, lr=task.lr, momentum=task.momentum, weight_decay=task.weight_decay)
 
 
 def gradients(network: nn.Module) -> list[Tensor]:

