@@ -143,11 +143,11 @@ class Bench:
         count = max(2, math.ceil(3 * torch.cuda.get_device_properties(DEVICE).L2_cache_size / (4 * n)))
         self.gradients = [torch.randn(n, device=DEVICE) for _ in range(count)]
         self.u, self.v = torch.zeros(state, device=DEVICE), torch.zeros(state, device=DEVICE)
-        self.fused = Fused(self.gradients, self.u, self.v, self.segments)
+        self.fused = Fused(self.gradients, [self.u], self.v, self.segments)
         # DGC cuts v off just above the threshold: time it on what it leaves behind, not on fresh noise.
         for _ in range(20):
             self.fused.step(self.gradients[0].normal_())
-        self.halves = Fused([g.bfloat16() for g in self.gradients], self.u, self.v, self.segments)
+        self.halves = Fused([g.bfloat16() for g in self.gradients], [self.u], self.v, self.segments)
         self.graphs = captured(self.fused)
         self.payloads = torch.zeros(RANKS, self.fused.payload.numel(), dtype=torch.uint8, device=DEVICE)
         for payload in self.payloads:
@@ -174,7 +174,7 @@ class Bench:
 
         return {
             "copy": copy,
-            "floor": Floor(self.gradients, u, v, library.update),
+            "floor": Floor(self.gradients, [u], v, library.update),
             "dgc": self.fused,
             "dgc bf16": self.halves,
             "dgc graph": lambda: next(replays).replay(),
@@ -222,15 +222,15 @@ class Bench:
             run()
             reference.compress_(
                 [g.clone()],  # it uses the gradient up
-                u,
+                fused.rule,
+                [u],
                 v,
                 fused.segments,
-                fused.mu,
+                fused.numbers,
                 fused.one,
                 payload,
                 fused.workspace,
                 sent,
-                False,
                 torch.float32,
             )
             self._expect(f"{name}: u", fused.u, u)
