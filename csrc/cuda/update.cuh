@@ -30,7 +30,7 @@ __device__ inline WarpReport update_warp(const typename Wire::Raw* __restrict__ 
   constexpr Reach kState = kReach == kTail ? kTail : kAligned;
   constexpr int kTensors = Rule::kKept + 1;
   constexpr int kAtOnce = kTensors > 2 ? 1 : 2;  // rounds whose loads are under way together, in 64 registers
-  float* __restrict__ tensors[kTensors];  // those of the rule, then v
+  float* __restrict__ tensors[kTensors];         // those of the rule, then v
   for (int t = 0; t < Rule::kKept; ++t) tensors[t] = state.kept[t];
   tensors[Rule::kKept] = state.residual;
   WarpReport report{0, false, false};
