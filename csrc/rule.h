@@ -71,7 +71,7 @@ DGC_BOTH inline Rule rule_of(const float* numbers, int64_t segments, int64_t seg
   return rule;
 }
 
-// Calls f with the struct of a rule, whose numbers say nothing. Host and device.
+// Calls f with the struct of a rule; its numbers say nothing.
 template <class F>
 DGC_BOTH inline void with_rule(Accumulation rule, const F& f) {
   if (rule == Accumulation::kSum) return f(Sum{});

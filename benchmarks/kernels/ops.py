@@ -4,10 +4,11 @@
     python -m benchmarks.kernels.ops --device cuda    # on a GPU: see ops_cuda.py
 
 Competitors, all on the same gradients, momentum and residual, since which pages of memory one gets decides up to a
-quarter of a time: `floor`, u and v updated by a plain C++ loop and nothing selected;
-`dgc`, the fused op; `eager exact`, the same step in six PyTorch calls; `topk`, torch.topk of |v| alone; `sampled`, the
-threshold from a 1 % sample, as the official code estimates it, without its refinement loop (so it sends more or fewer
-than k). And unpack of 8 ranks against filling the gradient with zeros, which the fused op does on its way.
+quarter of a time: `floor`, u and v updated by a plain C++ loop and nothing selected; `dgc`, the fused op; `eager
+exact`, the same step in six PyTorch calls; `topk`, torch.topk of |v| alone; `sampled`, the threshold from a 1 % sample,
+as the official code estimates it, without its refinement loop (so it sends more or fewer than k). `floor Adam` and `dgc
+Adam` are the first two by Adam's rule, on the same m, s and v. And unpack of 8 ranks against filling the gradient with
+zeros, which the fused op does on its way.
 """
 
 from __future__ import annotations
@@ -23,34 +24,36 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.utils import cpp_extension
 from tqdm import tqdm
 
 from benchmarks.harness import interleave, ratio, report, shown
 from dgc import ops
+from dgc.ops import Accumulation
 from dgc.step.schedule import entries
 
 from . import ops_cuda
-from .steps import MU, EagerExact, Floor, Fused, Step
+from .steps import ADAM, MU, EagerExact, Floor, Fused, Step
 
 
-def compile_floor() -> Callable[[Tensor, Tensor, Tensor], None]:
-    """Compiles floor.cpp for this machine."""
+def compile_floors() -> list[Callable[..., None]]:
+    """Compiles floor.cpp for this machine, and returns the update of momentum and that of Adam."""
     library = Path(tempfile.mkdtemp()) / "floor.so"
     source = Path(__file__).with_name("floor.cpp")
-    flags = ["-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-shared", "-fPIC"]
+    flags = ["-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC"]
     # torch's threads: a second pool would wait for the first one's to stop spinning.
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-I{path}" for path in cpp_extension.include_paths())]
     link = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu"]
     subprocess.run([os.environ.get("CXX", "g++"), *flags, str(source), "-o", str(library), *link], check=True)
-    update = ctypes.CDLL(str(library)).update
-    update.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_float]
+    loaded = ctypes.CDLL(str(library))
+    of_adam = [value for name, value in ADAM.items() if name != "c2"]
 
-    def floor(g: Tensor, u: Tensor, v: Tensor) -> None:
-        update(g.data_ptr(), u.data_ptr(), v.data_ptr(), g.numel(), MU)
+    def floor(update: Callable[..., None], tensors: int, numbers: list[float]) -> Callable[..., None]:
+        types = [ctypes.c_void_p] * tensors + [ctypes.c_int64] + [ctypes.c_float] * len(numbers)
+        update.argtypes = types  # type: ignore[attr-defined]
+        return lambda *flat: update(*(x.data_ptr() for x in flat), flat[0].numel(), *numbers)
 
-    return floor
+    return [floor(loaded.update, 3, [MU]), floor(loaded.update_adam, 4, of_adam)]
 
 
 class EagerSampled(Step):
@@ -68,9 +71,7 @@ class EagerSampled(Step):
         self.u.index_fill_(0, indices, 0)
 
 
-def compare(
-    n: int, density: float, rounds: int, floor: Callable[[Tensor, Tensor, Tensor], None]
-) -> dict[str, list[float]]:
+def compare(n: int, density: float, rounds: int, floors: list[Callable[..., None]]) -> dict[str, list[float]]:
     """Times every competitor on n elements."""
     k = entries(density, n)
     generator = torch.Generator().manual_seed(0)
@@ -78,15 +79,18 @@ def compare(
     halves = [g.bfloat16() for g in gradients]
     kept = [g.clone() for g in [*gradients, *halves]]
     refill = partial(torch._foreach_copy_, [*gradients, *halves], kept)  # the op uses gradients up
-    u, v = torch.zeros(n), torch.zeros(n)
+    u, v, m, s, v_of_adam = (torch.zeros(n) for _ in range(5))
     segments = torch.tensor([[0, 0, 0, n, k, 1]])
-    fused = Fused(gradients, u, v, segments)
+    fused = Fused(gradients, [u], v, segments)
+    adam = Fused(gradients, [m, s], v_of_adam, segments, Accumulation.ADAM)
     payloads = torch.zeros(8, fused.payload.numel(), dtype=torch.uint8)
     out, status = torch.zeros(n), torch.zeros(9, dtype=torch.int32)
     competitors: dict[str, Callable[[], object]] = {
-        "floor": Floor(gradients, u, v, floor),
+        "floor": Floor(gradients, [u], v, floors[0]),
         "dgc": fused,
-        "dgc bf16": Fused(halves, u, v, segments),
+        "dgc bf16": Fused(halves, [u], v, segments),
+        "floor Adam": Floor(gradients, [m, s], v_of_adam, floors[1]),
+        "dgc Adam": adam,
         "eager exact": EagerExact(gradients, u, v, k),
         "sampled": EagerSampled(gradients, u, v, k),
         "topk": lambda: v.abs().topk(k, sorted=False),
@@ -94,9 +98,10 @@ def compare(
         "unpack 8": lambda: ops.unpack(payloads, 0, segments, fused.workspace, fused.one, torch.float32, [out], status),
     }
     # DGC cuts v off just above the threshold: time it on what it leaves behind, not on fresh noise.
-    for _ in range(20):
-        refill()
-        fused()
+    for step in (fused, adam):
+        for _ in range(20):
+            refill()
+            step()
     for rank in range(8):
         refill()
         fused()
@@ -119,10 +124,10 @@ def main() -> None:
         return
     args.sizes, args.rounds = args.sizes or [1_000_000, 25_000_000, 100_000_000], args.rounds or 15
     torch.set_num_threads(args.threads)
-    floor = compile_floor()
+    floors = compile_floors()
     rows, raw = [], {}
     for n in args.sizes:
-        seconds = compare(n, args.density, args.rounds, floor)
+        seconds = compare(n, args.density, args.rounds, floors)
         raw[str(n)] = seconds
         rows.append(
             [
@@ -131,6 +136,7 @@ def main() -> None:
                 f"{ratio(seconds, 'dgc bf16', 'dgc')[0]:.2f}",
                 *(f"{ratio(seconds, name, 'dgc')[0]:.1f}" for name in ("eager exact", "topk", "sampled")),
                 shown(*ratio(seconds, "unpack 8", "zero fill")),
+                shown(*ratio(seconds, "dgc Adam", "floor Adam")),
             ]
         )
     report(
@@ -145,6 +151,7 @@ def main() -> None:
             "topk / dgc",
             "sampled / dgc",
             "unpack 8 / zeros",
+            "Adam: dgc / floor",
         ],
         rows,
         {"density": args.density, "threads": args.threads, "seconds": raw},

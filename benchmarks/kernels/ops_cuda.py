@@ -5,12 +5,12 @@
 Needs the CUDA kernels of this package, and nvcc for rivals.cu. The limits:
 
   copy             of a tensor: what memory gives, and so what the step's 20 bytes an element cost at the least
-  floor            u and v updated by a plain kernel, nothing selected
+  floor            u and v updated by a plain kernel, nothing selected; floor Adam: m, s and v by Adam's rule
   zero fill        of the gradient
 
 Ours, after a check of every byte they write against plain PyTorch:
 
-  dgc              the fused op; bf16: of bfloat16 gradients; graph: replayed from a CUDA graph
+  dgc              the fused op; bf16: of bfloat16 gradients; graph: replayed from a CUDA graph; Adam: by Adam's rule
   unpack 8         of 8 ranks' payloads
 
 The rivals, all on one segment but the last:
@@ -46,7 +46,7 @@ import dgc
 from benchmarks.harness import ratio, report, shown
 from benchmarks.shapes import NETWORKS, matrices
 from dgc import ops
-from dgc.ops import reference, wire
+from dgc.ops import Accumulation, reference, wire
 from dgc.step.schedule import entries
 
 from .rivals import DEVICE, CubTopK, Library, PowerSGD, Sampled, Shape, loud
@@ -82,6 +82,8 @@ LIMITS = (
     "dgc graph",
     "unpack 8",
     "zero fill",
+    "dgc Adam",
+    "Adam: dgc / floor",
 )
 
 Run = Callable[[], object]
@@ -143,11 +145,20 @@ class Bench:
         count = max(2, math.ceil(3 * torch.cuda.get_device_properties(DEVICE).L2_cache_size / (4 * n)))
         self.gradients = [torch.randn(n, device=DEVICE) for _ in range(count)]
         self.u, self.v = torch.zeros(state, device=DEVICE), torch.zeros(state, device=DEVICE)
-        self.fused = Fused(self.gradients, self.u, self.v, self.segments)
+        self.fused = Fused(self.gradients, [self.u], self.v, self.segments)
         # DGC cuts v off just above the threshold: time it on what it leaves behind, not on fresh noise.
         for _ in range(20):
             self.fused.step(self.gradients[0].normal_())
-        self.halves = Fused([g.bfloat16() for g in self.gradients], self.u, self.v, self.segments)
+        self.halves = Fused([g.bfloat16() for g in self.gradients], [self.u], self.v, self.segments)
+        self.adam = Fused(
+            self.gradients,
+            [torch.zeros(state, device=DEVICE) for _ in range(2)],
+            torch.zeros(state, device=DEVICE),
+            self.segments,
+            Accumulation.ADAM,
+        )
+        for _ in range(20):
+            self.adam.step(self.gradients[0].normal_())
         self.graphs = captured(self.fused)
         self.payloads = torch.zeros(RANKS, self.fused.payload.numel(), dtype=torch.uint8, device=DEVICE)
         for payload in self.payloads:
@@ -156,12 +167,12 @@ class Bench:
         self.outs = [torch.empty(n, device=DEVICE) for _ in range(count)]
         self.status = torch.zeros(RANKS + 1, dtype=torch.int32, device=DEVICE)
         self._check()
-        self.start = self.u.clone(), self.v.clone()
+        self.changing = [self.u, self.v, *self.adam.kept, self.adam.v]
+        self.start = [t.clone() for t in self.changing]
 
     def restore(self) -> None:
-        """Brings back the u and v from which all start."""
-        self.u.copy_(self.start[0])
-        self.v.copy_(self.start[1])
+        """Brings back what is kept and v, from which all start."""
+        torch._foreach_copy_(self.changing, self.start)
 
     def ours(self, library: Library) -> dict[str, Run]:
         """Returns our ops and their limits."""
@@ -174,8 +185,10 @@ class Bench:
 
         return {
             "copy": copy,
-            "floor": Floor(self.gradients, u, v, library.update),
+            "floor": Floor(self.gradients, [u], v, library.update),
             "dgc": self.fused,
+            "floor Adam": Floor(self.gradients, self.adam.kept, self.adam.v, library.update_adam),
+            "dgc Adam": self.adam,
             "dgc bf16": self.halves,
             "dgc graph": lambda: next(replays).replay(),
             "zero fill": lambda: next(pairs)[0].zero_(),
@@ -216,24 +229,27 @@ class Bench:
             ("dgc", self.fused, gradient, lambda: self.fused.step(gradient)),
             ("dgc bf16", self.halves, half, lambda: self.halves.step(half)),
             ("dgc graph", self.fused, gradient, self.graphs[0].replay),
+            ("dgc Adam", self.adam, gradient, lambda: self.adam.step(gradient)),
         ]
         for name, fused, g, run in checks:
-            u, v, payload, sent = (t.clone() for t in (fused.u, fused.v, fused.payload, fused.sent))
+            kept = [t.clone() for t in fused.kept]
+            v, payload, sent = (t.clone() for t in (fused.v, fused.payload, fused.sent))
             run()
             reference.compress_(
                 [g.clone()],  # it uses the gradient up
-                u,
+                fused.rule,
+                kept,
                 v,
                 fused.segments,
-                fused.mu,
+                fused.numbers,
                 fused.one,
                 payload,
                 fused.workspace,
                 sent,
-                False,
                 torch.float32,
             )
-            self._expect(f"{name}: u", fused.u, u)
+            for i, (ours, expected) in enumerate(zip(fused.kept, kept, strict=True)):
+                self._expect(f"{name}: kept {i}", ours, expected)
             self._expect(f"{name}: v", fused.v, v)
             self._expect(f"{name}: payload", fused.payload, payload)
             self._expect(f"{name}: sent u", fused.sent, sent)
@@ -341,6 +357,8 @@ def limits_row(case: Case, times: Times) -> list[str]:
         times.cell("dgc graph", TARGETS.get((case.label, "dgc graph"))),
         times.cell("unpack 8", TARGETS.get((case.label, "unpack 8"))),
         times.cell("zero fill"),
+        times.cell("dgc Adam"),
+        times.against("dgc Adam", "floor Adam"),
     ]
 
 

@@ -16,7 +16,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import _orthogona
 from torch.utils import cpp_extension
 from tqdm import tqdm
 
-from .steps import MU, Step
+from .steps import ADAM, MU, Step
 
 DEVICE = torch.device("cuda")
 POWERSGD_RANK = 4
@@ -47,6 +47,8 @@ class Library:
         pointer, int64 = ctypes.c_void_p, ctypes.c_int64
         self._update = loaded.update
         self._update.argtypes = [pointer, pointer, pointer, int64, ctypes.c_float, pointer]
+        self._update_adam = loaded.update_adam
+        self._update_adam.argtypes = [*4 * [pointer], int64, *6 * [ctypes.c_float], pointer]
         if self.has_topk:
             self._topk = loaded.topk
             self._topk.argtypes = [*4 * [pointer], int64, ctypes.c_float, int64, *4 * [pointer]]
@@ -54,6 +56,12 @@ class Library:
     def update(self, g: Tensor, u: Tensor, v: Tensor) -> None:
         """Updates u and v."""
         succeed(self._update(g.data_ptr(), u.data_ptr(), v.data_ptr(), g.numel(), MU, current_stream()))
+
+    def update_adam(self, g: Tensor, m: Tensor, s: Tensor, v: Tensor) -> None:
+        """Updates m, s and v."""
+        numbers = [value for name, value in ADAM.items() if name != "c2"]
+        pointers = (x.data_ptr() for x in (g, m, s, v))
+        succeed(self._update_adam(*pointers, g.numel(), *numbers, current_stream()))
 
     def topk(
         self, g: Tensor, u: Tensor, v: Tensor, keys: Tensor | None, k: int, out: Tensor, scratch: Tensor | None

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from dgc import ops
-from dgc.ops import wire
+from dgc.ops import Accumulation, wire
 
 MU = 0.9
+ADAM = {"weight": 0.1, "b2": 0.999, "c1": 0.001, "c2": 0.0, "step": 0.001, "root": 0.9, "eps": 1e-8}
+NUMBERS = {Accumulation.MOMENTUM: (1.0, MU), Accumulation.ADAM: (1.0, *ADAM.values())}
 
 
 class Step:
@@ -27,29 +29,37 @@ class Step:
 class Fused(Step):
     """The op of this package."""
 
-    def __init__(self, gradients: list[Tensor], u: Tensor, v: Tensor, segments: Tensor) -> None:
-        super().__init__(gradients, u, v, int(segments[:, 4].sum()))
-        self.segments = segments
+    def __init__(
+        self,
+        gradients: list[Tensor],
+        kept: list[Tensor],
+        v: Tensor,
+        segments: Tensor,
+        rule: Accumulation = Accumulation.MOMENTUM,
+    ) -> None:
+        super().__init__(gradients, kept[0], v, int(segments[:, 4].sum()))
+        self.rule, self.kept, self.segments = rule, kept, segments
         nbytes = ops.wire_layout(segments, torch.float32).nbytes
-        self.payload = torch.zeros(nbytes, dtype=torch.uint8, device=u.device)
+        self.payload = torch.zeros(nbytes, dtype=torch.uint8, device=v.device)
         wire.stamp(self.payload, fingerprint=0)
-        self.workspace = ops.workspace(segments, u.device)
-        self.sent = torch.zeros(self.k, device=u.device)
-        self.mu, self.one = torch.full((len(segments),), MU, device=u.device), torch.ones(1, device=u.device)
+        self.workspace = ops.workspace(segments, v.device)
+        self.sent = torch.zeros(self.k, device=v.device)
+        self.numbers = torch.tensor(NUMBERS[rule], device=v.device)[:, None].repeat(1, len(segments))
+        self.one = torch.ones(1, device=v.device)
 
     def step(self, gradient: Tensor) -> None:
         """Compresses one gradient."""
         ops.compress_(
             [gradient],
-            self.u,
+            self.rule,
+            self.kept,
             self.v,
             self.segments,
-            self.mu,
+            self.numbers,
             self.one,
             self.payload,
             self.workspace,
             self.sent,
-            False,
             torch.float32,
         )
 
@@ -58,16 +68,14 @@ class Fused(Step):
 
 
 class Floor(Step):
-    """u and v only, by a function that updates them."""
+    """What a rule keeps and v only, by a function that updates them."""
 
-    def __init__(
-        self, gradients: list[Tensor], u: Tensor, v: Tensor, update: Callable[[Tensor, Tensor, Tensor], None]
-    ) -> None:
-        super().__init__(gradients, u, v, k=0)
-        self.update = update
+    def __init__(self, gradients: list[Tensor], kept: list[Tensor], v: Tensor, update: Callable[..., None]) -> None:
+        super().__init__(gradients, kept[0], v, k=0)
+        self.kept, self.update = kept, update
 
     def __call__(self) -> None:
-        self.update(self.next(), self.u, self.v)
+        self.update(self.next(), *self.kept, self.v)
 
 
 class EagerExact(Step):

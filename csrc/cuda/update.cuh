@@ -28,9 +28,9 @@ __device__ inline WarpReport update_warp(const typename Wire::Raw* __restrict__ 
                                          const Rule& rule, float scale) {
   using Raw = typename Wire::Raw;
   constexpr Reach kState = kReach == kTail ? kTail : kAligned;
-  constexpr int kAtOnce = 2;  // rounds whose loads are under way together
   constexpr int kTensors = Rule::kKept + 1;
-  float* __restrict__ tensors[kTensors];  // those of the rule, then v
+  constexpr int kAtOnce = kTensors > 2 ? 1 : 2;  // rounds whose loads are under way together, in 64 registers
+  float* __restrict__ tensors[kTensors];         // those of the rule, then v
   for (int t = 0; t < Rule::kKept; ++t) tensors[t] = state.kept[t];
   tensors[Rule::kKept] = state.residual;
   WarpReport report{0, false, false};
@@ -89,7 +89,7 @@ __device__ inline WarpReport update_warp(const void* gradient, int64_t offset, c
 // The group whose maximum update_warp gave to this lane.
 __device__ inline int group_of_lane() { return lane() % 8 * 4 + lane() / 8; }
 
-// Four blocks on a multiprocessor: 32 warps with 3 KiB of loads under way each.
+// Four blocks on a multiprocessor: 32 warps with 3 KiB of loads under way each, 2 KiB with Adam.
 extern "C" __global__ void __launch_bounds__(kThreads, 4) dgc_update(const __grid_constant__ CompressArgs a) {
   const Workspace w = a.bucket.work();
   const TileView tile(w, blockIdx.x / kChunksPerTile);

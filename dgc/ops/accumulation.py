@@ -10,27 +10,22 @@ from torch import Tensor
 
 
 class Accumulation(IntEnum):
-    """A rule that compress_ knows: how many tensors it keeps, and how many numbers it has. compress_ has the equations.
+    """A rule that compress_ knows; dgc.ops.compress_ has the equations."""
 
-    Attributes:
-        kept: the number of tensors that it keeps of each element. The first one is a momentum.
-        rows: its numbers for each parameter, the decay of v among them.
-    """
+    SUM = 0
+    MOMENTUM = 1
+    NESTEROV = 2
+    ADAM = 3
 
-    kept: int
-    rows: int
+    @property
+    def kept(self) -> int:
+        """The number of tensors that it keeps. The first one is a momentum."""
+        return (0, 1, 1, 2)[self]
 
-    def __new__(cls, value: int, kept: int, rows: int) -> Accumulation:
-        """Makes a member, which is an int for the dispatcher."""
-        rule = int.__new__(cls, value)
-        rule._value_ = value
-        rule.kept, rule.rows = kept, rows
-        return rule
-
-    SUM = 0, 0, 1
-    MOMENTUM = 1, 1, 2
-    NESTEROV = 2, 1, 2
-    ADAM = 3, 2, 8
+    @property
+    def rows(self) -> int:
+        """Its numbers for each parameter, the decay of v among them."""
+        return (1, 2, 2, 8)[self]
 
 
 def check_rule(rule: int, kept: Sequence[Tensor], numbers: Tensor, sent: Tensor | None, segments: int) -> None:

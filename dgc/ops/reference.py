@@ -74,41 +74,30 @@ def accumulate_(rule: int, kept: list[Tensor], v: Tensor, h: Tensor, numbers: Te
     Returns:
         Whether any entry was left as it was because a result is not finite: a bool scalar.
     """
-    decay, *own = numbers.tolist()
     if rule == Accumulation.ADAM:
-        after, update = adam(*kept, h, *own[:5], numbers[6], own[6])
+        after, update = adam(kept[0], kept[1], h, numbers)
     elif rule == Accumulation.SUM:
         after, update = [], h
     else:
-        (mu,) = own
+        mu = float(numbers[1])
         u = kept[0] * mu + h
         after, update = [u], torch.add(h, u, alpha=mu) if rule == Accumulation.NESTEROV else u
-    results = [*after, v * decay + update]
+    results = [*after, v * numbers[0] + update]
     finite = torch.stack([result.isfinite() for result in results]).all(0)
     for tensor, result in zip([*kept, v], results, strict=True):
         torch.where(finite, result, tensor, out=tensor)
     return ~finite.all()
 
 
-def adam(
-    m: Tensor,
-    s: Tensor,
-    h: Tensor,
-    weight: float,
-    b2: float,
-    c1: float,
-    c2: float,
-    step: float,
-    root: Tensor,
-    eps: float,
-) -> tuple[list[Tensor], Tensor]:
-    """Returns m and s after this gradient, and Adam's direction."""
+def adam(m: Tensor, s: Tensor, h: Tensor, numbers: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Returns m and s after this gradient, and Adam's direction; arguments as accumulate_ has them."""
+    _, weight, b2, c1, c2, step, _, eps = numbers.tolist()
     m = torch.lerp(m, h, weight)
     s = torch.addcmul(s * b2, h * c1, h)
     s = torch.addcmul(s, m * c2, m)
-    # pow(), since on a CPU sqrt() calls MKL, which does not round correctly. root is a tensor, since CUDA multiplies by
-    # the inverse of a number.
-    return [m, s], m * step / (s.pow(0.5) / root + eps)
+    # In double, since on a CPU sqrt() calls MKL, which does not round correctly. The root is a tensor, since CUDA
+    # multiplies by the inverse of a number.
+    return [m, s], m * step / (s.double().sqrt().float() / numbers[6] + eps)
 
 
 def select(v: Tensor, k: int, unit: int = 1) -> Tensor:

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from dgc import ops
-from dgc.ops import args, cuda, reference, segments, wire
+from dgc.ops import Accumulation, args, cuda, reference, segments, wire
 from dgc.ops.launch import Kernels
 from dgc.ops.schema import OPS
 from support.buckets import make
 from support.roads import cuda_workspace
 
 CSRC = Path(__file__).parents[2] / "csrc"
-ARGS, WIRE = (CSRC / "cuda/args.h").read_text(), (CSRC / "wire.h").read_text()
+ARGS, WIRE, RULE = ((CSRC / name).read_text() for name in ("cuda/args.h", "wire.h", "rule.h"))
 ASSERTED = {name: int(size) for name, size in re.findall(r"static_assert\(sizeof\((\w+)\) == (\d+)\);", ARGS)}
 STRUCTS = {
     name: kind for name, kind in vars(args).items() if isinstance(kind, type) and issubclass(kind, ctypes.Structure)
@@ -60,12 +60,32 @@ def test_a_row_has_the_same_columns():
         (ARGS, "kBins", cuda.BINS),
         (ARGS, "kMaxSources", args.MAX_SOURCES),
         (ARGS, "kMaxPairs", args.MAX_PAIRS),
+        (RULE, "kMaxKept", args.MAX_KEPT),
     ],
 )
 def test_constants_are_equal(source, name, value):
     found = re.search(rf"constexpr \w+ {name} = (\w+);", source)
     assert found is not None
     assert int(found[1], 0) == value
+
+
+def test_the_rules_are_the_same():
+    listed = re.search(r"enum class Accumulation : int64_t {(.*)};", RULE)
+    assert listed is not None
+    numbers = {name: int(number) for name, number in re.findall(r"k(\w+) = (\d+)", listed[1])}
+    assert numbers == {rule.name.title(): rule.value for rule in Accumulation}
+    for rule in Accumulation:
+        body = re.search(rf"struct {rule.name.title()} {{\n(.*?)\n}};", RULE, re.DOTALL)
+        assert body is not None, rule
+        assert f"kKept = {rule.kept};" in body[1]
+        [fields_of] = re.findall(r"^  float (.*);$", body[1], re.MULTILINE)
+        assert len(fields_of.split(", ")) == rule.rows
+        # compress_ names them in this order.
+        assert fields_of.split(", ")[0] == "decay"
+        if rule == Accumulation.ADAM:
+            assert fields_of.split(", ")[1:] == ["weight", "b2", "c1", "c2", "step", "root", "eps"]
+            assert fields_of.removeprefix("decay, ") in " ".join(ops.compress_.__doc__.split())
+    assert max(rule.kept for rule in Accumulation) == args.MAX_KEPT
 
 
 KERNELS = (CSRC / "cuda/kernels.cuh").read_text()

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 import dgc
+from dgc import ops
+from dgc.ops import Accumulation
+from dgc.optim.apply import subtract
 from dgc.optim.base import DGCOptimizer
 from dgc.optim.sgd import MomentumCorrection
 from dgc.optim.unfused import Unfused
@@ -268,3 +271,75 @@ def test_an_optimizer_without_a_rule_is_named():
     model = Given(SHAPES)
     with pytest.raises(NotImplementedError, match=r"Ruleless\.rule: expected a method that returns a .*Rule"):
         dgc.DGCState(model.named_parameters(), Ruleless(model.parameters(), {}))
+
+
+class FusedAdamRule(ThreeRule):
+    """Adam's direction in one op, with numbers that change from pass to pass."""
+
+    fused, kept = True, ("m", "s")
+    passes, seen = 0, ()
+
+    def check(self):
+        self.passes += 1
+
+    def factors(self, parameter, group, workers):
+        return 0.25, 0.75, 0.25, 0.0, 1 / self.passes, 1.0 + parameter.dim(), 1e-3
+
+    def compress(self, work):
+        self.seen = work
+        kept = [work.kinds["m"], work.kinds["s"]]
+        rest = (work.scale, work.selection, work.workspace, work.sent.get("m"), work.dtype)
+        ops.compress_(work.gradients, Accumulation.ADAM, kept, work.residual, work.receiving.table, work.numbers, *rest)
+
+
+class FusedAdam(Three):
+    def rule(self):
+        return FusedAdamRule(self)
+
+    def step(self):
+        self.reducer.take()
+
+
+def test_numbers_are_written_where_they_have_changed():
+    run = Run(FusedAdam)
+    rule = run.state.parameters.rule
+    for step in range(3):
+        run.train(normals(SHAPES, step))
+        numbers, factors = rule.seen.numbers, rule.seen.factors
+        assert factors[0][4] == 1 / rule.passes
+        # What is wrong stays wrong, unless it is written again.
+        expected = torch.tensor([(1.0, *own) for own in factors], dtype=torch.float32).T
+        if step:
+            expected[2] = 0.5
+        assert torch.equal(numbers, expected)
+        numbers[2] = 0.5
+
+
+@pytest.mark.parametrize("masking", [True, False])
+def test_a_fused_rule_masks_its_first_tensor_and_gives_it_back(masking):
+    run = Run(FusedAdam, dgc.DGCConfig(density=0.01, momentum_masking=masking))
+    name, gradient = "big", normals(SHAPES, 0)["big"]
+    run.backward(normals(SHAPES, 0))
+    m, s = 0.25 * gradient, 0.25 * gradient * gradient
+    kept = {kind: tensor.clone() for kind, tensor in run.state.memory.of(name).items()}
+    torch.testing.assert_close(kept["s"], s)
+    assert (kept["m"] == 0).sum() == masking * 900
+    run.state.discard(drop_gradient=False)
+    torch.testing.assert_close(run.state.memory.of(name)["m"], m)
+    assert torch.equal(run.state.memory.of(name)["s"], kept["s"])
+    assert list(run.state.memory.kinds) == ["m", "s"]
+
+
+@pytest.mark.parametrize("form", ["float32", "float64", "with gaps"])
+def test_subtract_shrinks_in_one_op_or_tensor_by_tensor(form):
+    p, update = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+    if form == "float64":
+        p, update = p.double(), update.double()
+    elif form == "with gaps":
+        p, update = p.T, update.T
+    expected = 0.5 * p - 0.25 * update
+    for skip, right in ((torch.ones(1, dtype=torch.uint8), p.clone()), (torch.zeros(1, dtype=torch.uint8), expected)):
+        subtract([p], [update], 0.25, skip, shrink=0.5)
+        assert torch.equal(p, right)
+    subtract([p], [update], 0.25, None, shrink=0.5)
+    assert torch.equal(p, 0.5 * expected - 0.25 * update)

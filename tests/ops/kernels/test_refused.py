@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dgc.ops import Accumulation
 from support.buckets import make
 from support.roads import ops
 
@@ -52,6 +53,28 @@ def test_compress_refuses_what_would_read_or_write_out_of_bounds(field, value):
     with pytest.raises(RuntimeError, match="gradients" if "segments" in field and value[0][0] == 1 else field):
         ops.compress_(*args.list())
     assert torch.equal(args.payload, before.payload)
+
+
+def test_a_rule_that_keeps_nothing_has_nothing_to_mask():
+    args = make([100], rule=Accumulation.SUM)
+    with pytest.raises(RuntimeError, match="sent: expected None where the rule keeps nothing"):
+        ops.compress_(*replace(args, sent=torch.zeros(1)).list())
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (Accumulation.SUM, "kept: expected 0 tensors for rule 0, got 1"),
+        (Accumulation.ADAM, "kept: expected 2 tensors for rule 3, got 1"),
+    ],
+)
+def test_a_rule_with_the_arguments_of_another_one_is_refused(rule, message):
+    args = make([100])
+    with pytest.raises(RuntimeError, match=message):
+        ops.compress_(*replace(args, rule=rule).list())
+    args.kept = [torch.zeros(128)] * rule.kept
+    with pytest.raises(RuntimeError, match=rf"numbers: expected \[{rule.rows}, 1\] for rule {int(rule)}"):
+        ops.compress_(*replace(args, rule=rule).list())
 
 
 @pytest.mark.parametrize(
