@@ -46,7 +46,8 @@ struct Adam {
   static constexpr int kKept = 2;
   float decay, weight, b2, c1, c2, step, root, eps;
 
-  DGC_BOTH bool starts_from_m() const { return weight > -0.5f && weight < 0.5f; }
+  // |weight| < 0.5, as bits: CuPy's comparisons of numbers flush denormal ones.
+  DGC_BOTH bool starts_from_m() const { return magnitude(weight) < float_bits(0.5f); }
   DGC_BOTH float coefficient() const { return starts_from_m() ? weight : subtract(weight, 1.0f); }
 
   DGC_BOTH float update(float h, float* kept) const {

@@ -21,7 +21,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) dgc_subtract(const __grid
   const float* g = pair.update + begin;
   const auto aligned = (reinterpret_cast<uint64_t>(p) | reinterpret_cast<uint64_t>(g)) % sizeof(Quad<float>) == 0;
   const int thread = static_cast<int>(threadIdx.x), quads = aligned ? n / 4 : 0;
-  const bool keeps = a.shrink == 1.0f;  // then what is not updated stays as it is
+  const bool keeps = float_bits(a.shrink) == float_bits(1.0f);  // then what is not updated stays as it is
   // The product is rounded, and the rest once, as torch's mul_() and add_(alpha=).
   const auto updated = [&](float parameter, float update) {
     return multiply_add(a.minus_lr, update, multiply(a.shrink, parameter));

@@ -100,10 +100,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4) dgc_update(const __gri
   if (numel > 0) {
     const int64_t begin = tile.begin + chunk * kChunk + warp() * kWarpElements;
     WarpState at{{}, a.residual + s.state + begin};
-    for (int t = 0; t < kMaxKept; ++t) at.kept[t] = a.kept[t] == nullptr ? nullptr : a.kept[t] + s.state + begin;
     WarpReport report{};
     with_rule(static_cast<Accumulation>(a.rule), [&](auto of_rule) {
       using Rule = decltype(of_rule);
+      for (int t = 0; t < Rule::kKept; ++t) at.kept[t] = a.kept[t] + s.state + begin;
       const Rule rule = rule_of<Rule>(a.numbers, a.bucket.segments, tile.segment);
       with_wire_type(a.gradients.type[s.source], [&](auto type) {
         report = update_warp<decltype(type)>(a.gradients.data[s.source], s.offset + begin, at, numel, rule, *a.scale);

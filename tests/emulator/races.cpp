@@ -32,9 +32,10 @@ struct Bucket {
       entries += k;
     }
     gradient = normal(offset);
-    u = normal(state);
+    m = normal(state);
+    s.assign(state, 1.0f);
     v = normal(state);
-    mu.assign(sizes.size(), 0.9f);
+    numbers.assign(8 * sizes.size(), 0.9f);  // rows enough for every rule
     sent.resize(entries);
     args.segments = static_cast<int64_t>(table.size());
     args.tiles = static_cast<int64_t>(segment_of_tile.size());
@@ -56,15 +57,19 @@ struct Bucket {
     return x;
   }
 
-  void compress(dgc::FloatType type, bool keeps_momentum) {
+  void compress(dgc::FloatType type, dgc::Accumulation rule) {
     dgc::CompressArgs a{};
     a.bucket = args;
-    a.momentum = keeps_momentum ? u.data() : nullptr;
+    dgc::with_rule(rule, [&](auto of_rule) {
+      float* kept[] = {m.data(), s.data()};
+      for (int i = 0; i < decltype(of_rule)::kKept; ++i) a.kept[i] = kept[i];
+    });
     a.residual = v.data();
-    a.mu = mu.data();
+    a.numbers = numbers.data();
     a.scale = &scale;
     a.payload = payload.data();
-    a.sent_momentum = keeps_momentum ? sent.data() : nullptr;
+    a.sent = a.kept[0] != nullptr ? sent.data() : nullptr;
+    a.rule = static_cast<int64_t>(rule);
     a.gradients.data[0] = gradient.data();
     a.gradients.type[0] = type;
     dgc_cuda_compress(&a, 0, nullptr);
@@ -88,14 +93,14 @@ struct Bucket {
 
   void restore() {
     const std::vector<uint8_t> which(args.segments, 1);
-    const dgc::RestoreArgs a{args, payload.data(), which.data(), sent.data(), u.data(), v.data()};
+    const dgc::RestoreArgs a{args, payload.data(), which.data(), sent.data(), m.data(), v.data()};
     dgc_cuda_restore(&a, 0, nullptr);
   }
 
   std::mt19937 random;
   int64_t entries = 0;
   float scale = 1.0f;
-  std::vector<float> gradient, u, v, mu, sent;
+  std::vector<float> gradient, m, s, v, numbers, sent;
   std::vector<uint8_t> workspace, payload;
   dgc::BucketArgs args{};
 };
@@ -104,6 +109,7 @@ void subtract() {
   std::vector<float> p(20'000, 1.0f), g(20'000, 0.5f);
   dgc::SubtractArgs a{};
   a.minus_lr = -1.0f;
+  a.shrink = 1.0f;
   a.count = 2;
   a.pairs[0] = {p.data(), g.data(), 100, 0, 0};
   a.pairs[1] = {p.data() + 101, g.data() + 101, 19'000, 1, 0};
@@ -136,16 +142,17 @@ int main(int argc, char** argv) {
       emulate_order(order);
       for (const double density : {0.001, 0.02, 0.3}) {  // from groups, candidates that do not fit, shared histograms
         Bucket bucket({70'000, 33, 20'000}, density, order);
-        bucket.compress(dgc::kFloat, true);
+        bucket.compress(dgc::kFloat, dgc::Accumulation::kMomentum);
         bucket.unpack(3);
         bucket.restore();
-        bucket.compress(dgc::kBFloat16, false);
+        bucket.compress(dgc::kBFloat16, dgc::Accumulation::kSum);
         std::fill(bucket.v.begin(), bucket.v.end(), 0.0f);  // all equal: ties
         std::fill(bucket.gradient.begin(), bucket.gradient.end(), 1.0f);
-        bucket.compress(dgc::kFloat, false);
+        bucket.compress(dgc::kFloat, dgc::Accumulation::kSum);
       }
       Bucket small({9'000}, 0.01, order);
-      small.compress(dgc::kFloat, true);
+      small.compress(dgc::kFloat, dgc::Accumulation::kMomentum);
+      small.compress(dgc::kFloat, dgc::Accumulation::kAdam);
       small.unpack(300);
       subtract();
     }

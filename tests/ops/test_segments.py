@@ -132,7 +132,7 @@ BAD = [
     ("entries", 101, "0 < entries <= numel"),
     ("numel", -1, "0 < entries <= numel"),
     ("offset", 2**62, "0 < entries <= numel"),
-    ("state", 2**46, "(residual|momentum): expected"),
+    ("state", 2**46, "(residual|kept): expected"),
     ("unit", 2, "expected unit 1"),
     ("source", 1, "gradients"),
 ]

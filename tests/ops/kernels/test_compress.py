@@ -231,7 +231,7 @@ def test_gradients_become_zero_where_segments_are_and_nowhere_else(road):
         args.gradients[0] = torch.cat([args.gradients[0], torch.ones(40, dtype=dtype)])
         args.gradients[0][50] = math.nan  # an entry that is left out
         before = args.gradients[0].clone()
-        args.segments = args.segments[[0, 2]]
+        args.segments, args.numbers = args.segments[[0, 2]], args.numbers[:, [0, 2]]
         args.workspace = ops.workspace(args.segments)
         args.payload = torch.zeros(wire_layout(args.segments, args.wire_dtype).nbytes, dtype=torch.uint8)
         ops.compress_(*args.list())
