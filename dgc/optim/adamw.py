@@ -24,6 +24,7 @@ class LocalAdam(Unfused):
     masked = (FIRST,)
     averages = (SECOND,)
     masked_below = 0.0
+    named = "(beta1, beta2, eps)"
     keeps_state = True
 
     def __init__(self, optimizer: AdamW) -> None:
