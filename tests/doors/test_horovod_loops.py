@@ -115,6 +115,30 @@ def test_parameters_and_optimizer_state_are_broadcast(horovod, weight_decay):
     assert_replicas_equal(results)
 
 
+def broadcast_adamw():
+    """Broadcasts the state of a worker that has trained to one that has not, as Horovod's elastic state does."""
+    rank = hvd.rank()
+    run = Run(module=Given(SHAPES, seed=rank), optimizer=dgc.AdamW, lr=0.01 * (1 + rank), betas=(0.8, 0.99))
+    hvd.broadcast_parameters(run.net.state_dict(), root_rank=0)
+    hvd.broadcast_optimizer_state(run.optimizer, root_rank=0)
+    for step in range(3):
+        run.train(normals(SHAPES, seed_of(step, rank)))
+    if rank:  # as a newcomer
+        for state in run.optimizer.state.values():
+            state["step"].zero_()
+    hvd.broadcast_optimizer_state(run.optimizer, root_rank=0)
+    for step in range(3, 6):
+        run.train(normals(SHAPES, seed_of(step, rank)))
+    steps = [float(state["step"]) for state in run.optimizer.state.values()]
+    return {**run.result(), "steps": steps, "lr": run.optimizer.param_groups[0]["lr"]}
+
+
+def test_the_number_of_gradients_is_broadcast(horovod):
+    results = horovod(2, broadcast_adamw)
+    assert_replicas_equal(results)
+    assert [(r["lr"], r["steps"]) for r in results] == [(0.01, [6.0] * 5)] * 2
+
+
 def foreign(kind):
     net = Given(SHAPES)
     plain = (
