@@ -30,7 +30,6 @@ class LocalAdam(Unfused):
     def __init__(self, optimizer: AdamW) -> None:
         """Takes the optimizer."""
         self.optimizer: AdamW = optimizer
-        self._dense_before = False
 
     def factors(self, parameter: Tensor, group: Mapping[str, Any], workers: int) -> tuple[float, ...]:
         """Returns dgc.optim.adam.factors; the gradients before this one are counted by accumulated()."""
@@ -65,16 +64,9 @@ class LocalAdam(Unfused):
         if parameters:  # a bucket may have none of the dropped ones, and torch takes no empty list
             torch._foreach_add_([self.optimizer.state_of(p)["step"] for p in parameters], saved.count(times), alpha=1)
 
-    @property
-    def steps_taken(self) -> int:
-        """Number of steps in the optimizer's state; 0 where it came with the moments of a dense run."""
-        return 0 if self._dense_before else super().steps_taken
-
     def brought(self) -> dict[Tensor, dict[str, Tensor]]:
         """Removes the moments of a dense run from the optimizer's state, and returns them."""
-        found = self.optimizer.take_moments()
-        self._dense_before |= bool(found)
-        return found
+        return self.optimizer.take_moments()
 
     def advance(
         self, kept: Mapping[str, Tensor], gradient: Tensor, factors: tuple[float, ...]
