@@ -196,11 +196,12 @@ class Memory:
             kinds: those that the state_dicts have besides the residual; others become zero.
             diverged: parameters whose kinds are summed; those of the others are copied from the first part.
             averages: kinds that are averaged over the parts that are there, so that a missing one does not count as 0.
+                Where all that have a weight are missing, they are the first part's.
         """
         share = [weight for weight, _ in parts]
         there = sum(share)
-        mean = [weight / there for weight in share] if 0 < there < 1 else share
         first = [1.0] + [0.0] * (len(parts) - 1)
+        mean = [weight / there for weight in share] if 0 < there < 1 else share if there else first
         self.allocate(kinds)
         for kind, flat in {"residual": self.residual, **self.kinds}.items():
             if kind != "residual" and kind not in kinds:

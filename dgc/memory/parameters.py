@@ -48,6 +48,8 @@ class Parameters:
         self._strides = {name: p.stride() for name, p in self.by_name.items()}
         self.rule.check_use(loss_scaling=loss_scaling, skipping=config.on_nonfinite == "skip")
         self.device = next(iter(self.by_name.values())).device
+        self.came_dense = False
+        """Whether the optimizer has brought the tensors of a dense run."""
 
     def refresh(self) -> None:
         """Looks up the optimizer's group of each parameter.
@@ -111,9 +113,10 @@ class Parameters:
 
     def brought(self) -> list[tuple[str, dict[str, Tensor]]]:
         """Removes the tensors of a dense run from the optimizer's state, and returns them by name and kind."""
-        return [
-            (self._slots[id(p)].name, kinds) for p, kinds in self.rule.brought().items() if id(p) in self._slots
-        ]  # without those of parameters that are frozen by now
+        found = self.rule.brought()
+        self.came_dense |= bool(found)
+        # Without those of parameters that are frozen by now.
+        return [(self._slots[id(p)].name, kinds) for p, kinds in found.items() if id(p) in self._slots]
 
     def not_reduced(self, reduced: Collection[str]) -> list[str]:
         """Returns the names of parameters whose gradient the optimizer would apply, though it was not exchanged.

@@ -26,6 +26,7 @@ class LocalAdam(Rule):
     masked = (FIRST,)
     averages = (SECOND,)
     masked_below = 0.0
+    named = "(beta1, beta2, eps)"
     keeps_state = True
 
     def __init__(self, optimizer: AdamW) -> None:
@@ -62,7 +63,8 @@ class LocalAdam(Rule):
 
     def accumulated(self, parameters: Sequence[Tensor], times: int = 1) -> None:
         """Counts the gradients in m and s, which bias correction needs. A step that is left out is in them too."""
-        torch._foreach_add_([self.optimizer.state_of(p)["step"] for p in parameters], saved.count(times), alpha=1)
+        if parameters:  # a bucket may have none of the dropped ones, and torch takes no empty list
+            torch._foreach_add_([self.optimizer.state_of(p)["step"] for p in parameters], saved.count(times), alpha=1)
 
     def brought(self) -> dict[Tensor, dict[str, Tensor]]:
         """Removes the moments of a dense run from the optimizer's state, and returns them."""

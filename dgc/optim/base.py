@@ -89,12 +89,14 @@ class Rule(ABC):
         averages: the kinds that are a statistic of the gradients and no part of the update. Ranks that come or go take
             their mean over, where they divide the other kinds and v among themselves.
         masked_below: density below which DGCConfig.momentum_masking "auto" masks.
+        named: what numbers() are, for the message where ranks differ.
     """
 
     optimizer: Optimizer
     fused = True
     averages: tuple[str, ...] = ()
     masked_below = MASKED_BELOW
+    named = "numbers of the rule"
 
     @property
     def masked(self) -> tuple[str, ...]:

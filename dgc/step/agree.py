@@ -22,7 +22,7 @@ def description(config: DGCConfig, parameters: Parameters, codec: str, loss_scal
         "loss scaling": loss_scaling,
         "optimizer": type(optimizer).__name__,
         "(momentum, nesterov) by group": groups,
-        "numbers of the rule by group": parameters.rule.numbers(),
+        f"{parameters.rule.named} by group": parameters.rule.numbers(),
         "number of parameters": len(parameters.by_name),
         **{f"parameter {name}": (tuple(p.shape), p.dtype) for name, p in parameters.by_name.items()},
     }

@@ -185,6 +185,11 @@ class Bucket:
         """Undoes this pass in memory, for the named parameters or for all."""
         if self.sparse is not None:
             self.sparse.undo.drop(self._memory, names)
+            self.uncount(names)
+
+    def uncount(self, names: Collection[str] | None = None) -> None:
+        """Takes this pass off the rule's count of gradients, for the named parameters or for all."""
+        if self.sparse is not None:
             dropped = [m.slot.name for m in self.sparse.members if names is None or m.slot.name in names]
             self._parameters.accumulated(dropped, times=-1)
 

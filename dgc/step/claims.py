@@ -178,6 +178,9 @@ class Claims:
         shadow = last.stage is Stage.SHADOW
         verdict = last.settle()
         found = verdict.findings()
+        if self._late and self._standing.config.droppable:
+            for bucket in last.buckets:
+                bucket.uncount(verdict.zeroed)  # the device has dropped their pass
         if not found:
             if self._late:
                 if verdict.zeroed and not self._standing.config.droppable:

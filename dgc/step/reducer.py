@@ -235,8 +235,9 @@ class Reducer(Claims):
         transfer.done.add_done_callback(partial(_receive, [arrival]))
 
     def _look_for_a_lost_residual(self) -> None:
-        looked = "residual" in self._told
-        if self._standing.step == 0 and not looked and (steps := self._standing.parameters.rule.steps_taken):
+        parameters = self._standing.parameters
+        told = "residual" in self._told or parameters.came_dense  # a dense run's steps had no residual
+        if self._standing.step == 0 and not told and (steps := parameters.rule.steps_taken):
             self._tell("residual", advice.residual_missing(steps))
         self._told.add("residual")
 

@@ -11,7 +11,7 @@ from dgc.exchange.base import Exchange
 from dgc.exchange.distributed import DistributedExchange
 from dgc.memory import group
 from dgc.memory import share as shares
-from dgc.memory.memory import Memory
+from dgc.memory.memory import MOMENTUM, Memory
 from dgc.memory.parameters import Parameters
 from dgc.memory.share import Share
 from dgc.ops.codec import Codec
@@ -138,12 +138,15 @@ class Standing:
         """Returns this rank's part of saved shares, and changes nothing; raises as shares.choose()."""
         topology = self.exchange.topology
         choice = shares.choose(self.memory, parts, topology.share, topology.shares, allow_missing_ranks)
-        may_keep = self.parameters.rule.may_keep
-        others = [kind for kind in choice.share.kinds if kind not in may_keep]
-        if others and may_keep:
+        rule, kinds = self.parameters.rule, choice.share.kinds
+        # What waits is a sum of gradients beside momentum or nothing, and one of finished updates beside other kinds.
+        known = rule.may_keep or (MOMENTUM,)
+        # A statistic cannot begin at zero: with the number of gradients so far, divisors would be far too small.
+        if [kind for kind in kinds if kind not in known] or [kind for kind in rule.averages if kind not in kinds]:
             raise ValueError(
-                f"state_dict: expected what {type(self.parameters.optimizer).__name__} keeps, {', '.join(may_keep)}, "
-                f"got {', '.join(others)}: it was saved with another optimizer. Load it with that one"
+                f"state_dict: expected what {type(self.parameters.optimizer).__name__} keeps, "
+                f"{', '.join(rule.may_keep) or 'nothing'}, got {', '.join(kinds) or 'nothing'}: it was saved with "
+                "another optimizer. Load it with that one"
             )
         return choice
 

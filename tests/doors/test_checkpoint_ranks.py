@@ -5,7 +5,6 @@ import shutil
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -15,25 +14,11 @@ from support.ddp_run import Run
 from support.messages import Messages
 from support.models import integers, normals
 from support.ranks import run_ranks
+from support.shares import load_all, mean, rows, save_all
 from support.training import LARGE, SHAPES, assert_replicas_equal, assert_resumed, seed_of
 
 CONFIG = dgc.DGCConfig(density=0.01, warmup_steps=10, warmup_densities=(0.25, 0.05))
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
-
-
-def save_all(run, folder):
-    """What a user does: model and optimizer first, by one rank, then DGC's part."""
-    if run.state.exchange.rank == 0:
-        parts = {"model": run.net, "optimizer": run.optimizer}
-        torch.save({key: part.state_dict() for key, part in parts.items()}, f"{folder}/rest.pt")
-    dgc.checkpoint.save(run.state, f"{folder}/dgc")
-
-
-def load_all(run, folder, **options):
-    saved = torch.load(f"{folder}/rest.pt", weights_only=True)
-    run.net.load_state_dict(saved["model"])
-    run.optimizer.load_state_dict(saved["optimizer"])
-    dgc.checkpoint.load(run.state, f"{folder}/dgc", **options)
 
 
 def resume(rank, world_size, folder):
@@ -81,22 +66,6 @@ def go_on(rank, world_size, folder, before, plain):
     for step in range(6, 12):
         run.train(integers(SHAPES, seed_of(step, 0)))
     return loaded, run.result()
-
-
-def rows(before, now):
-    """The matrix, from its definition: lengths of intervals' intersections, times N/M."""
-    pieces = np.array([[s, s + 1] for s in range(before)], dtype=float)
-    matrix = np.zeros((now, before))
-    for r in range(now):
-        low, high = r * before / now, (r + 1) * before / now
-        matrix[r] = np.clip(np.minimum(high, pieces[:, 1]) - np.maximum(low, pieces[:, 0]), 0, None) * now / before
-    np.testing.assert_allclose(matrix.sum(1), 1)
-    np.testing.assert_allclose(matrix.sum(0), now / before)
-    return matrix
-
-
-def mean(results, kind, name):
-    return sum(r[kind][name].double() for r in results) / len(results)
 
 
 @pytest.mark.parametrize(("before", "now", "plain"), [(4, 2, False), (2, 3, False), (3, 1, False), (2, 3, True)])

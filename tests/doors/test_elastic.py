@@ -153,11 +153,11 @@ def test_regroup_with_an_update_outstanding_is_refused():
 # in Horovod
 
 
-def commit_and_restore():
+def commit_and_restore(settings):
     """Commits after 4 of 8 steps, trains on, restores and repeats these steps."""
     from support.horovod_run import Run, hvd
 
-    run = Run(dgc.DGCConfig(0.008, warmup_steps=6, warmup_densities=(0.25,)), weight_decay=0.1)
+    run = Run(dgc.DGCConfig(0.008, warmup_steps=6, warmup_densities=(0.25,)), weight_decay=0.1, **settings)
     with pytest.raises(ValueError, match=r"dgc=optimizer\.dgc_state"):
         hvd.elastic.TorchState(model=run.net, optimizer=run.optimizer)
     elastic = hvd.elastic.TorchState(model=run.net, optimizer=run.optimizer, dgc=run.state, batch=0)
@@ -198,10 +198,11 @@ def test_commit_and_restore_bring_back_each_workers_own():
     pytest.importorskip("horovod.torch", reason="needs Horovod: ./launch/install_horovod.sh")
     pool = horovod_ranks.Pool(2)
     try:
-        ranks = pool(commit_and_restore)
+        ranks = pool(commit_and_restore, {})
+        adam = pool(commit_and_restore, {"optimizer": dgc.AdamW, "lr": 0.01})
     finally:
         pool.close()
-    for (straight, again), fresh, message in ranks:
+    for (straight, again), fresh, message in [*ranks, *adam]:
         assert_equal([straight], [again])
         assert straight["step"] == again["step"] == 8
         assert not fresh["residual"]["a"].any()

@@ -20,15 +20,20 @@ from support.training import (
 # the same numbers
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_fifty_steps_have_the_bits_of_the_ddp_hook(horovod, world_size):
+SGD = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
+ADAMW = {"optimizer": dgc.AdamW, "lr": 0.01, "betas": (0.8, 0.99), "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize(("world_size", "settings"), [(2, SGD), (3, SGD), (2, ADAMW)], ids=["2", "3", "2 AdamW"])
+def test_fifty_steps_have_the_bits_of_the_ddp_hook(horovod, world_size, settings):
     config = dgc.DGCConfig(density=0.008, warmup_steps=12, warmup_densities=(0.25, 0.05), clip_norm=20.0)
-    kwargs = {"config": config, "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
-    results = horovod(world_size, train_given, 50, normals, kwargs)
+    kwargs = {"config": config, **settings}
+    dense = (20, 21) if world_size == 2 else ()
+    results = horovod(world_size, train_given, 50, normals, kwargs, dense)
     assert_replicas_equal(results)
     # Dense parameters: DDP divides before the sum and Horovod after it, and with three ranks the order of the sum
     # depends on how a ring cuts the tensor. With two ranks both are exact.
-    ddp = run_ranks(world_size, ddp_run.train_given, 50, normals, kwargs)
+    ddp = run_ranks(world_size, ddp_run.train_given, 50, normals, kwargs, dense)
     assert_equal(results, ddp, dense_too=world_size == 2)
 
 
@@ -94,10 +99,9 @@ def test_groups_decide_what_travels_together_and_change_no_bit(horovod):
         assert_equal([one, one], [two, three])
 
 
-def sum_and_average(clip_norm):
+def sum_and_average(clip_norm, settings):
     config = dgc.DGCConfig(density=0.008, clip_norm=clip_norm)
-    sgd = {"momentum": 0.5, "nesterov": True, "weight_decay": 0.25}
-    average, total = Run(config, **sgd), Run(config, horovod={"op": hvd.Sum}, **sgd)
+    average, total = Run(config, **settings), Run(config, horovod={"op": hvd.Sum}, **settings)
     for step in range(20):
         g = normals(SHAPES, seed_of(step, hvd.rank()))
         average.train({n: hvd.size() * x for n, x in g.items()})
@@ -107,9 +111,11 @@ def sum_and_average(clip_norm):
 
 @pytest.mark.parametrize("clip_norm", [None, 40.0, 1e4])  # never, always and never clipped
 def test_sum_is_the_average_of_gradients_times_the_number_of_processes(horovod, clip_norm):
-    averages, totals = zip(*horovod(2, sum_and_average, clip_norm), strict=True)
-    assert_equal(averages, totals)  # times 2 is exact
-    for average, total in horovod(3, sum_and_average, clip_norm):
+    sgd = {"momentum": 0.5, "nesterov": True, "weight_decay": 0.25}
+    for settings in (sgd, ADAMW):
+        averages, totals = zip(*horovod(2, sum_and_average, clip_norm, settings), strict=True)
+        assert_equal(averages, totals)  # times 2 is exact
+    for average, total in horovod(3, sum_and_average, clip_norm, sgd):
         for name, p in average["parameters"].items():
             torch.testing.assert_close(p, total["parameters"][name])
 

@@ -21,12 +21,12 @@ class Net(nn.Module):
         return self.second(self.first(x).relu()).square().mean()
 
 
-def train(convert_first):
+def train(convert_first, kind, settings):
     """Trains nine steps, the last three dense; the model becomes channels_last before the state is made, or after."""
     net = Net()
     if convert_first:
         net = net.to(memory_format=torch.channels_last)
-    optimizer = dgc.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    optimizer = kind(net.parameters(), **settings)
     state = dgc.DGCState(net.named_parameters(), optimizer, dgc.DGCConfig(density=0.05, dense_below=0))
     if not convert_first:
         net = net.to(memory_format=torch.channels_last)
@@ -41,19 +41,25 @@ def train(convert_first):
         model(x).backward()
         optimizer.step()
     share = own(state)
-    return {n: p.detach().clone() for n, p in net.named_parameters()}, share["momentum"], share["residual"]
+    found = [share[kind] for kind in ("residual", *state.memory.kinds)]
+    return [{n: p.detach().clone() for n, p in net.named_parameters()}, *found]
 
 
-def test_a_model_converted_after_the_state_trains_like_one_converted_before(gloo):
-    for one, other in zip(train(True), train(False), strict=True):
+KINDS = [(dgc.SGD, {"lr": 0.1, "momentum": 0.9}), (dgc.AdamW, {"lr": 0.01})]
+
+
+@pytest.mark.parametrize(("kind", "settings"), KINDS, ids=["SGD", "AdamW"])
+def test_a_model_converted_after_the_state_trains_like_one_converted_before(gloo, kind, settings):
+    for one, other in zip(train(True, kind, settings), train(False, kind, settings), strict=True):
         assert one.keys() == other.keys()
         for name in one:
             assert torch.equal(one[name], other[name]), name
 
 
-def test_what_has_accumulated_keeps_its_index(gloo):
+@pytest.mark.parametrize(("kind", "settings"), KINDS, ids=["SGD", "AdamW"])
+def test_what_has_accumulated_keeps_its_index(gloo, kind, settings):
     net = Net()
-    optimizer = dgc.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    optimizer = kind(net.parameters(), **settings)
     state = dgc.DGCState(net.named_parameters(), optimizer, dgc.DGCConfig(density=0.05, dense_below=0))
     model = DistributedDataParallel(net)
     state.register(model)
@@ -64,9 +70,9 @@ def test_what_has_accumulated_keeps_its_index(gloo):
     net.to(memory_format=torch.channels_last)
     state._standing.refresh()
     after = own(state)
-    for kind in ("momentum", "residual"):
-        for name, tensor in before[kind].items():
-            assert torch.equal(after[kind][name], tensor), (kind, name)
+    for what in ("residual", *state.memory.kinds):
+        for name, tensor in before[what].items():
+            assert torch.equal(after[what][name], tensor), (what, name)
     assert after["residual"]["first.weight"].stride() == net.first.weight.stride()
     assert after["residual"]["first.weight"].any()
     with pytest.raises(ValueError, match="expected that of this model"):

@@ -145,10 +145,21 @@ def test_wrapped_optimizers_are_unwrapped(gloo, wrappers):
         assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize("kind", ["RMSprop", "Adagrad", "Adadelta", "Adafactor", "Rprop", "AdamW", "NAdam"])
-def test_optimizers_outside_the_paper_are_named(kind):
+@pytest.mark.parametrize(
+    ("kind", "ours"),
+    [("Adam", "Adam"), ("AdamW", "AdamW"), ("NAdam", "AdamW"), ("RAdam", "AdamW"), ("Adamax", "AdamW")],
+)
+def test_the_family_of_adam_is_shown_the_line_to_write(kind, ours):
     net = Given(WIDE)
-    with pytest.warns(UserWarning, match=f"dgc: {kind} is outside the paper"):
+    line = rf"got {kind}, .* Write optimizer = dgc\.{ours}\(model\.parameters\(\), lr=\.\.\.\), with the arguments of "
+    with pytest.raises(ValueError, match=line + rf"torch\.optim\.{ours}$"):
+        dgc.DGCState(net.named_parameters(), getattr(torch.optim, kind)(net.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["RMSprop", "Adagrad", "Adadelta", "Adafactor", "Rprop"])
+def test_optimizers_that_nobody_has_measured_are_named(kind):
+    net = Given(WIDE)
+    with pytest.warns(UserWarning, match=f"dgc: {kind} gets averages .* dgc.SGD and dgc.AdamW"):
         dgc.DGCState(net.named_parameters(), getattr(torch.optim, kind)(net.parameters()))
 
 

@@ -40,9 +40,16 @@ def test_momentum_left_in_another_optimizer_is_refused():
         build(optimizer=lambda net: torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9))
 
 
-def test_adam_is_allowed_with_a_warning():
-    with pytest.warns(UserWarning, match="Adam is outside the paper"):
-        build(optimizer=lambda net: torch.optim.Adam(net.parameters()))
+@pytest.mark.parametrize("kind", ["Adam", "AdamW"])
+def test_adam_is_refused_in_favour_of_ours(kind):
+    with pytest.raises(ValueError, match=rf"optimizer: expected dgc\.{kind}, got {kind}, which takes sparse averages"):
+        build(optimizer=lambda net: getattr(torch.optim, kind)(net.parameters()))
+
+
+def test_a_rule_may_come_from_either_of_our_adams():
+    for kind in (dgc.Adam, dgc.AdamW):
+        state = build(optimizer=lambda net, kind=kind: kind(net.parameters()))
+        assert list(state.memory.kinds) == ["exp_avg", "exp_avg_sq"]
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float64])

@@ -60,6 +60,9 @@ KEYS = [
     "momentum",
     "residual",
     "other",
+    "kinds",
+    "exp_avg",
+    "exp_avg_sq",
 ]
 # A key, the name below it or none, and what stands there then; without a value it is deleted.
 some_edits = st.lists(
@@ -78,22 +81,26 @@ def edit(state_dict: dict[str, Any], key: str, name: Any, value: Any) -> None:
         target[where] = value
 
 
+OPTIMIZERS = [({"lr": 0.5, "momentum": 0.5}, 1500), ({"optimizer": dgc.AdamW}, 750)]
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_a_damaged_state_dict_is_refused_or_fits():
+@pytest.mark.parametrize(("settings", "examples"), OPTIMIZERS, ids=["SGD", "AdamW"])
+def test_a_damaged_state_dict_is_refused_or_fits(settings, examples):
     config = dgc.DGCConfig(density=0.1, dense_below=0)
-    trained, one = (Alone(STATE_SHAPES, config, lr=0.5, momentum=0.5) for _ in range(2))
+    trained, one = (Alone(STATE_SHAPES, config, **settings) for _ in range(2))
     for step in range(3):
         trained.train(normals(STATE_SHAPES, step))
     seen: Counter[str] = Counter()
 
-    @fuzz(max_examples=1500)
+    @fuzz(max_examples=examples)
     @given(st.lists(some_edits, min_size=1, max_size=3), st.booleans())
     def run(edits_by_rank, as_before):
         state_dicts = []
         for rank, edits in enumerate(edits_by_rank):
             share = dict(own(trained.state))
             share.update(rank=rank, world_size=len(edits_by_rank))
-            for key in ("momentum", "residual"):
+            for key in ("momentum", "residual", *one.state.memory.kinds):
                 share[key] = {name: t.clone() for name, t in share[key].items()}
             state_dict = {"version": 1, **share} if as_before else {"version": 2, "ranks": {str(rank): share}}
             for key, name, value in edits:
@@ -117,7 +124,7 @@ def test_a_damaged_state_dict_is_refused_or_fits():
                     assert after[key] == value
         memory = one.state.memory
         assert memory.residual.isfinite().all()
-        assert memory.momentum is None or memory.momentum.isfinite().all()
+        assert all(flat.isfinite().all() for flat in memory.kinds.values())
         assert not memory.residual.requires_grad
 
     run()

@@ -24,7 +24,8 @@ class Scaled:
     def __init__(self, config=None, scaler=True, late=False, dtype=torch.float32, optimizer=None, **sgd):
         self.model = Given(SHAPES, dtype=dtype)
         make = optimizer or dgc.SGD
-        self.optimizer = make(self.model.parameters(), **{"lr": 0.5, "momentum": 0.5, **sgd})
+        defaults = {"lr": 0.5} if make is dgc.AdamW else {"lr": 0.5, "momentum": 0.5}
+        self.optimizer = make(self.model.parameters(), **{**defaults, **sgd})
         self.scaler = GradScaler("cpu", init_scale=2.0**16, growth_interval=2, enabled=scaler)
         config = config or dgc.DGCConfig(density=0.008)
         self.state = dgc.DGCState(
@@ -42,20 +43,21 @@ class Scaled:
         return {
             "parameters": all(torch.equal(p, other.model.get_parameter(n)) for n, p in self.model.named_parameters()),
             "residual": torch.equal(self.state.memory.residual, other.state.memory.residual),
-            "momentum": torch.equal(self.state.memory.momentum, other.state.memory.momentum),
+            "kinds": all(torch.equal(x, other.state.memory.kinds[kind]) for kind, x in self.state.memory.kinds.items()),
             "step": self.state.step == other.state.step,
         }
 
 
-ALL = {"parameters": True, "residual": True, "momentum": True, "step": True}
+ALL = {"parameters": True, "residual": True, "kinds": True, "step": True}
 RECIPES = [
     (dgc.DGCConfig(density=0.008), {}),
     (dgc.DGCConfig(density=0.008, clip_norm=30.0), {"nesterov": True, "weight_decay": 0.01}),
     (dgc.DGCConfig(density=0.008, warmup_steps=6, warmup_densities=(0.25, 0.05), wire_dtype=torch.bfloat16), {}),
+    (dgc.DGCConfig(density=0.008, clip_norm=30.0), {"optimizer": dgc.AdamW, "lr": 0.01}),
 ]
 
 
-@pytest.mark.parametrize(("config", "sgd"), RECIPES, ids=["plain", "clipped", "warm-up"])
+@pytest.mark.parametrize(("config", "sgd"), RECIPES, ids=["plain", "clipped", "warm-up", "AdamW"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("late", [False, True], ids=["", "late"])
 def test_a_scale_that_changes_changes_no_bit(config, sgd, dtype, late):
@@ -150,12 +152,12 @@ def test_an_average_that_overflows_at_the_scale_skips_everywhere():
     assert one.state.memory.residual_of("a").view(-1)[7] == 3e36
 
 
-@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adagrad])
 def test_optimizers_of_torch_skip_too(make):
     model = Given(SHAPES)
     optimizer = make(model.parameters(), lr=0.5)
     scaler = GradScaler("cpu", init_scale=8.0)
-    with pytest.warns(UserWarning, match="outside the paper") if make is torch.optim.Adam else nullcontext():
+    with pytest.warns(UserWarning, match="gets averages") if make is torch.optim.Adagrad else nullcontext():
         state = dgc.DGCState(model.named_parameters(), optimizer, dgc.DGCConfig(density=0.008), grad_scaler=scaler)
     before = model.a.detach().clone()
     for step in range(3):
@@ -180,12 +182,12 @@ def test_a_scaler_of_which_dgc_does_not_know_is_refused():
         scaler.step(one.optimizer)
 
 
-@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam])
-@pytest.mark.filterwarnings("ignore:dgc. Adam is outside the paper")
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adagrad])
+@pytest.mark.filterwarnings("ignore:dgc. Adagrad gets averages")
 def test_a_fused_optimizer_would_step_anyway_and_is_refused(make):
     model = Given(SHAPES)
     optimizer = make(model.parameters(), lr=0.1, fused=True)
-    with pytest.raises(ValueError, match=r"expected (SGD|Adam)\(fused=False\) with a GradScaler"):
+    with pytest.raises(ValueError, match=r"expected (SGD|Adagrad)\(fused=False\) with a GradScaler"):
         dgc.DGCState(model.named_parameters(), optimizer, grad_scaler=GradScaler("cpu"))
 
 
@@ -220,19 +222,24 @@ def test_a_forgotten_step_is_still_an_error():
 # several ranks
 
 
-def overflow(rank, world_size, where, late):
+SIGNS = {"optimizer": dgc.AdamW, "betas": (0.0, 0.0), "eps": 2.0**-60, "weight_decay": 0.0}
+
+
+def overflow(rank, world_size, where, late, settings):
     scaler = GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
-    run = Run(momentum=0.0, lr=0.25, state={"grad_scaler": scaler, "late": late})
+    run = Run(lr=0.25, state={"grad_scaler": scaler, "late": late}, **settings)
     total = {n: torch.zeros(s) for n, s in SHAPES.items()}
     scales = []
     for step in range(14):
         g = integers(SHAPES, seed_of(step, rank))
+        bad = rank == 1 and step in (0, 4, 5, 11)
         for n in LARGE:
-            total[n] += g[n]
-        if rank == 1 and step in (0, 4, 5, 11):
+            added = 0.25 * g[n].sign() if "betas" in settings else g[n].clone()
+            if bad and n == where:
+                added.view(-1)[7] = 0
+            total[n] += added
+        if bad:
             g[where].view(-1)[7] = math.inf
-            if where in LARGE:
-                total[where].view(-1)[7] -= integers(SHAPES, seed_of(step, rank))[where].view(-1)[7]
         run.optimizer.zero_grad()
         scaler.scale(run.ddp(g)).backward()
         scaler.step(run.optimizer)
@@ -245,10 +252,18 @@ def overflow(rank, world_size, where, late):
 @pytest.mark.parametrize("where", ["a", "c", "e", "b"])
 @pytest.mark.parametrize("late", [False, True], ids=["", "late"])
 def test_an_overflow_on_one_rank_skips_on_all_and_loses_nothing(where, late):
-    results = run_ranks(2, overflow, where, late)
+    results = run_ranks(2, overflow, where, late, {"momentum": 0.0})
     assert_conserved(results)
     assert results[0]["scales"] == results[1]["scales"]
     assert results[0]["scales"][-1] != 2.0**16
+    assert [(r["step"], r["stats"].skipped) for r in results] == [(10, 4)] * 2
+
+
+@pytest.mark.parametrize(("where", "late"), [("a", True), ("b", False)])
+def test_an_overflow_loses_no_direction_of_adamw(where, late):
+    results = run_ranks(2, overflow, where, late, SIGNS)
+    assert_conserved(results, factor=2)  # lr is in what waits
+    assert all(r[kind][n].isfinite().all() for r in results for kind in ("exp_avg", "exp_avg_sq") for n in SHAPES)
     assert [(r["step"], r["stats"].skipped) for r in results] == [(10, 4)] * 2
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 import dgc
 from dgc.memory.slots import Gradients
@@ -39,10 +40,11 @@ class Alone:
         config: dgc.DGCConfig,
         dtype: torch.dtype = torch.float32,
         late: bool | None = None,
-        **sgd: Any,
+        optimizer: type[Optimizer] = dgc.SGD,
+        **settings: Any,
     ) -> None:
         self.model = Given(shapes, dtype=dtype)
-        self.optimizer = dgc.SGD(self.model.parameters(), **sgd)
+        self.optimizer = optimizer(self.model.parameters(), **settings)
         self.state = dgc.DGCState(self.model.named_parameters(), self.optimizer, config, late=late)
 
     def backward(self, gradients: Mapping[str, Tensor]) -> None:

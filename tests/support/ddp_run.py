@@ -11,11 +11,22 @@ from support.training import SHAPES, outcome, seed_of
 class Run:
     """One rank's model, optimizer and state behind DDP."""
 
-    def __init__(self, config=None, shapes=SHAPES, module=None, dtype=torch.float32, ddp=None, state=None, **sgd):
+    def __init__(
+        self,
+        config=None,
+        shapes=SHAPES,
+        module=None,
+        dtype=torch.float32,
+        ddp=None,
+        state=None,
+        optimizer=dgc.SGD,
+        **settings,
+    ):
         self.config = config or dgc.DGCConfig(density=0.008)
         self.net = Given(shapes, dtype=dtype) if module is None else module
         self.ddp = DistributedDataParallel(self.net, **{"bucket_cap_mb": 0.05, **(ddp or {})})
-        self.optimizer = dgc.SGD(self.ddp.parameters(), **{"lr": 0.5, "momentum": 0.5, **sgd})
+        defaults = {"lr": 0.5, "momentum": 0.5} if optimizer is dgc.SGD else {}
+        self.optimizer = optimizer(self.ddp.parameters(), **{**defaults, **settings})
         self.state = dgc.DGCState(self.ddp.named_parameters(), self.optimizer, self.config, **(state or {}))
         self.state.register(self.ddp)
 
@@ -28,8 +39,10 @@ class Run:
         return outcome(self.net, self.state)
 
 
-def train_given(rank, world_size, steps, make, kwargs):
+def train_given(rank, world_size, steps, make, kwargs, dense=()):
+    """Trains; state.dense is on in the steps of `dense`."""
     run = Run(**kwargs)
     for step in range(steps):
+        run.state.dense = step in dense
         run.train(make(SHAPES, seed_of(step, rank)))
     return run.result()

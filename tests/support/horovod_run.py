@@ -18,10 +18,21 @@ import dgc.horovod as dgc_hvd  # noqa: E402
 class Run:
     """One process's model and optimizer behind Horovod."""
 
-    def __init__(self, config=None, shapes=SHAPES, module=None, dtype=torch.float32, horovod=None, cap=0.1, **sgd):
+    def __init__(
+        self,
+        config=None,
+        shapes=SHAPES,
+        module=None,
+        dtype=torch.float32,
+        horovod=None,
+        cap=0.1,
+        optimizer=dgc.SGD,
+        **settings,
+    ):
         self.net = Given(shapes, dtype=dtype) if module is None else module
+        defaults = {"lr": 0.5, "momentum": 0.5} if optimizer is dgc.SGD else {}
         self.optimizer = dgc_hvd.DistributedOptimizer(
-            dgc.SGD(self.net.parameters(), **{"lr": 0.5, "momentum": 0.5, **sgd}),
+            optimizer(self.net.parameters(), **{**defaults, **settings}),
             self.net.named_parameters(),
             dgc_hvd.DGCCompressor(config or dgc.DGCConfig(density=0.008), bucket_cap_mb=cap),
             **(horovod or {}),
@@ -37,8 +48,10 @@ class Run:
         return outcome(self.net, self.state)
 
 
-def train_given(steps, make, kwargs):
+def train_given(steps, make, kwargs, dense=()):
+    """Trains; state.dense is on in the steps of `dense`."""
     run = Run(**kwargs)
     for step in range(steps):
+        run.state.dense = step in dense
         run.train(make(SHAPES, seed_of(step, hvd.rank())))
     return run.result()
