@@ -16,6 +16,7 @@ What is checked, besides replicas and restarts to the bit:
 - A parameter with momentum 0.9, whose sums depend on what was sent: a simulation in float64 from each checkpoint to
   the next, to 1 % of the way gone. Where two entries are nearly equal, rounding decides which is sent and loses its
   momentum, so over thousands of steps the two drift apart.
+- With --adamw, dgc.AdamW trains: signs of integers times lr are conserved in every bit; no simulation.
 - Memory of the processes of the last start, which no kill ends. All kills come in the first 60 % of the run.
 
 Exits with 1 where a check fails.
@@ -45,6 +46,11 @@ from .checks import check, records_of
 from .ledger import ledger_of
 from .run import Run
 from .supervisor import Kill, supervise
+
+
+def name_of(run: Run) -> str:
+    """Returns the name of a run's files among the results."""
+    return "soak_adamw" if run.adamw else "soak"
 
 
 def draw(folder: Path, run: Run, kills: Sequence[Kill], picture: Path) -> None:
@@ -84,6 +90,7 @@ def main() -> None:
     parser.add_argument(
         "--smoke", action="store_true", help="300 steps, 2 kills, a checkpoint every 40; writes no file"
     )
+    parser.add_argument("--adamw", action="store_true", help="train with dgc.AdamW")
     args = parser.parse_args()
     if args.smoke:
         args.steps, args.kills, args.save_every = 300, 2, 40
@@ -95,7 +102,7 @@ def main() -> None:
         parser.error(f"--kills: expected 0 to {args.steps // 20} for {args.steps} steps, got {args.kills}")
     if args.save_every < 1:
         parser.error(f"--save-every: expected 1 or more, got {args.save_every}")
-    run = Run(args.steps, args.ranks, args.kills, args.seed, args.save_every)
+    run = Run(args.steps, args.ranks, args.kills, args.seed, args.save_every, args.adamw)
 
     torch.set_num_threads(1)
     begin = time.monotonic()
@@ -106,7 +113,7 @@ def main() -> None:
         ledger = ledger_of(run, folder)
         checks = check(run, folder, kills, ledger)
         if not args.smoke:
-            draw(folder, run, kills, RESULTS / "soak.png")
+            draw(folder, run, kills, RESULTS / f"{name_of(run)}.png")
         memory = [
             [[r.finished, r.resident, r.heap] for r in records_of(folder, rank) if r.attempt == len(kills)][::100]
             for rank in range(run.ranks)
@@ -145,7 +152,7 @@ def main() -> None:
             "checks": rows,
             "step, resident bytes, those of no file; by rank, after the last restart": memory,
         }
-        report("soak", title, headers, rows, raw, more)
+        report(name_of(run), title, headers, rows, raw, more)
     sys.exit(not passed)
 
 

@@ -79,7 +79,7 @@ class Ledger:
     """What the events of a run add up to."""
 
     total: dict[str, Tensor] = field(default_factory=lambda: {n: torch.zeros(s).double() for n, s in SHAPES.items()})
-    """Sum over the ranks of all gradients that have to be applied or to wait."""
+    """Sum over the ranks of all gradients, or for dgc.AdamW directions, that have to be applied or to wait."""
     momentum: float = 0.0
     """The largest error of the parameter with momentum between two checkpoints, as a share of the way."""
     applied: int = 0
@@ -97,25 +97,33 @@ def ledger_of(run: Run, folder: Path | None = None) -> Ledger:
         event = event_of(run, step)
         left_out = event.discarded or event.bad is not None
         with_momentum = []
+        sums = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
         for rank in range(run.ranks):
-            first, *others = gradients(run, step, rank)
+            passes = gradients(run, step, rank)
             for name, total in ledger.total.items():
-                g = first[name]
-                for other in others:
-                    g = g + other[name]
-                if name in COMPRESSED and not event.dense:
+                g = sum((one[name] for one in passes[1:]), passes[0][name])
+                if run.adamw:
+                    sums[name] += g
+                    if name in COMPRESSED and not event.dense:
+                        total += torch.where(g.isfinite(), g.sign(), 0.0)
+                elif name in COMPRESSED and not event.dense:
                     total += g.nan_to_num(0.0, 0.0, 0.0)  # an entry that is not finite is left out by itself
                 elif not left_out:
                     total += g
                 if name == "momentum":
                     with_momentum.append(g.double())
-        simulation.step(with_momentum, ledger.applied, left_out, event.dense)
+        if run.adamw:
+            dense = [name for name in SHAPES if (event.dense or name not in COMPRESSED) and not left_out]
+            for name in dense:  # the direction of the average, on every rank
+                ledger.total[name] += run.ranks * sums[name].sign()
+        else:
+            simulation.step(with_momentum, ledger.applied, left_out, event.dense)
         ledger.counts["accumulated over two passes"] += event.backwards == 2
         ledger.counts["with state.dense"] += event.dense
         ledger.counts["discarded"] += event.discarded
         ledger.counts["with an Inf or NaN"] += event.bad is not None
         ledger.applied += not left_out
-        if folder is not None and run.saves_after(step + 1):
+        if folder is not None and not run.adamw and run.saves_after(step + 1):
             names = [folder / f"momentum{step + 1}.{rank}.pt" for rank in range(run.ranks)]
             error = simulation.compare([torch.load(name, weights_only=True) for name in names])
             ledger.momentum = max(ledger.momentum, error)

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,18 @@ class Run:
     kills: int
     seed: int
     save_every: int
+    adamw: bool = False
+    """Whether dgc.AdamW trains, in place of dgc.SGD."""
+
+    @property
+    def groups(self) -> dict[tuple[str, ...], dict[str, Any]]:
+        """Returns the settings of the optimizer's groups, by their parameters."""
+        if not self.adamw:
+            return {names: dict(sgd) for names, sgd in GROUPS.items()}
+        # Without decay of the moments a direction is the sign of an integer, and sums of signs times lr are exact: so
+        # are averages, where lr is a multiple of the number of ranks.
+        integers = {"lr": 0.25 * self.ranks, "betas": (0.0, 0.0), "eps": 2.0**-60}
+        return {("integers", "bias", "small", "more integers"): integers, ("normals", "momentum"): {"lr": 0.001}}
 
     @property
     def config(self) -> dgc.DGCConfig:

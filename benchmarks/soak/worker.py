@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 import dgc
 
 from .run import (
-    GROUPS,
     GROWTH_INTERVAL,
     HANGS,
     INIT_SCALE,
@@ -36,8 +35,8 @@ class Trainer:
         self.run, self.folder, self.rank = run, folder, dist.get_rank()
         self.net = Given()
         self.model = DistributedDataParallel(self.net, bucket_cap_mb=0.05, gradient_as_bucket_view=True)
-        groups = [{"params": [self.net.get_parameter(n) for n in names], **sgd} for names, sgd in GROUPS.items()]
-        self.optimizer = dgc.SGD(groups, lr=0.25)
+        groups = [{"params": [self.net.get_parameter(n) for n in names], **of} for names, of in run.groups.items()]
+        self.optimizer = dgc.AdamW(groups, weight_decay=0.0) if run.adamw else dgc.SGD(groups, lr=0.25)
         self.scaler = GradScaler("cpu", init_scale=INIT_SCALE, growth_interval=GROWTH_INTERVAL)
         self.state = dgc.DGCState(self.model.named_parameters(), self.optimizer, run.config, grad_scaler=self.scaler)
         self.state.register(self.model)
@@ -61,12 +60,13 @@ class Trainer:
     def save(self, finished: int) -> None:
         """Saves after so many steps, and keeps the two latest."""
         own = self.state.state_dict()["ranks"][str(self.rank)]
-        snapshot = {
-            "u": own["momentum"]["momentum"].clone(),  # a view of all
-            "v": own["residual"]["momentum"].clone(),
-            "parameter": self.net.get_parameter("momentum").detach(),
-        }
-        torch.save(snapshot, self.folder / f"momentum{finished}.{self.rank}.pt")
+        if not self.run.adamw:
+            snapshot = {
+                "u": own["momentum"]["momentum"].clone(),  # a view of all
+                "v": own["residual"]["momentum"].clone(),
+                "parameter": self.net.get_parameter("momentum").detach(),
+            }
+            torch.save(snapshot, self.folder / f"momentum{finished}.{self.rank}.pt")
         directory = self.folder / f"step{finished}"
         if self.rank == 0:
             directory.mkdir(exist_ok=True)
@@ -92,9 +92,9 @@ class Trainer:
     def digest(self) -> int:
         """Returns a number that differs where any bit of the training state does."""
         _ = self.state.stats  # a step that the scaler has left out is taken back by now
-        momentum = self.state.memory.momentum
-        assert momentum is not None
-        tensors = [*self.net.parameters(), self.state.memory.residual, momentum]
+        memory = self.state.memory
+        assert memory.kinds
+        tensors = [*self.net.parameters(), memory.residual, *memory.kinds.values()]
         bits = [int(t.detach().view(torch.int32).sum(dtype=torch.int64)) for t in tensors]
         return hash((*bits, self.state.step, self.state.dense, *self.scaler.state_dict().values()))
 
