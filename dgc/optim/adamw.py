@@ -16,10 +16,11 @@ from dgc.ops import Accumulation
 from . import saved
 from .adam import FIRST, SECOND, check_groups, factors, format_of
 from .apply import subtract
-from .base import Claimer, DGCOptimizer, Reducer, Rule, Work
+from .base import DGCOptimizer, Reducer, Rule, Work
+from .own import Own
 
 
-class LocalAdam(Rule):
+class LocalAdam(Own):
     """Keeps m and s of this rank's gradients, and adds their direction, times lr, to v."""
 
     kept = (FIRST, SECOND)
@@ -49,17 +50,6 @@ class LocalAdam(Rule):
             ValueError: the message names the value.
         """
         self.optimizer.check_groups(self.optimizer.param_groups)
-
-    def check_use(self, *, loss_scaling: bool, skipping: bool) -> None:
-        """Accepts every use."""
-
-    def attach(self, reducer: Claimer) -> None:
-        """Makes the optimizer use this DGCState."""
-        self.optimizer.attach(reducer)
-
-    def serves(self, reducer: Reducer) -> bool:
-        """Returns whether this DGCState is the last one attached that is alive."""
-        return self.optimizer.reducer is reducer
 
     def accumulated(self, parameters: Sequence[Tensor], times: int = 1) -> None:
         """Counts the gradients in m and s, which bias correction needs. A step that is left out is in them too."""

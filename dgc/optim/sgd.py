@@ -15,7 +15,8 @@ from dgc.ops import Accumulation
 
 from . import saved
 from .apply import advance, subtract, unless
-from .base import Claimer, DGCOptimizer, Reducer, Rule, Work
+from .base import DGCOptimizer, Reducer, Rule, Work
+from .own import Own
 from .saved import Format
 
 MOMENTUM = "momentum"
@@ -43,7 +44,7 @@ def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
         raise ValueError("nesterov: expected the same in all parameter groups, got both True and False")
 
 
-class MomentumCorrection(Rule):
+class MomentumCorrection(Own):
     """Keeps momentum u, and adds it to v: u <- mu*u + h, v <- v + u, or v + h + mu*u for Nesterov (section 3.1)."""
 
     def __init__(self, optimizer: SGD) -> None:
@@ -71,17 +72,6 @@ class MomentumCorrection(Rule):
             ValueError: the message names the value.
         """
         check_groups(self.optimizer.param_groups)
-
-    def check_use(self, *, loss_scaling: bool, skipping: bool) -> None:
-        """Accepts every use."""
-
-    def attach(self, reducer: Claimer) -> None:
-        """Makes the optimizer use this DGCState."""
-        self.optimizer.attach(reducer)
-
-    def serves(self, reducer: Reducer) -> bool:
-        """Returns whether this DGCState is the last one attached that is alive."""
-        return self.optimizer.reducer is reducer
 
     @property
     def keeps_state(self) -> bool:
