@@ -40,7 +40,7 @@ class Task:
     """Of each worker."""
     steps: int = 3000
     optimizer: Literal["SGD", "AdamW"] = "SGD"
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = (0.9, 0.999)
     """Of AdamW, which has no momentum besides."""
     eps: float = 1e-8
 
@@ -90,7 +90,7 @@ def _adamw(about: str, network: Callable[[], nn.Module], **changes: Any) -> Task
     recipe = {
         "metric": "perplexity",
         "load": bible,
-        "lr": 2e-3,
+        "lr": 8e-3,
         "lr_warmup": 0.1,
         "weight_decay": 0.1,
         "clip_norm": 1.0,
