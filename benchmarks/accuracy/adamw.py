@@ -33,7 +33,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
 }
 """Arguments of DGCConfig, besides those that all have; warmup: the part of the run over which density falls."""
 WARMUP = (0.0625, 0.0156, 0.004)
-"""Densities of the warm-up. The default's first, 25 %, is most of a run's bytes, and gained nothing in the screening."""
+"""Densities of the warm-up. The default begins with 25 %, which is most of a run's bytes."""
 DENSE_BELOW = 8192
 """In so small a network the default, 16,384 elements, would send 6 % of it dense."""
 
@@ -96,9 +96,9 @@ def tell(tasks: Sequence[str], seeds: Sequence[int], records: Sequence[Record], 
     draw(found, "dense AdamW", True, folder / "adamw.png")
     about = (
         f"Test perplexity (lower is better), and accuracy (%, higher is better) on masked words, at the end: {WORKERS} "
-        f"workers simulated in one process, seeds {seeds[0]} to {seeds[-1]}. Density falls from 6.25 % in equal phases, "
-        "over 30 % of the run to 1 %, over half to 0.1 %. Bytes: of the whole run, in parts of what DDP sends with float32 "
-        "gradients."
+        f"workers simulated in one process, seeds {seeds[0]} to {seeds[-1]}. Density falls from 6.25 % in equal "
+        "phases, over 30 % of the run to 1 %, over half to 0.1 %. Bytes: of the whole run, in parts of what DDP sends "
+        "with float32 gradients."
     )
     publish("adamw", about, tables, found, records, folder)
 

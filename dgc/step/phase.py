@@ -17,9 +17,11 @@ class Phase(NamedTuple):
 
     density: float
     masking: bool
-    """Whether u becomes 0 where an entry was sent."""
+    """Whether the rule's momentum becomes 0 where an entry was sent."""
     dense: Mapping[str, str]
     """Parameters that are sent dense, with the reason; all others are compressed."""
+    may_mask: bool
+    """Whether the rule masks at any density, unless it is told otherwise."""
 
     def describe(self, slots: Mapping[str, Slot]) -> str:
         """Returns one line for the log: what is compressed, what is dense and why."""
@@ -28,7 +30,7 @@ class Phase(NamedTuple):
         share = sum(n for name, n in numel.items() if name not in self.dense) / total
         reasons = ", ".join(f"{count} ({reason})" for reason, count in Counter(self.dense.values()).items())
         compressed = len(numel) - len(self.dense)
-        unmasked = "" if self.masking else ", momentum not masked"
+        unmasked = ", momentum not masked" if self.may_mask and not self.masking else ""
         return (
             f"density {100 * self.density:.4g} %: {compressed} of {len(numel)} parameters compressed, "
             f"{100 * share:.2f} % of {total:,} elements{unmasked}; dense: {reasons or 'none'}"
@@ -73,4 +75,4 @@ def phase_at(
             dense[name] = "density 1"
         elif dense_is_cheaper(density, rows, slot.dtype.itemsize, entry_bytes):
             dense[name] = f"all-reduce is cheaper at this density with {rows} ranks"
-    return Phase(density, masks(config, density, masked_below), dense)
+    return Phase(density, masks(config, density, masked_below), dense, masked_below > 0)

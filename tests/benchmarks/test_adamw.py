@@ -204,7 +204,6 @@ def test_switches_that_a_rule_does_not_have_are_refused():
         candidate(rule="SCAPE", masking=True)(network(), TASK)
 
 
-@pytest.mark.skipif(not hasattr(dgc, "AdamW"), reason="dgc.AdamW is not there")
 def test_the_local_direction_is_the_packages_rule():
     def single():
         return network().float()

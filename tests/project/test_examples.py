@@ -61,6 +61,14 @@ def test_bible():
     assert "bytes sent at the last step: " in output
 
 
+@pytest.mark.parametrize("how", [[], ["--dense"]])
+def test_gpt(how):
+    small = ["--width", "32", "--depth", "1", "--heads", "2", "--batch-size", "1"]
+    output = torchrun("examples/gpt.py", "--steps", "4", *small, *how)
+    assert "step 4: validation perplexity" in output
+    assert ("bytes sent in the run: " in output) == (not how)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
