@@ -22,6 +22,10 @@ from .replicas import WORKERS, Batch
 from .tasks import Task, loss_of
 from .traffic import is_compressed, is_sparse
 
+WARMUP = (0.0625, 0.0156, 0.004)
+"""Densities of the warm-up. The default begins with 25 %, which is most of a run's bytes."""
+DENSE_BELOW = 8192
+"""In so small networks the default, 16,384 elements, would send 6 % of them dense."""
 FLOOR = 0.3
 """Of the denominator with correction "cross", in parts of the momentum: an estimate of a square may be negative."""
 
@@ -45,13 +49,13 @@ class Candidate:
     ahead: float = 0.0
     """Share of a worker's residual that its forward and backward pass find applied already; local direction only."""
     density: float = 0.01
-    warmup: float = 0.1
+    warmup: float = 0.3
     """Share of the run over which density falls."""
-    dense_below: int = 16384
+    dense_below: int = DENSE_BELOW
 
     def config(self, steps: int) -> dgc.DGCConfig:
         """Returns the part that DGCConfig can express."""
-        return dgc.DGCConfig(self.density, warmup_steps=round(self.warmup * steps), dense_below=self.dense_below)
+        return dgc.DGCConfig(self.density, round(self.warmup * steps), WARMUP, dense_below=self.dense_below)
 
 
 def noise_share(beta: float, workers: int) -> float:

@@ -18,7 +18,7 @@ from typing import Any
 import dgc
 from benchmarks.harness import RESULTS, Table
 
-from .adam_variants import DenseAdamW
+from .adam_variants import DENSE_BELOW, WARMUP, DenseAdamW
 from .compare import HEADERS, Difference, draw, publish, reaches, table
 from .replicas import DGC, WORKERS, train
 from .runs import Record, Run, gather, options
@@ -32,10 +32,6 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "DGC 0.1 %": {"density": 0.001, "warmup": 0.5},
 }
 """Arguments of DGCConfig, besides those that all have; warmup: the part of the run over which density falls."""
-WARMUP = (0.0625, 0.0156, 0.004)
-"""Densities of the warm-up. The default begins with 25 %, which is most of a run's bytes."""
-DENSE_BELOW = 8192
-"""In so small a network the default, 16,384 elements, would send 6 % of it dense."""
 
 
 def config(method: str, task: Task, steps: int) -> dgc.DGCConfig | None:
