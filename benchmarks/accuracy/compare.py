@@ -101,7 +101,7 @@ def draw(found: Mapping[str, Mapping[str, Difference]], reference: str, limits: 
     for task, methods in found.items():
         rows = by_metric.setdefault(TASKS[task].metric, [])
         rows += [(task, f"{task}: {method}" if len(found) > 2 else method, it) for method, it in methods.items()]
-    size = (6.5 * len(by_metric), 1.3 + 0.27 * max(map(len, by_metric.values())))
+    size = (max(9.5, 6.5 * len(by_metric)), 1.3 + 0.27 * max(map(len, by_metric.values())))
     figure, panels = pyplot.subplots(1, len(by_metric), figsize=size, layout="constrained", squeeze=False)
     for axes, (metric, rows) in zip(panels[0], by_metric.items(), strict=True):
         for place, (task, _, it) in enumerate(rows):
