@@ -41,8 +41,8 @@ class DGCConfig:
 
     momentum_masking: bool | Literal["auto"] = "auto"
     """Momentum factor masking (section 3.2): u becomes 0 where an entry was sent. Masking keeps stale momentum from
-    overshooting, but at high densities it removes most of the momentum. "auto" masks with dgc.SGD, in steps whose
-    density is below 1 %, during warm-up and after it; with dgc.AdamW, whose first moment is u, it never masks."""
+    overshooting, but at high densities it removes most of the momentum. "auto" masks in steps whose density is
+    below 1 %, and with dgc.AdamW, whose first moment is u, below 10 %, during warm-up and after it."""
 
     clip_norm: float | None = None
     """Local gradient clipping (section 3.2): the gradient norm at which a single worker would clip. Each rank clips its

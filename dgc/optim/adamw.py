@@ -26,7 +26,7 @@ class LocalAdam(Own):
     kept = (FIRST, SECOND)
     masked = (FIRST,)
     averages = (SECOND,)
-    masked_below = 0.0
+    masked_below = 0.1
     named = "(beta1, beta2, eps)"
     keeps_state = True
 
