@@ -17,6 +17,8 @@ DOCS = ROOT / "docs"
 SECTIONS = {
     "network": "Slow networks",
     "convergence": "Accuracy",
+    "adamw": "AdamW",
+    "adam_candidates": "Rules for AdamW that were tried",
     "ablation": "What each technique does",
     "wire_ratio": "Bytes on the wire",
     "scaling": "On paper: many workers",

@@ -159,16 +159,19 @@ def test_an_unused_parameter_gets_back_what_it_sent_and_ages():
     assert steps_of(one) == {"big": 4, "small": 4, "bias": 4}
 
 
-def test_masking_on_request_clears_the_first_moment_of_what_was_sent():
-    one, plain = adamw(momentum_masking=True), adamw()
+@pytest.mark.parametrize("masking", [True, "auto"])
+def test_masking_clears_the_first_moment_of_what_was_sent(masking):
+    one, plain = adamw(momentum_masking=masking), adamw(momentum_masking=False)
+    many = adamw(density=0.1)
     for step in range(2):
-        one.train(normals(MIXED, step))
-        plain.train(normals(MIXED, step))
+        for each in (one, plain, many):
+            each.train(normals(MIXED, step))
     kept, sent = one.state.memory.of("big"), one.state.memory.residual_of("big") == 0
     assert int(sent.sum()) == 900
     assert torch.equal(kept["exp_avg"] == 0, sent)
     assert bool((kept["exp_avg_sq"] > 0).all())
-    assert bool((plain.state.memory.of("big")["exp_avg"] != 0).all())  # not by default, however sparse
+    assert bool((plain.state.memory.of("big")["exp_avg"] != 0).all())
+    assert bool((many.state.memory.of("big")["exp_avg"] != 0).all())  # nor by default from 10 % on
 
 
 def test_a_reduction_without_gradients_in_between_is_noticed():

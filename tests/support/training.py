@@ -70,12 +70,14 @@ def assert_close_to(oracle, results, tolerance):
                 assert error <= tolerance * max(1.0, np.linalg.norm(reference)), (rank, kind, name, error)
 
 
-def adam_oracle_for(world_size, steps, make, densities, dense=lambda step: False, masking=False, **kwargs):
+def adam_oracle_for(world_size, steps, make, densities, dense=lambda step: False, masking=None, **kwargs):
+    """Replays a run; masking: None for what dgc.AdamW does by default."""
     start = {n: p.detach().numpy() for n, p in Given(SHAPES).named_parameters()}
     oracle = AdamOracle(start, world_size, LARGE, **kwargs)
     for step in range(steps):
         gradients = [{n: g.numpy() for n, g in make(SHAPES, seed_of(step, rank)).items()} for rank in range(world_size)]
-        oracle.step(gradients, densities(step), masking, dense(step))
+        masked = densities(step) < 0.1 if masking is None else masking
+        oracle.step(gradients, densities(step), masked, dense(step))
     return oracle
 
 
