@@ -99,7 +99,7 @@ class AdamW(DGCOptimizer):
             and step() raise it too; load_state_dict() then has changed nothing.
     """
 
-    twin = "AdamW"
+    _twin = "AdamW"
     _FORMAT = format_of("AdamW")
 
     def __init__(
@@ -252,7 +252,7 @@ class Adam(AdamW):
         ValueError: as AdamW, and for weight decay that is not decoupled.
     """
 
-    twin = "Adam"
+    _twin = "Adam"
     _FORMAT = format_of("Adam")
 
     def __init__(

@@ -180,13 +180,10 @@ class Rule(ABC):
 
 
 class DGCOptimizer(Optimizer):
-    """An optimizer that applies the gradients that a DGCState has reduced.
+    """An optimizer that applies the gradients that a DGCState has reduced."""
 
-    Attributes:
-        twin: the name of torch's optimizer that it is without DGC; its own is the same.
-    """
-
-    twin: ClassVar[str] = ""
+    # The name of torch's optimizer that it is without DGC; its own is the same.
+    _twin: ClassVar[str] = ""
     # Weak references, so that a dropped DGCState frees its memory at once. The class has an empty tuple, so that step()
     # of a copy without a DGCState says what is missing.
     _attached: tuple[weakref.ref[Reducer], ...] = ()
@@ -243,11 +240,11 @@ class DGCOptimizer(Optimizer):
             return reducer.take()
         if self._needs_reducer():
             raise RuntimeError(
-                f"dgc.{self.twin}: expected a DGCState to have reduced these gradients, got none, so momentum would be "
+                f"dgc.{self._twin}: expected a DGCState to have reduced these gradients, got none, so momentum would be "
                 "missing. Create state = dgc.DGCState(model.named_parameters(), optimizer), keep it, and register it: "
                 "state.register(model); with Horovod, wrap the optimizer: "
                 "dgc.horovod.DistributedOptimizer(optimizer, model.named_parameters()). Without DGC, use "
-                f"torch.optim.{self.twin}"
+                f"torch.optim.{self._twin}"
             )
         return True
 

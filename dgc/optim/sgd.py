@@ -121,7 +121,7 @@ class SGD(DGCOptimizer):
             add_param_group(), load_state_dict() and step() raise it too; load_state_dict() then has changed nothing.
     """
 
-    twin = "SGD"
+    _twin = "SGD"
 
     def __init__(
         self,
