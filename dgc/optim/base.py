@@ -240,9 +240,9 @@ class DGCOptimizer(Optimizer):
             return reducer.take()
         if self._needs_reducer():
             raise RuntimeError(
-                f"dgc.{self._twin}: expected a DGCState to have reduced these gradients, got none, so momentum would be "
-                "missing. Create state = dgc.DGCState(model.named_parameters(), optimizer), keep it, and register it: "
-                "state.register(model); with Horovod, wrap the optimizer: "
+                f"dgc.{self._twin}: expected a DGCState to have reduced these gradients, got none, so momentum would "
+                "be missing. Create state = dgc.DGCState(model.named_parameters(), optimizer), keep it, and register "
+                "it: state.register(model); with Horovod, wrap the optimizer: "
                 "dgc.horovod.DistributedOptimizer(optimizer, model.named_parameters()). Without DGC, use "
                 f"torch.optim.{self._twin}"
             )
