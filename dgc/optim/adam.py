@@ -7,7 +7,9 @@ With h a rank's gradient, t the number of its gradients so far, and N ranks:
     v <- v + lr * mh / (sqrt(s / (1-beta2^t)) + eps)
 
 The k largest entries of v are sent, and every rank subtracts their mean from the parameters. Momentum correction
-(paper, section 3.1) is in here: m is local, and has every step for which an entry waits. The paper has no Adam.
+(paper, section 3.1) is in here: m is local, and has every step for which an entry waits. Below a density of 10 %, m
+becomes 0 where an entry was sent (section 3.2), since it would go on pushing in that direction. docs/results.md has
+what this is worth. The paper has no Adam.
 
 A rank's h^2 is too large, since dense Adam divides by the second moment of the mean of N gradients. With S the square
 of the expected gradient and V the variance of h, E[h^2] = S + V and E[mh^2] = S + c*V, where c = (1-beta1)/(1+beta1) is
