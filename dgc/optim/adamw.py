@@ -24,7 +24,6 @@ class LocalAdam(Own):
     """Keeps m and s of this rank's gradients, and adds their direction, times lr, to v."""
 
     kept = (FIRST, SECOND)
-    masked = (FIRST,)
     averages = (SECOND,)
     masked_below = 0.1
     named = "(beta1, beta2, eps)"

@@ -100,8 +100,11 @@ class Rule(ABC):
 
     @property
     def masked(self) -> tuple[str, ...]:
-        """The kinds that become 0 where an entry is sent, in steps that mask (paper, section 3.2)."""
-        return self.kept
+        """The kinds that become 0 where an entry is sent, in steps that mask (paper, section 3.2).
+
+        An op masks the first kind, a momentum. A rule in plain PyTorch may name any.
+        """
+        return self.kept[:1] if self.fused else self.kept
 
     @property
     def may_keep(self) -> tuple[str, ...]:
