@@ -61,12 +61,11 @@ def test_bible():
     assert "bytes sent at the last step: " in output
 
 
-@pytest.mark.parametrize("how", [[], ["--dense"]])
-def test_gpt(how):
+def test_gpt():
     small = ["--width", "32", "--depth", "1", "--heads", "2", "--batch-size", "1"]
-    output = torchrun("examples/gpt.py", "--steps", "4", *small, *how)
+    output = torchrun("examples/gpt.py", "--steps", "4", *small)
     assert "step 4: validation perplexity" in output
-    assert ("bytes sent in the run: " in output) == (not how)
+    assert "bytes sent in the run: " in output
 
 
 @pytest.mark.parametrize(
