@@ -79,11 +79,12 @@ class LocalAdam(Own):
 class AdamW(DGCOptimizer):
     """Adam with decoupled weight decay, for gradients that DGC reduces.
 
-    It takes the arguments of torch.optim.AdamW, and gives the same results where everything is sent. Adam on an average
-    of sparse, delayed gradients fails. So each rank keeps the moments of its own gradients, and what DGC accumulates
-    and sends is their direction, lr included (dgc.optim.adam has the equations): the reduced gradient of a compressed
-    parameter is its update. Dense parameters get torch.optim.AdamW itself, on the averaged gradient. lr, betas and eps
-    are read from the parameter groups at every backward pass, weight decay at every step(); it reaches all elements.
+    It takes the arguments of torch.optim.AdamW, and gives the same results where everything is sent. On an average of
+    sparse, delayed gradients Adam learns badly. So each rank keeps the moments of its own gradients, and what DGC
+    accumulates and sends is their direction, lr included (dgc.optim.adam has the equations): the reduced gradient of a
+    compressed parameter is its update. Dense parameters get torch.optim.AdamW itself, on the averaged gradient. lr,
+    betas and eps are read from the parameter groups at every backward pass, weight decay at every step(); it reaches
+    all elements.
 
     The moments lie in DGCState, float32 whatever the parameter's type; a checkpoint needs the state_dict() of both.
     dgc.AdamW loads the state_dict of torch.optim.AdamW, and goes on with its moments. A parameter's own state has

@@ -68,7 +68,7 @@ class Foreign(Rule):
             ours = "Adam" if kind == "Adam" else "AdamW"
             raise ValueError(
                 f"optimizer: expected dgc.{ours}, got {kind}, which takes sparse averages of what has waited for "
-                "gradients: its second moment is then wrong by orders of magnitude, and training fails. Write "
+                "gradients: sums of many steps and zeros between them mislead its moments (docs/results.md). Write "
                 f"optimizer = dgc.{ours}(model.parameters(), lr=...), with the arguments of torch.optim.{ours}"
             )
         if loss_scaling and getattr(self.optimizer, "_step_supports_amp_scaling", False):
