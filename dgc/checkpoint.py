@@ -21,8 +21,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from .checkpoint_reader import Reader, crc32, without_process_group
+from .checkpoint_reader import Reader, without_process_group
 from .exchange.distributed import DistributedExchange
+from .local import crc32
 from .memory import share as shares
 from .state import DGCState
 
@@ -61,7 +62,7 @@ def save(state: DGCState, directory: str | Path) -> None:
             dcp.save(
                 {f"rank{exchange.rank}.{name}": tensor for name, tensor in tensors.items()},
                 storage_writer=dcp.FileSystemWriter(str(partial)),
-                process_group=exchange.group,
+                process_group=exchange.everyones_group,
                 no_dist=not dist.is_initialized(),
             )
         if exchange.rank == 0:
@@ -76,8 +77,8 @@ def save(state: DGCState, directory: str | Path) -> None:
 def load(state: DGCState, directory: str | Path, *, allow_missing_ranks: bool = False) -> None:
     """Continues from a saved checkpoint; a collective. On an error, no rank's state has changed.
 
-    On another number of ranks, each takes over its part of the saved shares, so that the mean over the ranks stays the
-    same (docs/reliability.md).
+    On another number of ranks or nodes, or with a model that is divided among ranks in another way, each takes over its
+    part of the saved shares, so that the mean over the ranks stays the same (docs/reliability.md).
 
     Args:
         state: of the same model and DGCConfig.
@@ -98,7 +99,7 @@ def load(state: DGCState, directory: str | Path, *, allow_missing_ranks: bool = 
         failure = error
     _raise_on_all(exchange, failure, "load", Path(directory))
     assert choice is not None
-    everyone = exchange.everyone(json.dumps(asdict(choice.share)))
+    everyone = exchange.everyone(json.dumps(asdict(choice.share)))  # place apart, these are to be equal
     if differ := shares.differences(
         {f"that of rank {rank}": shares.Share(**json.loads(text)) for rank, text in enumerate(everyone)}
     ):
@@ -118,9 +119,12 @@ def _choose(
         raise FileNotFoundError(f"expected a checkpoint, but {why}")
     reader = Reader(directory)
     complete = reader.complete()
-    there = [rank for rank, is_there in complete.items() if is_there]
-    chosen = shares.taken(exchange.rank, exchange.world_size, len(complete), there)
-    state_dicts = [reader.state_dict_of(rank) for rank in chosen]
+    topology, places = exchange.topology, reader.places()
+    there = [rank for rank in range(len(complete) // places) if all(complete[rank * places + i] for i in range(places))]
+    chosen = shares.taken(topology.share, topology.shares, len(complete) // places, there)
+    # Cut in the same way, a rank's own part is enough; else any part may have elements that this rank holds.
+    parts = [topology.place] if places == topology.places else range(places)
+    state_dicts = [reader.state_dict_of(rank * places + place) for rank in chosen for place in parts]
     return state.choose(state_dicts, allow_missing_ranks)
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import pickle
 import re
 import warnings
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
+from .local import crc32
 from .memory import share as shares
 
 _KEY = re.compile(r"rank(\d+)\.(?:about|[^.]+\.(.+))", re.DOTALL)
@@ -77,21 +76,27 @@ class Reader(dcp.FileSystemReader):
                     raise ValueError(f"{file.name}: expected {end} bytes or more, got {file.stat().st_size}: truncated")
         return there
 
+    def places(self) -> int:
+        """Returns the number of ranks that held a model together: 1 where each held a whole one.
+
+        Raises:
+            ValueError: no rank's part is there, or it is damaged.
+        """
+        there = [rank for rank, is_there in self.complete().items() if is_there]
+        if not there:
+            raise ValueError(f"{self._directory}: expected the part of at least one rank, got none")
+        about = self._about(self._load([f"rank{there[0]}.about"])[f"rank{there[0]}.about"])
+        places = about.get("places", 1)
+        if type(places) is not int or places < 1 or len(self._keys) % places:
+            raise ValueError(f"rank {there[0]}: expected places that divide {len(self._keys)} ranks, got {places!r}")
+        return places
+
     def state_dict_of(self, rank: int) -> dict[str, Any]:
         """Returns what a rank's state_dict() was."""
-        template = {}
-        for key in self._keys[rank]:
-            entry = self._metadata.state_dict_metadata[key]
-            file, _ = self._files[key]
-            # What a damaged size asks for might be more memory than there is.
-            if not isinstance(entry, dcp.metadata.TensorStorageMetadata) or entry.size.numel() > file.stat().st_size:
-                raise ValueError(f"{key}: expected a tensor that fits into {file.name}, got {entry!r:.100}")
-            template[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
-        with without_process_group():
-            dcp.load(template, storage_reader=self, no_dist=True)
+        template = self._load(self._keys[rank])
         prefix = f"rank{rank}."
         tensors = {key[len(prefix) :]: tensor for key, tensor in template.items()}
-        about = json.loads(bytes(tensors.pop("about").tolist()))
+        about = self._about(tensors.pop("about"))
         expected = about.pop("crc32")
         if damaged := [name for name, tensor in tensors.items() if crc32(tensor) != expected.get(name)]:
             raise ValueError(f"rank {rank}: {', '.join(damaged)} is not what was saved: the file is damaged")
@@ -106,6 +111,27 @@ class Reader(dcp.FileSystemReader):
             )
         return {**about, **kinds}
 
+    @staticmethod
+    def _about(tensor: Tensor) -> dict[str, Any]:
+        about = json.loads(bytes(tensor.tolist()))
+        if not isinstance(about, dict):
+            raise ValueError(f"about: expected what dgc.checkpoint.save() writes, got {type(about).__name__}")
+        return about
+
+    def _load(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """Returns some entries, checked against the sizes of their files."""
+        template = {}
+        for key in keys:
+            entry = self._metadata.state_dict_metadata[key]
+            file, _ = self._files[key]
+            # What a damaged size asks for might be more memory than there is.
+            if not isinstance(entry, dcp.metadata.TensorStorageMetadata) or entry.size.numel() > file.stat().st_size:
+                raise ValueError(f"{key}: expected a tensor that fits into {file.name}, got {entry!r:.100}")
+            template[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+        with without_process_group():
+            dcp.load(template, storage_reader=self, no_dist=True)
+        return template
+
 
 class _MetadataUnpickler(pickle.Unpickler):
     """DCP reads its metadata with plain pickle, which runs whatever a file says."""
@@ -119,12 +145,6 @@ class _MetadataUnpickler(pickle.Unpickler):
         if (module, name) not in _IN_METADATA:
             raise pickle.UnpicklingError(f".metadata: expected what dgc.checkpoint.save() writes, got {module}.{name}")
         return super().find_class(module, name)
-
-
-def crc32(tensor: Tensor) -> int:
-    tensor = tensor.detach().cpu().contiguous()
-    # Through ctypes, since numpy need not be there.
-    return zlib.crc32((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())) if tensor.numel() else 0
 
 
 @contextmanager

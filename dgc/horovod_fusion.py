@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from horovod.common.util import split_list
 from torch import Tensor
 from torch.futures import Future
 
-from .memory.slots import Gradients, Slot, has_strides
+from . import fusion
 from .state import DGCState
-
-MAX_GROUP = 256
-"""Largest number of parameters in a group, since the GPU kernels take no more gradient tensors at once."""
 
 
 def fuse(
@@ -35,15 +31,8 @@ def fuse(
         chosen = [[p for p in group if id(p) in known] for group in groups]
         chosen += [[p] for p in parameters if id(p) not in grouped]
     else:
-        chosen = []
-        filling: dict[torch.dtype, list[Tensor]] = {}
-        for p in reversed(parameters):
-            group = filling.get(p.dtype)
-            if group is None or sum(q.nbytes for q in group) + p.nbytes > bucket_cap_mb * 2**20:
-                chosen.append(group := [])
-            group.append(p)
-            filling[p.dtype] = group
-    return [list(group[i : i + MAX_GROUP]) for group in chosen for i in range(0, len(group), MAX_GROUP)]
+        return fusion.by_size(parameters, bucket_cap_mb)
+    return fusion.limited(chosen)
 
 
 class Fusion:
@@ -75,9 +64,7 @@ class Fusion:
                 self._state.begin()
             self._left -= 1
             group = self._groups[index]
-            slots = [self._state.slot(p) for p in group]
-            flat = [_flat_gradient(p, slot) for p, slot in zip(group, slots, strict=True)]
-            future = self._state.reduce(Gradients(slots, flat, [(i, 0) for i in range(len(group))]))
+            future = self._state.reduce(fusion.together(group, [self._state.slot(p) for p in group]))
             self._sent[index] = future, {p: p.grad for p in group if p.grad is not None}
             if self._left == 0:
                 self._state.end()
@@ -90,16 +77,3 @@ class Fusion:
             return gradients[p]  # p.grad may be another tensor by now
 
         return reduced
-
-
-def _flat_gradient(p: Tensor, slot: Slot) -> Tensor:
-    """Returns the gradient, flat, in the order of the parameter's memory; replaces a .grad that has another order."""
-    if p.grad is None:  # unused here, but another rank may have one
-        p.grad = torch.zeros_like(p)
-    if p.grad.is_sparse:
-        raise ValueError(
-            "dgc.horovod: expected dense gradients, got a sparse one (nn.Embedding(sparse=True)?): use sparse=False"
-        )
-    if not has_strides(p.grad, slot.strides):
-        p.grad = torch.empty_strided(slot.shape, slot.strides, dtype=p.dtype, device=p.device).copy_(p.grad)
-    return p.grad.as_strided((slot.numel,), (1,))

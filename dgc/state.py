@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 
-from . import ddp
+from . import ddp, fsdp
 from .config import DGCConfig
 from .copied import Copy
+from .door import Door
 from .exchange.base import Exchange
 from .exchange.distributed import DistributedExchange
+from .exchange.islands import IslandExchange
 from .memory.parameters import Parameters
 from .ops.codec import Codec, codec_of
 from .stats import Stats
@@ -39,7 +42,8 @@ class DGCState(Saved):
             accumulation of its direction, an optimizer without momentum plain accumulation (paper, Algorithm 1). A
             wrapper, such as Accelerate's, is unwrapped.
         config: the same on all ranks.
-        process_group: None for the group of the DDP module that the state is registered on.
+        process_group: None for the group of the DDP module that the state is registered on. For a model sharded by
+            fully_shard, the ranks that hold the same shard, one of each node.
         grad_scaler: the torch.amp.GradScaler that scales the loss. Gradients are unscaled before they are accumulated,
             and results are scaled again, so that scaler.step(optimizer) and scaler.update() work as always.
         exchange: the collectives of another framework; None for torch.distributed.
@@ -76,11 +80,12 @@ class DGCState(Saved):
         scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         parameters = Parameters(named_parameters, optimizer, config, scaler is not None)
         device = parameters.device
-        exchange = exchange or DistributedExchange(device, process_group)
+        exchange = exchange or _exchange(parameters, process_group)
         codec = codec or codec_of(config.wire_dtype)
         standing = Standing(config, parameters, exchange, codec, scaler is not None)
         super().__init__(standing, scaler, average, device.type == "cuda" if late is None else late)
         self._model: weakref.ref[DistributedDataParallel] | None = None
+        self._door: Door | None = None
         if device.type != "cpu" and exchange.rank == 0:
             log.log_backend(device.type)
         # The optimizer does not own the state, so that a state that the user drops frees its memory at once.
@@ -97,26 +102,65 @@ class DGCState(Saved):
 
     # Where gradients come from.
 
-    def register(self, model: nn.Module) -> None:
-        """Registers this state on a DDP module, whose gradients it then reduces; a collective of DDP's process group.
+    def register(self, model: nn.Module, *, in_step: bool = False) -> None:
+        """Registers this state on a model, whose gradients it then reduces; a collective of the process group.
 
-        Call it in place of `model.register_comm_hook(state, dgc.dgc_hook)`, which tells the state neither DDP's group
-        nor its parameters. Without register(), the first backward pass looks them up.
+        For DDP, call it in place of `model.register_comm_hook(state, dgc.dgc_hook)`, which tells the state neither
+        DDP's group nor its parameters. Without register(), the first backward pass looks them up.
 
         Args:
-            model: a DistributedDataParallel module with the parameters that the state was made of; once
-                torch.distributed has been initialised again, the new module.
+            model: a DistributedDataParallel module, or one that fully_shard (FSDP2) has sharded inside the node, with
+                the parameters that the state was made of; once torch.distributed has been initialised again, the new
+                module.
+            in_step: exchanges in the optimizer's step(), what .grad then holds, for any wrapper that leaves gradients
+                unsynchronised there: DDP under no_sync(), a pipeline, a sharding of its own. Nothing overlaps with the
+                backward pass then, and each step() begins with a further small exchange.
 
         Raises:
-            TypeError: it is no DDP module.
-            ValueError: it has other parameters, another hook, or another group than process_group; or ranks differ.
+            TypeError: it is neither a DDP module, nor sharded by fully_shard.
+            ValueError: it has other parameters, another hook, or another group than process_group; or ranks differ, in
+                weights too where it is no DDP module.
             RuntimeError: a state_dict was loaded for other ranks than those of DDP's group; or an update is
                 outstanding.
         """
+        if in_step or fsdp.is_sharded(model):
+            self._open_door(model, in_step)
+            return
         module = self.bind(model)
         if self.exchange.changed:
             self.regroup()
         ddp.register(self, module)
+
+    def _open_door(self, model: nn.Module, in_step: bool) -> None:
+        parameters = self._standing.parameters.by_name
+        if fsdp.is_sharded(model):
+            fsdp.check_module(model, parameters)
+        if self.exchange.changed:
+            self.regroup()
+        opened = Door(self, parameters, in_step)
+        opened.check_weights(self.exchange)
+        self._door = opened
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Returns a context whose backward passes add up gradients without an exchange, for a model without DDP.
+
+        For an FSDP2 model that reduces in every backward pass. With set_requires_gradient_sync(False) FSDP2 adds up
+        gradients itself, and this is not needed.
+
+        Raises:
+            RuntimeError: the model is a DDP module, which has a no_sync() of its own, or none is registered.
+        """
+        if self._door is None:
+            raise RuntimeError(
+                "DGCState.no_sync: expected a model sharded by fully_shard that is registered, got none. For DDP, use "
+                "its own: with model.no_sync()"
+            )
+        return self._door.shut()
+
+    def collect(self) -> None:
+        """Exchanges the gradients in .grad, where step() is to do it; a collective then."""
+        if self._door is not None:
+            self._door.collect(self.exchange)
 
     def bind(self, model: nn.Module) -> DistributedDataParallel:
         """Checks a DDP module, takes its process group, and returns the module.
@@ -140,7 +184,7 @@ class DGCState(Saved):
     @property
     def registered(self) -> bool:
         """Whether this state is registered on a DDP module."""
-        return self.model is not None or bool(ddp.registered_on(self))
+        return self._door is not None or self.model is not None or bool(ddp.registered_on(self))
 
     # Figures.
 
@@ -171,3 +215,20 @@ class DGCState(Saved):
     def __deepcopy__(self, memo: dict[int, Any]) -> Copy:
         """Returns an empty Copy: a copy of a model with the hook, as for a weight average, needs no second u and v."""
         return Copy()
+
+
+def _exchange(parameters: Parameters, process_group: dist.ProcessGroup | None) -> Exchange:
+    """Returns the exchange over torch.distributed: between nodes where the parameters are shards, else between ranks.
+
+    Raises:
+        ValueError: the parameters are shards, and process_group is missing or wrong.
+    """
+    if (mesh := parameters.mesh) is None:
+        return DistributedExchange(parameters.device, process_group)
+    if process_group is None:
+        raise ValueError(
+            "process_group: expected the ranks that hold the same shard, one of each node, got None. With mesh = "
+            'init_device_mesh(device, (nodes, ranks_of_a_node), mesh_dim_names=("replicate", "shard")) and '
+            'fully_shard(module, mesh=mesh["shard"]), pass process_group=mesh["replicate"].get_group()'
+        )
+    return IslandExchange(parameters.device, process_group, mesh.get_group())

@@ -76,6 +76,9 @@ class Variant(Replicated):
             if i not in self.has_momentum
         }
 
+    def collect(self) -> None:
+        """Does nothing."""
+
     def take(self) -> bool:
         """Returns that no step is left out."""
         return True

@@ -36,6 +36,10 @@ class Topology(NamedTuple):
     """Number of this rank's residual among those that differ."""
     shares: int
     """Number of residuals that differ. Their mean is the update that is still to come."""
+    place: int = 0
+    """Number of this rank's part of the model among those of its node."""
+    places: int = 1
+    """Number of ranks of a node that hold the model together, each a part of it."""
 
     @classmethod
     def flat(cls, rank: int, ranks: int) -> Topology:
@@ -125,6 +129,16 @@ class Exchange(ABC):
     def finish(self) -> None:
         """Completes all started transfers, where no thread of the framework does so."""
         return
+
+    def sum_in_node(self, tensor: Tensor) -> None:  # noqa: B027  (nothing is what ranks that hold the whole model do)
+        """Sums a tensor in place over the ranks of a node that hold the model together; a collective of these.
+
+        On a GPU this is queued on the current stream, and the host does not wait.
+        """
+
+    def everyone_in_node(self, text: str) -> list[str]:
+        """Returns the texts of the ranks of a node that hold the model together; a collective of these."""
+        return [text]
 
     @abstractmethod
     def everyone(self, text: str) -> list[str]:

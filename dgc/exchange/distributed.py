@@ -29,7 +29,21 @@ def _default_group() -> dist.ProcessGroup | None:
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
-def _failed(what: str, error: RuntimeError) -> RuntimeError:
+def everyone_of(group: dist.ProcessGroup | None, text: str) -> list[str]:
+    """Returns the texts of a group's ranks, in their order; a collective.
+
+    Raises:
+        RuntimeError: a rank has gone.
+    """
+    texts = [""] * dist.get_world_size(group)
+    try:
+        dist.all_gather_object(texts, text, group=group)
+    except RuntimeError as error:
+        raise failed("the comparison of the ranks", error) from error
+    return texts
+
+
+def failed(what: str, error: RuntimeError) -> RuntimeError:
     """Returns an error that explains why a collective failed."""
     return RuntimeError(
         f"dgc: {what} failed, since a rank has gone, hangs, or has run fewer backward passes than this one: look at "
@@ -69,7 +83,7 @@ class DistributedTransfer:
                 if future.done():  # where one has failed, the other may be under way
                     future.value()
         except RuntimeError as error:
-            raise _failed("the exchange of gradients", error) from error
+            raise failed("the exchange of gradients", error) from error
         if self._stream is None or self._queued is None:
             yield
             return
@@ -157,6 +171,11 @@ class DistributedExchange(Exchange):
         """The group's ranks, by their numbers in the default group; [0] where torch.distributed is not initialised."""
         return [0] if _default_group() is None else dist.get_process_group_ranks(self.group)
 
+    @property
+    def everyones_group(self) -> dist.ProcessGroup | None:
+        """The group of all that exchange; None for the default group, or without torch.distributed."""
+        return self.group
+
     def roll_back(self, rank: int, world_size: int) -> None:
         """Sets rank and world_size to those of an earlier group, until the next refresh()."""
         super().roll_back(rank, world_size)
@@ -171,26 +190,20 @@ class DistributedExchange(Exchange):
     ) -> DistributedTransfer:
         """Starts both collectives; see Exchange. A process group matches them by order, not by name."""
         works: list[dist.Work] = []
+        rows = self.topology.rows
         if payload is not None and gathered is not None:
-            if self.world_size == 1:
+            if rows == 1:
                 gathered[0].copy_(payload)
             else:
                 works.append(_all_gather(gathered.view(-1), payload, group=self.group, async_op=True))
-        if dense is not None and self.world_size > 1:
-            dense.div_(self.world_size)  # before the sum, as DDP divides, so that 16-bit sums do not overflow
+        if dense is not None and dense.numel() and rows > 1:
+            dense.div_(rows)  # before the sum, as DDP divides, so that 16-bit sums do not overflow
             works.append(dist.all_reduce(dense, group=self.group, async_op=True))
         return DistributedTransfer(works, self._stream)
 
     def everyone(self, text: str) -> list[str]:
         """Returns the texts of all ranks, in their order; a collective."""
-        if self.world_size == 1:
-            return [text]
-        texts = [""] * self.world_size
-        try:
-            dist.all_gather_object(texts, text, group=self.group)
-        except RuntimeError as error:
-            raise _failed("the comparison of the ranks", error) from error
-        return texts
+        return [text] if self.world_size == 1 else everyone_of(self.group, text)
 
     def broadcast(self, tensors: Sequence[Tensor], root: int) -> None:
         """Copies one rank's contiguous tensors to all other ranks; a collective."""

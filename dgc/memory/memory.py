@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dgc.local import local
 from dgc.ops.wire import GROUP, align_up
 
 from .slots import Slot
@@ -79,7 +80,7 @@ class Memory:
     def set(self, kind: str, name: str, value: Tensor) -> None:
         """Sets one parameter's tensor of a kind to a value that is equal on all ranks, such as a dense run's."""
         self.allocate([kind])
-        self.slots[name].view(self.kinds[kind]).copy_(value)
+        self.slots[name].view(self.kinds[kind]).copy_(local(value))
         self.diverged.discard(name)
 
     def of(self, name: str) -> dict[str, Tensor]:

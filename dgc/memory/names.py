@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from dgc.local import refusal_of
+
 SUPPORTED = (torch.float32, torch.bfloat16, torch.float16)
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 """Parts that torch.compile and torch's activation checkpointing put into names, anywhere."""
@@ -18,7 +20,8 @@ def by_name(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]
     Raises:
         ValueError: a name or a parameter comes twice; a type is not supported; a parameter has no memory; devices
             differ; or no parameter is trainable.
-        TypeError: the argument is no pairs of name and tensor, or holds a DTensor.
+        TypeError: the argument is no pairs of name and tensor, or holds a DTensor that fully_shard has not sharded
+            over one dimension.
     """
     parameters: dict[str, Tensor] = {}
     seen: dict[int, str] = {}
@@ -31,11 +34,8 @@ def by_name(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]
             )
         if not parameter.requires_grad:
             continue
-        if hasattr(parameter, "device_mesh"):
-            raise TypeError(
-                f"{name}: expected a plain tensor, got a DTensor, a shard of one (FSDP2, tensor parallel). DGC keeps "
-                "momentum and residual of whole parameters: use DistributedDataParallel"
-            )
+        if refusal := refusal_of(parameter):
+            raise TypeError(f"{name}: {refusal}")
         if parameter.is_meta or torch.nn.parameter.is_lazy(parameter):
             raise ValueError(
                 f"{name}: expected a parameter with memory, got one on the meta device, or of a lazy module. Make it "

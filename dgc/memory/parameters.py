@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from dgc.config import DGCConfig
+from dgc.local import local, mesh_of
 from dgc.optim.apply import all_zero
 from dgc.optim.foreign import rule_of
 
@@ -45,9 +46,11 @@ class Parameters:
         self.compressed = [name for name in self.by_name if name not in self.never_compressed]
         self.slots = lay_out(self.by_name, self.compressed)
         self._slots = {id(p): self.slots[name] for name, p in self.by_name.items()}
-        self._strides = {name: p.stride() for name, p in self.by_name.items()}
+        self._strides = {name: local(p).stride() for name, p in self.by_name.items()}
         self.rule.check_use(loss_scaling=loss_scaling, skipping=config.on_nonfinite == "skip")
         self.device = next(iter(self.by_name.values())).device
+        self.mesh = next((mesh for p in self.by_name.values() if (mesh := mesh_of(p)) is not None), None)
+        """The ranks over which fully_shard has sharded the parameters; None where each rank has all of them."""
         self.came_dense = False
         """Whether the optimizer has brought the tensors of a dense run."""
 
@@ -75,12 +78,12 @@ class Parameters:
         changed = {
             name: laid_out_again(self.slots[name], p)
             for name, p in self.by_name.items()
-            if p.stride() != self._strides[name]
+            if local(p).stride() != self._strides[name]
         }
         for name, slot in changed.items():
             p = self.by_name[name]
             self.slots[name] = self._slots[id(p)] = slot
-            self._strides[name] = p.stride()
+            self._strides[name] = local(p).stride()
         return changed
 
     def slot(self, parameter: Tensor) -> Slot:
@@ -126,8 +129,8 @@ class Parameters:
         """
         held = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         names = [slot.name if (slot := self._slots.get(id(p))) else f"one of shape {tuple(p.shape)}" for p in held]
-        local = [(name, p) for name, p in zip(names, held, strict=True) if name not in reduced]
-        return [] if all_zero(p.grad for _, p in local) else [name for name, _ in local]
+        unreduced = [(name, p) for name, p in zip(names, held, strict=True) if name not in reduced]
+        return [] if all_zero(p for _, p in unreduced) else [name for name, _ in unreduced]
 
     def without_gradient(self, reduced: Collection[str]) -> list[str]:
         """Returns the names of parameters without .grad whose gradient this pass has not reduced."""

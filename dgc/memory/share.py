@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from . import pieces
 from .memory import Memory
 
 logger = logging.getLogger("dgc")
@@ -33,6 +34,10 @@ class Share:
     """Kinds of the rule's tensors that come with the residual, such as "momentum"."""
     density: float | None = None
     """Density that DGCState.set_density() has set; None for DGCConfig's."""
+    place: int = 0
+    """Number of this part of the share, where the ranks of a node hold the model together."""
+    places: int = 1
+    """Number of parts of each share."""
 
     @classmethod
     def of(cls, state_dict: Mapping[str, Any]) -> Share:
@@ -72,7 +77,17 @@ class Share:
             list(check("diverged", _strings(diverged), "a list of parameter names")),
             [kind for kind in kinds if state_dict[kind]],
             None if density is None else float(check("density", good, "None or a number in (0, 1]")),
+            *_place(state_dict),
         )
+
+
+def _place(state_dict: Mapping[str, Any]) -> tuple[int, int]:
+    """Reads place and places, which are 0 and 1 where a rank holds the whole model."""
+    place, places = state_dict.get("place", 0), state_dict.get("places", 1)
+    if not (type(place) is type(places) is int and 0 <= place < places <= MOST_RANKS):
+        raise ValueError(f"state_dict['place']: expected one of {places!r:.20} places, got {place!r:.20}")
+    pieces.check(state_dict.get("pieces", {}))
+    return place, places
 
 
 def _strings(value: object) -> bool:
@@ -86,7 +101,7 @@ def differences(shares: Mapping[str, Share]) -> str:
         shares: by their names in the text.
     """
     one = next(iter(shares.values()))
-    if all({**asdict(share), "rank": one.rank} == asdict(one) for share in shares.values()):
+    if all({**asdict(share), "rank": one.rank, "place": one.place} == asdict(one) for share in shares.values()):
         return ""
     return "; ".join(
         f"{what} was rank {share.rank} of {share.world_size} at step {share.step}" for what, share in shares.items()
@@ -96,10 +111,15 @@ def differences(shares: Mapping[str, Share]) -> str:
 def wrap(ranks: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """Returns the shares of some ranks as a state_dict.
 
-    The key of each share is its rank. torch.distributed.checkpoint keeps a single entry per key, so equal keys on all
-    ranks would mix tensors of different ranks.
+    The key of each share is its rank, and its place where ranks hold parts. torch.distributed.checkpoint keeps a single
+    entry per key, so equal keys on all ranks would mix tensors of different ranks.
     """
-    return {"version": VERSION, "ranks": {str(rank): dict(share) for rank, share in ranks.items()}}
+    return {"version": VERSION, "ranks": {_key(share): dict(share) for share in ranks.values()}}
+
+
+def _key(share: Mapping[str, Any]) -> str:
+    rank = str(share.get("rank"))
+    return rank if share.get("places", 1) == 1 else f"{rank}.{share.get('place')}"
 
 
 def unwrap(state_dict: object) -> list[Mapping[str, Any]]:
@@ -128,9 +148,9 @@ def unwrap(state_dict: object) -> list[Mapping[str, Any]]:
     if not isinstance(ranks, Mapping):
         raise ValueError(f"state_dict['ranks']: expected shares by rank, got {ranks!r:.100}")
     for name, share in ranks.items():
-        if isinstance(share, Mapping) and str(share.get("rank")) != str(name):
+        if isinstance(share, Mapping) and _key(share) != str(name):
             raise ValueError(
-                f"state_dict['ranks'][{name!r}]: expected the share of that rank, got {share.get('rank')!r:.100}"
+                f"state_dict['ranks'][{name!r}]: expected the share of that rank, got {_key(share)!r:.100}"
             )
     return list(ranks.values())
 
@@ -203,8 +223,10 @@ def choose(
     if not state_dicts:
         raise ValueError("state_dict: expected at least one, got none")
     shares = [Share.of(state_dict) for state_dict in state_dicts]
-    by_rank = {share.rank: state_dict for share, state_dict in zip(shares, state_dicts, strict=True)}
-    if len(by_rank) < len(shares):
+    by_rank: dict[int, list[Mapping[str, Any]]] = {}
+    for share, state_dict in zip(shares, state_dicts, strict=True):
+        by_rank.setdefault(share.rank, []).append(state_dict)
+    if len({(share.rank, share.place) for share in shares}) < len(shares):
         raise ValueError(
             f"state_dict: expected one of each rank, got those of rank {numbers([s.rank for s in shares])}. A residual "
             "belongs to one rank, and each rank saves its own: with torch.distributed.checkpoint, by "
@@ -224,7 +246,9 @@ def choose(
             "of ranks is wrong, load after init_process_group(). To go on without what that rank had not sent: "
             "allow_missing_ranks=True"
         )
-    parts = [(wanted.get(s, 0.0), by_rank[s]) for s in taken(rank, world_size, one.world_size, by_rank)]
+    there = taken(rank, world_size, one.world_size, by_rank)
+    kinds = ["residual", *one.kinds]
+    parts = [(wanted.get(s, 0.0), pieces.fitted(by_rank[s], kinds, memory.slots)) for s in there]
     memory.check([state_dict for _, state_dict in parts], one.kinds, one.diverged)
     return Choice(one, parts, missing)
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dgc.local import Piece, local, piece_of
 from dgc.ops.wire import GROUP, align_up
 
 
@@ -23,6 +24,8 @@ class Slot(NamedTuple):
     numel: int
     offset: int
     """Its first element in the flat tensors of Memory."""
+    piece: Piece
+    """Its place in the whole parameter."""
 
     @property
     def nbytes(self) -> int:
@@ -63,25 +66,27 @@ def lay_out(parameters: Mapping[str, Tensor], compressed: Sequence[str]) -> dict
     """
     offsets: dict[str, int] = {}
     end = 0
+    parts = {name: local(p) for name, p in parameters.items()}
     for name in (*compressed, *(name for name in parameters if name not in set(compressed))):
         offsets[name] = end
-        end = align_up(end + parameters[name].numel(), GROUP)
+        end = align_up(end + parts[name].numel(), GROUP)
     return {
         name: Slot(
             name,
-            shape=tuple(p.shape),
-            strides=dense_strides(p),
-            dtype=p.dtype,
-            numel=p.numel(),
+            shape=tuple(part.shape),
+            strides=dense_strides(part),
+            dtype=part.dtype,
+            numel=part.numel(),
             offset=offsets[name],
+            piece=piece_of(parameters[name]),
         )
-        for name, p in parameters.items()
+        for name, part in parts.items()
     }
 
 
 def laid_out_again(slot: Slot, parameter: Tensor) -> Slot:
     """Returns the slot of a parameter whose memory format has changed, as by model.to(memory_format=...)."""
-    return slot._replace(strides=dense_strides(parameter))
+    return slot._replace(strides=dense_strides(local(parameter)))
 
 
 def dense_strides(parameter: Tensor) -> tuple[int, ...]:

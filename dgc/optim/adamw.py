@@ -11,6 +11,7 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
 from dgc import ops
+from dgc.local import gradient_of, local
 from dgc.ops import Accumulation
 
 from . import saved
@@ -199,18 +200,19 @@ class AdamW(DGCOptimizer):
         if reducer is None:
             return
         for group in self.param_groups:
-            compressed, dense, moments = [], [], []
+            compressed, updates, dense, moments = [], [], [], []
             for p in group["params"]:
-                if p.grad is None:
+                if (gradient := gradient_of(p)) is None:
                     continue
                 kept = reducer.kept_of(p)
                 if kept is None:
-                    compressed.append(p)
+                    compressed.append(local(p))
+                    updates.append(gradient)
                 else:
                     dense.append(p)
                     moments.append(kept)
             shrink = 1 - group["lr"] * group["weight_decay"]
-            subtract(compressed, [p.grad for p in compressed], 1.0, reducer.skip, shrink)
+            subtract(compressed, updates, 1.0, reducer.skip, shrink)
             if dense:
                 self._step_dense(group, dense, moments, reducer.skip)
 
@@ -218,11 +220,11 @@ class AdamW(DGCOptimizer):
         self, group: Mapping[str, Any], parameters: list[Tensor], moments: list[dict[str, Tensor]], skip: Tensor | None
     ) -> None:
         """Takes a step of torch.optim.AdamW, in float32, on tensors that are written back unless `skip` is not 0."""
-        changed = [[p, kept[FIRST], kept[SECOND]] for p, kept in zip(parameters, moments, strict=True)]
+        changed = [[local(p), kept[FIRST], kept[SECOND]] for p, kept in zip(parameters, moments, strict=True)]
         working = [[_working(x, skip) for x in of] for of in changed]
         adamw(
             [p for p, _, _ in working],
-            [p.grad.float() for p in parameters if p.grad is not None],
+            [gradient.float() for p in parameters if (gradient := gradient_of(p)) is not None],
             [first for _, first, _ in working],
             [second for _, _, second in working],
             [],

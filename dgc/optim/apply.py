@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from dgc import ops
+from dgc.local import gradient_of
 
 
-def all_zero(gradients: Iterable[Tensor]) -> bool:
-    """Returns whether all gradients are zero, so that step() has nothing to apply.
+def all_zero(parameters: Iterable[Tensor]) -> bool:
+    """Returns whether no parameter has a gradient other than zero, so that step() has nothing to apply.
 
     hvd.broadcast_optimizer_state() calls step() with such gradients, to create the state that it broadcasts.
     """
-    return not any(bool(gradient.any()) for gradient in gradients)
+    gradients = map(gradient_of, parameters)
+    return not any(bool(gradient.any()) for gradient in gradients if gradient is not None)
 
 
 def advance(u: Tensor, gradient: Tensor, mu: float, alpha: float = 1) -> None:

@@ -22,6 +22,9 @@ MASKED_BELOW = 0.01
 class Reducer(Protocol):
     """The part of DGCState that an optimizer uses."""
 
+    def collect(self) -> None:
+        """Exchanges gradients, where step() is to do it."""
+
     @property
     def pending(self) -> bool:
         """Whether there are reduced gradients that no step() has claimed."""
@@ -235,8 +238,10 @@ class DGCOptimizer(Optimizer):
     def _claims(self, parameters: Sequence[Tensor]) -> bool:
         """Claims the gradients of the last pass; returns False if there are none, or the step is to be left out."""
         reducer = self.reducer
+        if reducer is not None:
+            reducer.collect()
         pending = reducer is not None and reducer.pending
-        if not pending and all_zero(p.grad for p in parameters if p.grad is not None):
+        if not pending and all_zero(parameters):
             self._allocate(parameters)
             return False
         if reducer is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from dgc import ops
+from dgc.local import gradient_of, local
 from dgc.ops import Accumulation
 
 from . import saved
@@ -209,34 +210,34 @@ class SGD(DGCOptimizer):
     def _step_group(self, group: dict[str, Any], reducer: Reducer | None) -> None:
         lr, mu, decay, nesterov = group["lr"], group["momentum"], group["weight_decay"], group["nesterov"]
         skip = reducer.skip if reducer is not None else None
-        parameters = [p for p in group["params"] if p.grad is not None]
+        held = [(p, gradient) for p in group["params"] if (gradient := gradient_of(p)) is not None]
         if decay:
-            for p in parameters:
+            for p, _ in held:
                 self._decay_weights(p, lr, mu, decay, nesterov, skip)
         updates = []
-        for p in parameters:
-            update = p.grad
+        for p, gradient in held:
+            update = gradient
             kept = reducer.kept_of(p) if reducer is not None and mu else None
             u = None if kept is None else kept[MOMENTUM]
             if u is not None:
-                unless(skip, u, partial(advance, gradient=p.grad, mu=mu))
-                update = p.grad.add(u, alpha=mu) if nesterov else u
+                unless(skip, u, partial(advance, gradient=gradient, mu=mu))
+                update = gradient.add(u, alpha=mu) if nesterov else u
             updates.append(update)
-        subtract(parameters, updates, lr, skip)
+        subtract([local(p) for p, _ in held], updates, lr, skip)
 
     def _decay_weights(
         self, p: Tensor, lr: float, mu: float, decay: float, nesterov: bool, skip: Tensor | None
     ) -> None:
         """Subtracts the weight-decay part of the update from p: lr times the momentum form of decay * p."""
-        shrink = partial(torch.Tensor.mul_, other=1 - lr * decay)
+        shrink, values = partial(torch.Tensor.mul_, other=1 - lr * decay), local(p)
         if not mu:
-            unless(skip, p, shrink)
+            unless(skip, values, shrink)
             return
-        u = self._decay_momentum(p)
-        unless(skip, u, partial(advance, gradient=p, mu=mu, alpha=decay))
+        u = local(self._decay_momentum(p))
+        unless(skip, u, partial(advance, gradient=values, mu=mu, alpha=decay))
         if nesterov:
-            unless(skip, p, shrink)
-        subtract([p], [u], lr * mu if nesterov else lr, skip)
+            unless(skip, values, shrink)
+        subtract([values], [u], lr * mu if nesterov else lr, skip)
 
     def _state(self, p: Tensor) -> dict[str, Any]:
         """Returns the state of a parameter, made where it is missing.

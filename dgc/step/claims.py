@@ -60,6 +60,9 @@ class Claims:
 
     # What the optimizer asks.
 
+    def collect(self) -> None:
+        """Does nothing: gradients are exchanged in the backward pass. DGCState can be told otherwise."""
+
     @property
     def pending(self) -> bool:
         """Whether there are reduced gradients that no step() has claimed."""
@@ -113,7 +116,7 @@ class Claims:
         if local := parameters.not_reduced(self._pass.reduced):
             raise ValueError(advice.not_reduced(local))
         self._pass.finish(self.exchange)
-        verdict = self._pass.judge(parameters.by_name)
+        verdict = self._pass.judge(self.exchange, parameters.by_name)
         thrown = [name for bucket in self._pass.buckets for name in bucket.thrown_away(parameters.by_name)]
         if not self._late and not verdict.findings():  # else the step is left out, whatever its gradients hold
             self._drop([*thrown, *verdict.zeroed])
@@ -131,7 +134,8 @@ class Claims:
     def take_for(self) -> None:
         """Claims the gradients for an optimizer that is not ours, before it applies them; see take()."""
         parameters = self._standing.parameters
-        if not self.pending and all_zero(p.grad for p in parameters.by_name.values() if p.grad is not None):
+        self.collect()
+        if not self.pending and all_zero(parameters.by_name.values()):
             return
         parameters.refresh()  # a schedule may have set a momentum, which is refused
         if not (self.take() and self._settle()):  # the optimizer does not read `skip`, and cannot leave the step out
@@ -176,7 +180,7 @@ class Claims:
         if last.stage not in (Stage.TAKEN, Stage.SHADOW):
             return True
         shadow = last.stage is Stage.SHADOW
-        verdict = last.settle()
+        verdict = last.settle(self.exchange)
         found = verdict.findings()
         if self._late and self._standing.config.droppable:
             for bucket in last.buckets:
@@ -206,7 +210,7 @@ class Claims:
             self._pass.finish(self.exchange)
         except Exception:
             return  # backward() has raised it already; the caller reports that discard() was not called
-        if found := self._pass.judge().findings():
+        if found := self._pass.judge(self.exchange).findings():
             self.discard(drop_gradient=False)
             self._log_skipped(found)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ def squared_norm(gradient: Tensor) -> Tensor:
 
 
 def clip_scale(
-    squared_norms: Iterable[Tensor], clip_norm: float, world_size: int, most: float = 1.0, unscale: Tensor | None = None
+    squared_norms: Tensor, clip_norm: float, world_size: int, most: float = 1.0, unscale: Tensor | None = None
 ) -> Tensor:
     """Returns the factor for this rank's gradients, min(most, sqrt(N) * clip_norm / norm) * unscale: float32 [1].
 
@@ -32,13 +31,13 @@ def clip_scale(
     clip_norm.
 
     Args:
-        squared_norms: of each parameter, in the model's order, so that their sum has the same bits for any buckets.
+        squared_norms: float64 [parameters], in the model's order, so that their sum has the same bits for any buckets.
         clip_norm: the threshold for one worker.
         world_size: N.
         most: the factor without clipping: 1, or N where the update is the sum over the ranks.
         unscale: float32 [1], the inverse of the loss scale that the gradients still carry; None for 1.
     """
-    norm = torch.stack(list(squared_norms)).cumsum(0)[-1].sqrt()  # cumsum: one after the other, in order
+    norm = squared_norms.cumsum(0)[-1].sqrt()  # cumsum: one after the other, in order
     if unscale is not None:
         norm = norm * unscale.double()
     scale: Tensor = (math.sqrt(world_size) * clip_norm / norm).clamp(max=most).to(torch.float32).view(1)

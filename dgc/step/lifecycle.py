@@ -88,10 +88,10 @@ class Pass:
         self._expect(Stage.REDUCED)
         self._stage = Stage.TAKEN
 
-    def settle(self) -> Verdict:
+    def settle(self, exchange: Exchange) -> Verdict:
         """Ends the pass, and returns its verdict."""
         self._expect(Stage.TAKEN, Stage.SHADOW)
-        verdict = self.judge() if self.verdict is None else self.verdict
+        verdict = self.judge(exchange) if self.verdict is None else self.verdict
         self._stage = Stage.OVER
         return verdict
 
@@ -120,10 +120,11 @@ class Pass:
             future.wait()
         self.sent = []  # the futures hold gradients
 
-    def judge(self, parameters: Mapping[str, Tensor] | None = None) -> Verdict:
+    def judge(self, exchange: Exchange, parameters: Mapping[str, Tensor] | None = None) -> Verdict:
         """Collects the reports of the buckets, once all of them have been received.
 
         Args:
+            exchange: the collectives.
             parameters: by name, to compare their gradients with those handed back; None for no comparison.
         """
         zeroed: Mapping[str, Tensor] = {}
@@ -131,5 +132,5 @@ class Pass:
         if parameters is not None:
             zeroed = self.context.probes.zeroed(parameters)
             changed = self.context.probes.compare(parameters, self.context.unscale)
-        self.verdict = Verdict(self.buckets, self.context.step, zeroed, changed)
+        self.verdict = Verdict(self.buckets, exchange, self.context.step, zeroed, changed)
         return self.verdict

@@ -69,6 +69,8 @@ def phase_at(
     for name, slot in slots.items():
         if name in never_compressed:
             dense[name] = never_compressed[name]
+        elif not slot.numel:
+            dense[name] = "no elements on this rank"
         elif switched_off:
             dense[name] = "state.dense is set"
         elif density >= 1:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from dgc.local import gradient_of
 from dgc.memory.slots import Slot, has_strides
 
 LENGTH = 16384
@@ -104,7 +105,7 @@ class Probes:
 
 def _stretch(p: Tensor, slot: Slot, start: int, numel: int) -> Tensor | None:
     """Returns a stretch of a parameter's gradient in the order of memory; None where it has none, or another order."""
-    grad = p.grad
+    grad = gradient_of(p)
     if grad is None or grad.layout != torch.strided or tuple(grad.shape) != slot.shape:
         return None
     if not has_strides(grad, slot.strides):

@@ -222,7 +222,8 @@ class Reducer(Claims):
                 for gradients in waiting
                 for i, slot in enumerate(gradients.slots)
             }
-            ordered = [norms[name] for name in standing.parameters.by_name if name in norms]
+            ordered = torch.stack([norms[name] for name in standing.parameters.by_name if name in norms])
+            self.exchange.sum_in_node(ordered)
             return clip_scale(ordered, standing.config.clip_norm, topology.workers, most, unscale)
 
     def _send(self, gradients: Gradients, scale: Tensor | None, future: Future[Tensor]) -> None:
@@ -231,7 +232,9 @@ class Reducer(Claims):
         transfer = bucket.send(gradients, context, scale)
         self._pass.sent.append(future)
         # It runs in the backend's thread or in exchange.finish(), so it must do local work only, and never wait.
-        arrival = _Arrival(bucket, gradients, context, transfer, future, self._late)
+        # Where ranks hold the model together, all of them have to raise what one finds: the verdict says it.
+        late = self._late or self.exchange.topology.places > 1
+        arrival = _Arrival(bucket, gradients, context, transfer, future, late)
         transfer.done.add_done_callback(partial(_receive, [arrival]))
 
     def _look_for_a_lost_residual(self) -> None:

@@ -35,8 +35,13 @@ class Saved(Reducer):
         For frameworks where rank 0 writes one file. Tensors are copies on the CPU, 8 bytes a parameter and rank.
 
         Raises:
-            RuntimeError, FloatingPointError, PayloadError: as state_dict().
+            RuntimeError, FloatingPointError, PayloadError: as state_dict(); RuntimeError also for a sharded model.
         """
+        if self.exchange.topology.places > 1:
+            raise RuntimeError(
+                "DGCState.full_state_dict: expected ranks that hold the whole model, got shards of it, which together "
+                "need not fit on one rank: use dgc.checkpoint.save(state, dir), which loads on any number of ranks"
+            )
         if self.exchange.changed:
             self.regroup()
         return group.gather(self.exchange, self.memory, self._own())

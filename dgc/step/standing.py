@@ -13,6 +13,7 @@ from dgc.memory import group
 from dgc.memory import share as shares
 from dgc.memory.memory import MOMENTUM, Memory
 from dgc.memory.parameters import Parameters
+from dgc.memory.pieces import pieces_of
 from dgc.memory.share import Share
 from dgc.ops.codec import Codec
 
@@ -128,11 +129,15 @@ class Standing:
             diverged=sorted(self.memory.diverged),
             kinds=list(self.memory.kinds),
             density=self._density,
+            place=topology.place,
+            places=topology.places,
         )
 
     def own(self) -> dict[str, Any]:
         """Returns this rank's share with views of its tensors."""
-        return {**asdict(self.share()), **self.memory.state_dict()}
+        share = self.share()
+        pieces = {"pieces": pieces_of(self.parameters.slots)} if share.places > 1 else {}
+        return {**asdict(share), **pieces, **self.memory.state_dict()}
 
     def choose(self, parts: Sequence[Mapping[str, Any]], allow_missing_ranks: bool) -> shares.Choice:
         """Returns this rank's part of saved shares, and changes nothing; raises as shares.choose()."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from dgc.exchange.base import Exchange
+from dgc.ops.wire import PayloadError
 
 from .bucket import Bucket
 
@@ -20,24 +24,31 @@ class Verdict:
     def __init__(
         self,
         buckets: Sequence[Bucket],
+        exchange: Exchange,
         step: int,
         zeroed: Mapping[str, Tensor] | None = None,
         changed: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Collects the reports, once all buckets have been received.
+        """Collects the reports, once all buckets have been received; a collective of ranks that hold a model together.
 
         Args:
             buckets: of one backward pass; on a GPU, the current stream has to be ordered after them.
+            exchange: the collectives.
             step: for messages.
             zeroed: by name, a bool scalar on the device: whether the gradient has been set to zero.
             changed: by name, a bool scalar on the device: whether the gradient has changed in any way.
         """
         self.buckets = buckets
         self.step = step
+        self._exchange = exchange
+        self._found: list[str] | None = None
         self._zeroed, self._changed = zeroed or {}, changed or {}
         reports = torch.cat([bucket.report for bucket in buckets])
-        self.bad = (reports != 0).any().to(torch.uint8)
+        bad = (reports != 0).any().to(torch.int32)
+        exchange.sum_in_node(bad)
+        self.bad = (bad != 0).to(torch.uint8)
         """uint8 scalar on the device: 1 where nothing of this step may be applied."""
+        reports = torch.cat([reports, bad.view(1)])
         if probed := [*self._zeroed.values(), *self._changed.values()]:
             reports = torch.cat([reports, torch.stack(probed).to(reports.dtype)])
         self._copied: torch.cuda.Event | None = None
@@ -56,14 +67,29 @@ class Verdict:
         Raises:
             wire.PayloadError: a rank sent what does not fit.
         """
+        if self._found is not None:
+            return self._found
         if self._copied is not None:
             self._copied.synchronize()
         found: set[str] = set()
         reports = self._reports.tolist()
+        at, error = 0, ""
         for bucket in self.buckets:
-            found |= bucket.findings(reports[: len(bucket.report)])
-            del reports[: len(bucket.report)]
-        return sorted(found)
+            report = reports[at : at + len(bucket.report)]
+            at += len(report)
+            try:
+                found |= bucket.findings(report)
+            except PayloadError as wrong:
+                error = error or str(wrong)
+        if reports[at]:
+            everyone = map(json.loads, self._exchange.everyone_in_node(json.dumps([sorted(found), error])))
+            for theirs, their_error in everyone:
+                found |= set(theirs)
+                error = error or their_error
+            if error:
+                raise PayloadError(error)
+        self._found = sorted(found)
+        return self._found
 
     def thrown_away(self, bucket: Bucket) -> Tensor | None:
         """Returns which gradients of a bucket were set to zero, uint8 [compressed] on the device; None if unprobed."""

@@ -12,12 +12,12 @@ FOLDER = Path(dgc.__file__).parent
 CSRC = FOLDER.parent / "csrc"
 
 LEVELS = [
-    {"_version", "config", "copied", "stats"},
+    {"_version", "config", "copied", "local", "stats"},
     {"ops"},
     {"exchange", "optim"},
     {"memory"},
     {"step"},
-    {"ddp", "state"},
+    {"ddp", "door", "fsdp", "fusion", "state"},
     {"checkpoint", "checkpoint_reader", "horovod", "horovod_elastic", "horovod_fusion", "__init__"},
 ]
 """From the bottom up: each imports from those before it, and from its own level without a circle."""

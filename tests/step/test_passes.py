@@ -5,6 +5,7 @@ import logging
 import math
 import sys
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
@@ -337,7 +338,7 @@ def test_a_pass_goes_through_its_stages_and_through_no_others():
     one = alone()
     one.train(normals(SHAPES, 0))
     its_pass = one.state._pass
-    for step in (its_pass.close, its_pass.claim, its_pass.settle):
+    for step in (its_pass.close, its_pass.claim, partial(its_pass.settle, one.state.exchange)):
         with pytest.raises(RuntimeError, match=r"Pass: expected .*, got OVER"):
             step()
 

@@ -1,0 +1,79 @@
+"""Local parts of parameters: the elements that this rank holds of a parameter that fully_shard divides over a node."""
+
+from __future__ import annotations
+
+import ctypes
+import zlib
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class Piece(NamedTuple):
+    """The place of a rank's part in the whole parameter, whose elements are counted row after row."""
+
+    begin: int
+    """Its first element in the whole parameter."""
+    whole: int
+    """Number of elements of the whole parameter."""
+
+
+def mesh_of(tensor: Tensor) -> DeviceMesh | None:
+    """Returns the ranks over which a DTensor is divided; None for a plain tensor, of which this rank holds all."""
+    return getattr(tensor, "device_mesh", None)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Returns the part of a tensor that this rank holds, which shares its memory: of a DTensor, the plain tensor."""
+    if mesh_of(tensor) is None:
+        return tensor
+    part: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]  # a DTensor's
+    return part
+
+
+def gradient_of(parameter: Tensor) -> Tensor | None:
+    """Returns the part of a parameter's .grad that this rank holds; None without one."""
+    return None if parameter.grad is None else local(parameter.grad)
+
+
+def piece_of(parameter: Tensor) -> Piece:
+    """Returns where this rank's part of a parameter lies.
+
+    fully_shard cuts the first dimension of d rows into ceil(d / ranks) rows for each rank; the last ranks get fewer, or
+    none.
+    """
+    if (mesh := mesh_of(parameter)) is None:
+        return Piece(0, parameter.numel())
+    rows = parameter.shape[0]
+    first = min(rows, mesh.get_local_rank() * -(-rows // mesh.size()))
+    return Piece(first * (parameter.numel() // max(1, rows)), parameter.numel())
+
+
+def refusal_of(parameter: Tensor) -> str | None:
+    """Returns why DGC cannot compress a DTensor, with the way out; None where it can, and for a plain tensor."""
+    if (mesh := mesh_of(parameter)) is None:
+        return None
+    placements = parameter.placements  # type: ignore[attr-defined]  # a DTensor's
+    if mesh.ndim != 1:
+        names = mesh.mesh_dim_names or ("replicate", "shard")
+        return (
+            f"expected a parameter sharded over one dimension, got one on the mesh {tuple(names)}, over which FSDP2 "
+            "averages all gradients densely. Shard over the node alone, and let DGC exchange between the nodes:\n"
+            f'    fully_shard(module, mesh=mesh["{names[-1]}"])\n'
+            f'    state = dgc.DGCState(..., process_group=mesh["{names[0]}"].get_group())'
+        )
+    if not placements[0].is_shard(0):
+        return f"expected a parameter sharded over its first dimension, by fully_shard, got {placements[0]}"
+    if local(parameter).numel() and piece_of(parameter).begin + local(parameter).numel() > parameter.numel():
+        return "expected rows in fully_shard's order, got another division of the first dimension"
+    return None
+
+
+def crc32(tensor: Tensor) -> int:
+    """Returns the checksum of a plain tensor's bytes."""
+    tensor = tensor.detach().cpu().contiguous()
+    # Through ctypes, since numpy need not be there.
+    return zlib.crc32((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())) if tensor.numel() else 0
