@@ -162,7 +162,7 @@ def _raise_on_all(exchange: DistributedExchange, failure: BaseException | None, 
 
 def _entries(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     """Returns a rank's share as tensors alone, by name: DCP would pickle everything else."""
-    kinds = {kind: tensors for kind, tensors in state_dict.items() if isinstance(tensors, Mapping)}
+    kinds = {kind: state_dict[kind] for kind in {"residual": 0, "momentum": 0, **dict.fromkeys(state_dict["kinds"])}}
     tensors = {f"{kind}.{name}": tensor for kind, named in kinds.items() for name, tensor in named.items()}
     about = {key: value for key, value in state_dict.items() if key not in kinds}
     about["version"] = shares.VERSION

@@ -147,9 +147,11 @@ def check_module(state: object, model: object, parameters: Mapping[str, Tensor])
         hint = (
             "Pass the module inside: model._orig_mod"
             if isinstance(compiled, DistributedDataParallel)
-            else ("Wrap it first: model = DistributedDataParallel(net). FSDP and DataParallel are not supported")
+            else ("Wrap it first: model = DistributedDataParallel(net), or shard it by fully_shard (FSDP2)")
         )
-        raise TypeError(f"register: expected a DistributedDataParallel module, got {type(model).__name__}. {hint}")
+        raise TypeError(
+            f"register: expected a DistributedDataParallel module, or one sharded by fully_shard, got {type(model).__name__}. {hint}"
+        )
     if others := [hook.__qualname__ for hook, its_state in model._comm_hooks if its_state is not state]:
         raise ValueError(
             f"register: expected a DDP module without a hook, got one with {others[0]} and a state of its own, and DDP "
@@ -233,6 +235,7 @@ def _check_arguments(state: Any, bucket: Any, rest: tuple[object, ...]) -> None:
             'torch._dynamo.config.optimize_ddp to True or "ddp_optimizer", in place of "python_reducer"'
         )
     raise TypeError(
-        f"dgc_hook: expected a bucket from DistributedDataParallel, got {type(bucket).__name__}. FSDP hands a hook "
-        "flat shards, without the parameters that DGC keeps its residual for: it is not supported"
+        f"dgc_hook: expected a bucket from DistributedDataParallel, got {type(bucket).__name__}. FSDP1 hands a hook "
+        "flat shards, without the parameters that DGC keeps its residual for. Shard the model by fully_shard (FSDP2), "
+        "and call state.register(model) in place of this hook"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from . import pieces
@@ -100,12 +100,21 @@ def differences(shares: Mapping[str, Share]) -> str:
     Args:
         shares: by their names in the text.
     """
+    shares = dict(zip(shares, united([*shares.values()]), strict=True))
     one = next(iter(shares.values()))
     if all({**asdict(share), "rank": one.rank, "place": one.place} == asdict(one) for share in shares.values()):
         return ""
     return "; ".join(
         f"{what} was rank {share.rank} of {share.world_size} at step {share.step}" for what, share in shares.items()
     )
+
+
+def united(shares: Sequence[Share]) -> list[Share]:
+    """Returns the shares with all diverged parameters of their parts: one that has no rows of a parameter has fewer."""
+    everything = {share.rank: set[str]() for share in shares}
+    for share in shares:
+        everything[share.rank].update(share.diverged)
+    return [replace(share, diverged=sorted(everything[share.rank])) for share in shares]
 
 
 def wrap(ranks: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
@@ -222,7 +231,7 @@ def choose(
     """
     if not state_dicts:
         raise ValueError("state_dict: expected at least one, got none")
-    shares = [Share.of(state_dict) for state_dict in state_dicts]
+    shares = united([Share.of(state_dict) for state_dict in state_dicts])
     by_rank: dict[int, list[Mapping[str, Any]]] = {}
     for share, state_dict in zip(shares, state_dicts, strict=True):
         by_rank.setdefault(share.rank, []).append(state_dict)
