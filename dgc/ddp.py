@@ -146,11 +146,12 @@ def check_module(state: object, model: object, parameters: Mapping[str, Tensor])
         compiled = getattr(model, "_orig_mod", None)
         hint = (
             "Pass the module inside: model._orig_mod"
-            if isinstance(compiled, DistributedDataParallel)
+            if compiled is not None
             else ("Wrap it first: model = DistributedDataParallel(net), or shard it by fully_shard (FSDP2)")
         )
         raise TypeError(
-            f"register: expected a DistributedDataParallel module, or one sharded by fully_shard, got {type(model).__name__}. {hint}"
+            f"register: expected a DistributedDataParallel module, or one sharded by fully_shard, got "
+            f"{type(model).__name__}. {hint}"
         )
     if others := [hook.__qualname__ for hook, its_state in model._comm_hooks if its_state is not state]:
         raise ValueError(

@@ -26,7 +26,7 @@ def second_pass() -> str:
     return (
         "DGCState: expected optimizer.step() after the last backward pass, got another backward pass. The ways on:\n"
         "To accumulate over several passes, run all but the last without exchange (Horovod: "
-        f"backward_passes_per_step):\n{NO_SYNC}\n"
+        f"backward_passes_per_step; FSDP2: state.no_sync(), or set_requires_gradient_sync(False)):\n{NO_SYNC}\n"
         "Where this model's own gradients are not wanted, as a GAN's discriminator's in the generator's step, run that "
         "pass without its exchange, in the same way, and call zero_grad() as always.\n"
         "To leave an update out on purpose, make the state with DGCConfig(droppable=True) and, in place of step(), "

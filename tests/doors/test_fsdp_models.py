@@ -1,4 +1,4 @@
-"""FSDP2 with DGC on what users have: transformers, accumulation, mixed precision, tied, frozen and unused parameters."""
+"""FSDP2 with DGC on what users have: transformers, accumulation, mixed precision, tied and unused parameters."""
 
 import warnings
 

@@ -1,5 +1,7 @@
 """Checkpoints of shards: resumed to the bit, on other divisions of the model, from DDP and for DDP."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -100,18 +102,22 @@ def load_wrongly(rank, world_size, folder):
     run = IslandRun(2, CONFIG, ODD, **SETTINGS)
     own = run.state.state_dict()
     flat = torch.load(f"{folder}/flat.pt", weights_only=True)
-    errors = []
-    for wrong in ({"version": 2, "ranks": {"0": own["ranks"].get("0.0", own["ranks"].get("1.1"))}}, flat):
-        try:
-            run.state.load_state_dict(wrong)
-        except ValueError as error:
-            errors.append(str(error))
-    for call in (run.state.full_state_dict, lambda: dgc.checkpoint.load(run.state, f"{folder}/dgc")):
-        try:
-            call()
-        except (RuntimeError, ValueError) as error:
-            errors.append(str(error))
-    return errors
+    misplaced = {"version": 2, "ranks": {"0": own["ranks"].get("0.0", own["ranks"].get("1.1"))}}
+    calls = [
+        partial(run.state.load_state_dict, misplaced),
+        partial(run.state.load_state_dict, flat),
+        run.state.full_state_dict,
+        partial(dgc.checkpoint.load, run.state, f"{folder}/dgc"),
+    ]
+    return [message for call in calls if (message := error_of(call))]
+
+
+def error_of(call):
+    try:
+        call()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
 
 
 def save_flat(rank, world_size, folder):
