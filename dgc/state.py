@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.amp import GradScaler
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 
-from . import ddp, fsdp
 from .config import DGCConfig
 from .copied import Copy
-from .door import Door
+from .doors import Registered
 from .exchange.base import Exchange
 from .exchange.distributed import DistributedExchange
 from .exchange.islands import IslandExchange
@@ -25,11 +21,10 @@ from .memory.parameters import Parameters
 from .ops.codec import Codec, codec_of
 from .stats import Stats
 from .step import advice, log
-from .step.saving import Saved
 from .step.standing import Standing
 
 
-class DGCState(Saved):
+class DGCState(Registered):
     """Reduces gradients by Deep Gradient Compression, and holds what has not been sent yet.
 
     All ranks compare configuration and parameters before the first exchange: if process_group is given, when the state
@@ -84,8 +79,6 @@ class DGCState(Saved):
         codec = codec or codec_of(config.wire_dtype)
         standing = Standing(config, parameters, exchange, codec, scaler is not None)
         super().__init__(standing, scaler, average, device.type == "cuda" if late is None else late)
-        self._model: weakref.ref[DistributedDataParallel] | None = None
-        self._door: Door | None = None
         if device.type != "cpu" and exchange.rank == 0:
             log.log_backend(device.type)
         # The optimizer does not own the state, so that a state that the user drops frees its memory at once.
@@ -99,92 +92,6 @@ class DGCState(Saved):
             f"{', switched off' if self.dense else ''}, step {self.step}, {self._stats.total_bytes_sent:,} bytes sent, "
             f"rank {exchange.rank} of {exchange.world_size})"
         )
-
-    # Where gradients come from.
-
-    def register(self, model: nn.Module, *, in_step: bool = False) -> None:
-        """Registers this state on a model, whose gradients it then reduces; a collective of the process group.
-
-        For DDP, call it in place of `model.register_comm_hook(state, dgc.dgc_hook)`, which tells the state neither
-        DDP's group nor its parameters. Without register(), the first backward pass looks them up.
-
-        Args:
-            model: a DistributedDataParallel module, or one that fully_shard (FSDP2) has sharded inside the node, with
-                the parameters that the state was made of; once torch.distributed has been initialised again, the new
-                module.
-            in_step: exchanges in the optimizer's step(), what .grad then holds, for any wrapper that leaves gradients
-                unsynchronised there: DDP under no_sync(), a pipeline, a sharding of its own. Nothing overlaps with the
-                backward pass then, and each step() begins with a further small exchange.
-
-        Raises:
-            TypeError: it is neither a DDP module, nor sharded by fully_shard.
-            ValueError: it has other parameters, another hook, or another group than process_group; or ranks differ, in
-                weights too where it is no DDP module.
-            RuntimeError: a state_dict was loaded for other ranks than those of DDP's group; or an update is
-                outstanding.
-        """
-        if in_step or fsdp.is_sharded(model):
-            self._open_door(model, in_step)
-            return
-        module = self.bind(model)
-        if self.exchange.changed:
-            self.regroup()
-        ddp.register(self, module)
-
-    def _open_door(self, model: nn.Module, in_step: bool) -> None:
-        parameters = self._standing.parameters.by_name
-        if fsdp.is_sharded(model):
-            fsdp.check_module(model, parameters)
-        if self.exchange.changed:
-            self.regroup()
-        opened = Door(self, parameters, in_step)
-        opened.check_weights(self.exchange)
-        self._door = opened
-
-    def no_sync(self) -> AbstractContextManager[None]:
-        """Returns a context whose backward passes add up gradients without an exchange, for a model without DDP.
-
-        For an FSDP2 model that reduces in every backward pass. With set_requires_gradient_sync(False) FSDP2 adds up
-        gradients itself, and this is not needed.
-
-        Raises:
-            RuntimeError: the model is a DDP module, which has a no_sync() of its own, or none is registered.
-        """
-        if self._door is None:
-            raise RuntimeError(
-                "DGCState.no_sync: expected a model sharded by fully_shard that is registered, got none. For DDP, use "
-                "its own: with model.no_sync()"
-            )
-        return self._door.shut()
-
-    def collect(self) -> None:
-        """Exchanges the gradients in .grad, where step() is to do it; a collective then."""
-        if self._door is not None:
-            self._door.collect(self.exchange)
-
-    def bind(self, model: nn.Module) -> DistributedDataParallel:
-        """Checks a DDP module, takes its process group, and returns the module.
-
-        Raises:
-            TypeError, ValueError, RuntimeError: as register().
-        """
-        module = ddp.check_module(self, model, self._standing.parameters.by_name)
-        if self._standing.loaded_for_others_than(ddp.ranks_of(module)):
-            raise RuntimeError(advice.loaded_too_early())
-        if isinstance(self._standing.own_exchange, DistributedExchange):
-            self._standing.own_exchange.bind(module.process_group)
-        self._model = weakref.ref(module)
-        return module
-
-    @property
-    def model(self) -> DistributedDataParallel | None:
-        """The DDP module whose gradients this reduces; None where it is unknown or gone."""
-        return None if self._model is None else self._model()
-
-    @property
-    def registered(self) -> bool:
-        """Whether this state is registered on a DDP module."""
-        return self._door is not None or self.model is not None or bool(ddp.registered_on(self))
 
     # Figures.
 

@@ -49,7 +49,7 @@ def test_shards_and_parameters_without_memory_are_refused(gloo):
     sharded = nn.Parameter(distribute_tensor(torch.zeros(200, 100), mesh))
     lazy = nn.LazyLinear(10)
     for p, kind, message in (
-        (sharded, TypeError, "w: expected a plain tensor, got a DTensor"),
+        (sharded, TypeError, "w: expected a parameter sharded over its first dimension, by fully_shard, got R"),
         (nn.Parameter(torch.zeros(3, 3, device="meta")), ValueError, "w: .* meta device"),
         (lazy.weight, ValueError, "w: .* lazy module"),
     ):

@@ -17,7 +17,7 @@ LEVELS = [
     {"exchange", "optim"},
     {"memory"},
     {"step"},
-    {"ddp", "door", "fsdp", "fusion", "state"},
+    {"ddp", "door", "doors", "fsdp", "fusion", "state"},
     {"checkpoint", "checkpoint_reader", "horovod", "horovod_elastic", "horovod_fusion", "__init__"},
 ]
 """From the bottom up: each imports from those before it, and from its own level without a circle."""
