@@ -40,8 +40,9 @@ struct Nesterov {
   }
 };
 
-// Adam's direction. m and s have the bits of torch's lerp_ and mul_().addcmul_() as these are vectorised, which is with
-// fused additions; where the weight of lerp_ is 0.5 or more it starts from h, and so does this.
+// Adam with its direction taken of the gradient itself, since v adds directions up as m would. m serves s alone. m and s
+// have the bits of torch's lerp_ and mul_().addcmul_() as these are vectorised, which is with fused additions; where the
+// weight of lerp_ is 0.5 or more it starts from h, and so does this.
 struct Adam {
   static constexpr int kKept = 2;
   float decay, weight, b2, c1, c2, step, root, eps;
@@ -56,7 +57,7 @@ struct Adam {
     const float s = multiply_add(multiply(c2, m), m, of_h);
     kept[0] = m;
     kept[1] = s;
-    return divide(multiply(step, m), add(divide(square_root(s), root), eps));
+    return divide(multiply(step, h), add(divide(square_root(s), root), eps));
   }
 };
 
@@ -83,7 +84,7 @@ DGC_BOTH inline void with_rule(Accumulation rule, const F& f) {
 
 // Accumulates one entry: what is kept of it, and v <- decay*v + update. Returns false and leaves everything as it is
 // where a result is not finite. v was finite, so a non-finite h or momentum always shows in v' or, where Adam divides
-// by it, in s': one test for each of these is enough.
+// by it, in s': one test for each of these is enough. One of its weights c1 and c2 is not 0, so m' shows there.
 template <class Rule>
 DGC_BOTH inline bool accumulate(const Rule& rule, float h, float* const* kept, float* v) {
   float after[kMaxKept];

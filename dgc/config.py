@@ -42,7 +42,7 @@ class DGCConfig:
     momentum_masking: bool | Literal["auto"] = "auto"
     """Momentum factor masking (section 3.2): u becomes 0 where an entry was sent. Masking keeps stale momentum from
     overshooting, but at high densities it removes most of the momentum. "auto" masks in steps whose density is
-    below 1 %, and with dgc.AdamW, whose first moment is u, below 10 %, during warm-up and after it."""
+    below 1 %, during warm-up and after it. What dgc.AdamW sends has no momentum that could be masked."""
 
     clip_norm: float | None = None
     """Local gradient clipping (section 3.2): the gradient norm at which a single worker would clip. Each rank clips its

@@ -30,8 +30,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "DGC 1 %": {"density": 0.01, "warmup": 0.3},
     "DGC 0.1 %": {"density": 0.001, "warmup": 0.5},
-    "DGC 1 %, not masked": {"density": 0.01, "warmup": 0.3, "momentum_masking": False},
-    "DGC 0.1 %, not masked": {"density": 0.001, "warmup": 0.5, "momentum_masking": False},
+    "DGC 1 %, no warm-up": {"density": 0.01, "warmup": 0.0},
+    "DGC 0.1 %, no warm-up": {"density": 0.001, "warmup": 0.0},
 }
 """Arguments of DGCConfig, besides those that all have; warmup: the part of the run over which density falls."""
 
@@ -45,7 +45,6 @@ def config(method: str, task: Task, steps: int) -> dgc.DGCConfig | None:
         arguments["density"],
         round(arguments["warmup"] * steps),
         WARMUP,
-        arguments.get("momentum_masking", "auto"),
         clip_norm=task.clip_norm,
         dense_below=DENSE_BELOW,
     )

@@ -145,7 +145,7 @@ struct Eight<Adam> {
     kept[0] = m;
     kept[1] = s;
     const __m256 size = _mm256_add_ps(_mm256_div_ps(_mm256_sqrt_ps(s), root), eps);
-    return _mm256_div_ps(_mm256_mul_ps(step, m), size);
+    return _mm256_div_ps(_mm256_mul_ps(step, h), size);
   }
 };
 

@@ -83,21 +83,22 @@ def accumulate_(rule: int, kept: list[Tensor], v: Tensor, h: Tensor, numbers: Te
         u = kept[0] * mu + h
         after, update = [u], torch.add(h, u, alpha=mu) if rule == Accumulation.NESTEROV else u
     results = [*after, v * numbers[0] + update]
-    finite = torch.stack([result.isfinite() for result in results]).all(0)
+    # Adam's m is not looked at, since it shows in s.
+    finite = torch.stack([result.isfinite() for result in results[rule == Accumulation.ADAM :]]).all(0)
     for tensor, result in zip([*kept, v], results, strict=True):
         torch.where(finite, result, tensor, out=tensor)
     return ~finite.all()
 
 
 def adam(m: Tensor, s: Tensor, h: Tensor, numbers: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Returns m and s after this gradient, and Adam's direction; arguments as accumulate_ has them."""
+    """Returns m and s after this gradient, and its direction; arguments as accumulate_ has them."""
     _, weight, b2, c1, c2, step, _, eps = numbers.tolist()
     m = torch.lerp(m, h, weight)
     s = torch.addcmul(s * b2, h * c1, h)
     s = torch.addcmul(s, m * c2, m)
     # In double, since on a CPU sqrt() calls MKL, which does not round correctly. The root is a tensor, since CUDA
     # multiplies by the inverse of a number.
-    return [m, s], m * step / (s.double().sqrt().float() / numbers[6] + eps)
+    return [m, s], h * step / (s.double().sqrt().float() / numbers[6] + eps)
 
 
 def select(v: Tensor, k: int, unit: int = 1) -> Tensor:

@@ -1,15 +1,17 @@
-"""The rule of dgc.AdamW: Adam's moments of each rank's own gradients, and their direction, which v accumulates.
+"""The rule of dgc.AdamW: Adam's moments of each rank's own gradients, and a direction, which v accumulates.
 
 With h a rank's gradient, t the number of its gradients so far, and N ranks:
 
     m <- beta1*m + (1-beta1)*h
     s <- beta2*s + (1-beta2)*(a*h^2 + (1-a)*mh^2)             mh = m / (1-beta1^t)
-    v <- v + lr * mh / (sqrt(s / (1-beta2^t)) + eps)
+    v <- v + lr * h / (sqrt(s / (1-beta2^t)) + eps)
 
-The k largest entries of v are sent, and every rank subtracts their mean from the parameters. Momentum correction
-(paper, section 3.1) is in here: m is local, and has every step for which an entry waits. Below a density of 10 %, m
-becomes 0 where an entry was sent (section 3.2), since it would go on pushing in that direction. docs/results.md has
-what this is worth. The paper has no Adam.
+The k largest entries of v are sent, and every rank subtracts their mean from the parameters. The paper has no Adam.
+
+Adam's own direction has m in place of h. m is an average of the last gradients, and the sum of all m is that of all h.
+v adds up over all steps for which an entry waits, many more than m averages, so that m would only come later: after an
+entry was sent, m would go on pushing in the same direction, and the entry would overshoot. docs/results.md has what
+this costs, and what masking m (paper, section 3.2) would save of it. So m serves s alone, and dense parameters.
 
 A rank's h^2 is too large, since dense Adam divides by the second moment of the mean of N gradients. With S the square
 of the expected gradient and V the variance of h, E[h^2] = S + V and E[mh^2] = S + c*V, where c = (1-beta1)/(1+beta1) is
@@ -47,7 +49,7 @@ def own_share(beta1: float, workers: int) -> float:
 
 
 def factors(group: Mapping[str, Any], t: int, workers: int) -> tuple[float, ...]:
-    """Returns 1-beta1, beta2, the weights of h^2 and m^2 in s, lr/(1-beta1^t), sqrt(1-beta2^t) and eps.
+    """Returns 1-beta1, beta2, the weights of h^2 and m^2 in s, lr, sqrt(1-beta2^t) and eps.
 
     Args:
         group: a parameter group.
@@ -61,7 +63,7 @@ def factors(group: Mapping[str, Any], t: int, workers: int) -> tuple[float, ...]
         beta2,
         (1 - beta2) * own,
         (1 - beta2) * (1 - own) / unbias**2,
-        float(group["lr"]) / unbias,
+        float(group["lr"]),
         (1 - beta2**t) ** 0.5,
         float(group["eps"]),
     )

@@ -22,11 +22,12 @@ from .own import Own
 
 
 class LocalAdam(Own):
-    """Keeps m and s of this rank's gradients, and adds their direction, times lr, to v."""
+    """Keeps m and s of this rank's gradients, and adds a direction, times lr, to v; it has no momentum to mask."""
 
     kept = (FIRST, SECOND)
     averages = (SECOND,)
-    masked_below = 0.1
+    masked = ()
+    masked_below = 0.0
     named = "(beta1, beta2, eps)"
     keeps_state = True
 
@@ -72,7 +73,7 @@ class LocalAdam(Own):
             scale=work.scale,
             payload=work.selection,
             workspace=work.workspace,
-            sent=work.sent.get(FIRST),
+            sent=None,
             wire_dtype=work.dtype,
         )
 
@@ -82,7 +83,7 @@ class AdamW(DGCOptimizer):
 
     It takes the arguments of torch.optim.AdamW, and gives the same results where everything is sent. On an average of
     sparse, delayed gradients Adam learns badly. So each rank keeps the moments of its own gradients, and what DGC
-    accumulates and sends is their direction, lr included (dgc.optim.adam has the equations): the reduced gradient of a
+    accumulates and sends is a direction, lr included (dgc.optim.adam has the equations): the reduced gradient of a
     compressed parameter is its update. Dense parameters get torch.optim.AdamW itself, on the averaged gradient. lr,
     betas and eps are read from the parameter groups at every backward pass, weight decay at every step(); it reaches
     all elements.

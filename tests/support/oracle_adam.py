@@ -1,7 +1,8 @@
 """N ranks of Adam whose direction is accumulated, in float64 numpy, written from the equations alone.
 
-They are those of dgc.AdamW: moments of each rank's own gradient, with the second one corrected for noise; their
-direction, times the learning rate, is what waits and is sent. This file shares no code with dgc and imports none of it.
+They are those of dgc.AdamW: moments of each rank's own gradient, with the second one corrected for noise. The gradient
+over the root of that one, times the learning rate, is what waits and is sent. This file shares no code with dgc and
+imports none of it.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class AdamOracle:
         m[:] = beta1 * m + (1 - beta1) * h
         mh = m / (1 - beta1**self.t)
         s[:] = beta2 * s + (1 - beta2) * (a * h**2 + (1 - a) * mh**2)
-        direction = self.lr * mh / (np.sqrt(s / (1 - beta2**self.t)) + self.eps)
+        direction = self.lr * h / (np.sqrt(s / (1 - beta2**self.t)) + self.eps)
         v += direction
         self.accumulated[rank][name] += direction
         k = max(1, math.ceil(density * v.size))

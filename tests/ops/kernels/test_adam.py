@@ -1,4 +1,4 @@
-"""Adam's rule in compress_ against torch.optim.AdamW, to the bit, and against its equations in float64."""
+"""The rule of dgc.AdamW in compress_: moments with torch.optim.AdamW's bits, and its equations in float64."""
 
 import math
 from dataclasses import replace
@@ -37,29 +37,32 @@ def sent(args, row):
 
 
 @pytest.mark.parametrize("beta1", [0.9, 0.5, 0.3, 0.0])
-def test_where_all_is_sent_it_is_torch_s_adamw(beta1, exact_sqrt):
+def test_moments_have_torch_s_bits_and_what_is_sent_is_torch_s_step_without_momentum(beta1, exact_sqrt):
     lr, beta2, eps, decay = 0.01, 0.99, 1e-8, 0.1
     args = made(masking=False)
     generator = torch.Generator().manual_seed(3)
     parameters = [torch.randn(n, generator=generator) for n in SIZES]
     theirs = [p.clone() for p in parameters]
-    optimizer = torch.optim.AdamW(
-        theirs, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay, foreach=False, fused=False
-    )
+    with_momentum = [p.clone() for p in parameters]
+    optimizers = [
+        torch.optim.AdamW(held, lr=lr, betas=(b, beta2), eps=eps, weight_decay=decay, foreach=False, fused=False)
+        for held, b in ((theirs, 0.0), (with_momentum, beta1))
+    ]
     for step in range(1, 6):
         gradient = torch.randn(sum(SIZES), generator=generator)
-        for p, g in zip(theirs, gradient.split(SIZES), strict=True):
-            p.grad = g.clone()
-        optimizer.step()
-        step_size, root = lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
-        numbers = (1.0, 1 - beta1, beta2, 1 - beta2, 0.0, step_size, root, eps)
+        for p, q, g in zip(theirs, with_momentum, gradient.split(SIZES), strict=True):
+            p.grad, q.grad = g.clone(), g.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        numbers = (1.0, 1 - beta1, beta2, 1 - beta2, 0.0, lr, (1 - beta2**step) ** 0.5, eps)
         args.numbers = torch.tensor(numbers)[:, None].repeat(1, len(SIZES))
         args.gradients[0].copy_(gradient)
         ops.compress_(*args.list())
         updates = [sent(args, row) for row in range(len(SIZES))]
         ops.subtract_(parameters, updates, 1.0, 1 - lr * decay)
-        for (_, _, state, n, *_), p, q in zip(args.segments.tolist(), parameters, theirs, strict=True):
-            kept = optimizer.state[q]
+        every = zip(args.segments.tolist(), parameters, theirs, with_momentum, strict=True)
+        for (_, _, state, n, *_), p, q, r in every:
+            kept = optimizers[1].state[r]
             assert torch.equal(args.kept[0][state : state + n], kept["exp_avg"])
             assert torch.equal(args.kept[1][state : state + n], kept["exp_avg_sq"])
             assert torch.equal(p, q)
@@ -77,7 +80,7 @@ def test_the_equations_in_float64(density):
         h = 0.5 * args.gradients[0][offset : offset + n].double().numpy()
         m = (1 - weight) * m + weight * h
         s = b2 * s + c1 * h**2 + c2 * m**2
-        v = decay * v + step * m / (np.sqrt(s) / root + eps)
+        v = decay * v + step * h / (np.sqrt(s) / root + eps)
         expected[row] = m, s, v, np.argsort(-np.abs(v), kind="stable")[:k]
     ops.compress_(*args.list())
     for row, (_, _, state, n, *_) in enumerate(args.segments.tolist()):
@@ -116,9 +119,10 @@ def test_what_overflows_in_s_keeps_m_s_and_v(value):
     assert args.used == [wire.USED | wire.LEFT_OUT] * 2
 
 
-def test_m_alone_may_overflow():
+@pytest.mark.parametrize("blind", [3, 4])
+def test_what_overflows_in_m_shows_in_s(blind):
     args = make([64], 0.1, rule=Accumulation.ADAM)
-    args.numbers[3:5] = 0  # s does not see h, nor m
+    args.numbers[blind] = 0  # s does not see h; or m
     args.kept[0][7], args.gradients[0][7] = -3e38, 3e38
     before = [x[7].clone() for x in (*args.kept, args.residual)]
     compress_both(replace(args, sent=None))
