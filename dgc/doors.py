@@ -102,5 +102,5 @@ class Registered(Saved):
 
     @property
     def registered(self) -> bool:
-        """Whether this state is registered on a DDP module."""
+        """Whether this state is registered on a model."""
         return self._door is not None or self.model is not None or bool(ddp.registered_on(self))

@@ -60,8 +60,9 @@ def refusal_of(parameter: Tensor) -> str | None:
     if mesh.ndim != 1:
         names = mesh.mesh_dim_names or ("replicate", "shard")
         return (
-            f"expected a parameter sharded over one dimension, got one on the mesh {tuple(names)}, over which FSDP2 "
-            "averages all gradients densely. Shard over the node alone, and let DGC exchange between the nodes:\n"
+            f"expected a parameter sharded over one dimension, got one on the mesh {tuple(names)}. Over a mesh of two, "
+            "FSDP2 averages all gradients densely (HSDP): shard over the node alone, and let DGC exchange between the "
+            "nodes. Tensor parallelism is not supported.\n"
             f'    fully_shard(module, mesh=mesh["{names[-1]}"])\n'
             f'    state = dgc.DGCState(..., process_group=mesh["{names[0]}"].get_group())'
         )

@@ -1,7 +1,7 @@
 """Which rule for AdamW under DGC: candidates in plain PyTorch, and what the length of the warm-up buys.
 
     python -m benchmarks.accuracy.adam_candidates
-    python -m benchmarks.accuracy.adam_candidates --methods "corrected, 1 %" --lr 3e-3
+    python -m benchmarks.accuracy.adam_candidates --methods "gradient, 1 %" --lr 3e-3
 
 Shorter runs than adamw.py's and one seed: enough to leave out what is clearly worse, no more. Finished runs are kept in
 results/adam_candidates.jsonl. With --methods or --lr it prints its table, and leaves the report as it is.
@@ -28,8 +28,12 @@ from .tasks import TASKS, Task
 from .traffic import share_of_dense, shown
 
 TRAINED = [name for name, task in TASKS.items() if task.optimizer == "AdamW"]
-STEPS, DENSE, CHOSEN = 1500, "dense", "corrected, 1 %"
+STEPS, DENSE, CHOSEN = 1500, "dense", "gradient, 1 %"
+GRADIENT: dict[str, Any] = {"rule": "local gradient"}
 RULES: dict[str, dict[str, Any]] = {
+    "gradient": GRADIENT,
+    "gradient, without correction": {**GRADIENT, "correction": "none"},
+    "gradient, step-ahead 0.5": {**GRADIENT, "ahead": 0.5},
     "corrected": {},
     "without correction": {"correction": "none"},
     "correction by cross products": {"correction": "cross"},
@@ -47,11 +51,11 @@ RULES: dict[str, dict[str, Any]] = {
     "AdamS at the receiver": {"rule": "AdamS"},
     "AdamS at the receiver, masked": {"rule": "AdamS", "masking": True},
 }
-"""What differs from Candidate's defaults: the local direction with its noise correction."""
+"""What differs from Candidate's defaults: the local direction with its noise correction. "gradient" is dgc.AdamW."""
 DENSITIES: dict[str, dict[str, Any]] = {"1 %": {}, "0.1 %": {"density": 0.001, "warmup": 0.5}}
-AT_LOW_DENSITY = ("corrected", "momentum masked", "step-ahead 0.5")
+AT_LOW_DENSITY = ("gradient", "corrected", "momentum masked", "step-ahead 0.5")
 """The rules that are tried at 0.1 % too."""
-CONSTANT = {density: f"corrected, {100 * density:g} % throughout" for density in (0.0625, 0.3)}
+CONSTANT = {density: f"gradient, {100 * density:g} % throughout" for density in (0.0625, 0.3)}
 """What the density itself costs, without a warm-up."""
 WARMUPS = {share: f"{CHOSEN}, warm-up {100 * share:g} %" for share in (0.0, 0.1, 0.5, 0.8)}
 """Share of the run over which density falls, beside the default."""
@@ -64,8 +68,8 @@ METHODS: dict[str, Candidate | None] = {
         for rule, switches in RULES.items()
         if density == "1 %" or rule in AT_LOW_DENSITY
     },
-    **{method: Candidate(density=density, warmup=0.0) for density, method in CONSTANT.items()},
-    **{method: Candidate(warmup=share) for share, method in WARMUPS.items()},
+    **{method: Candidate(**GRADIENT, density=density, warmup=0.0) for density, method in CONSTANT.items()},
+    **{method: Candidate(**GRADIENT, warmup=share) for share, method in WARMUPS.items()},
 }
 ABOUT = (
     f"Test perplexity (lower is better), or accuracy on masked words (%, higher is better), at the end: {WORKERS} "
@@ -150,7 +154,7 @@ def draw_warmups(records: Sequence[Record], seeds: Sequence[int], picture: Path)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     panels[1].set_ylim(0)
-    figure.suptitle("AdamW, 1 %: the local direction with its noise correction", fontsize="medium")
+    figure.suptitle("dgc.AdamW at 1 %", fontsize="medium")
     picture.parent.mkdir(exist_ok=True)
     figure.savefig(picture, dpi=110)
     pyplot.close(figure)

@@ -34,7 +34,8 @@ FLOOR = 0.3
 class Candidate:
     """A rule and its switches. The defaults are those of the local direction, noise-corrected."""
 
-    rule: Literal["local direction", "naive", "SCAPE", "AdamS"] = "local direction"
+    rule: Literal["local direction", "local gradient", "naive", "SCAPE", "AdamS"] = "local direction"
+    """The local gradient has the gradient itself in place of its momentum: dgc.AdamW's rule."""
     correction: Literal["corrected", "none", "cross"] = "corrected"
     """How a worker estimates the second moment of the mean of all gradients; see `second_moment`."""
     lr_at: Literal["departure", "arrival"] = "departure"
@@ -47,11 +48,16 @@ class Candidate:
     decay: float = 1.0
     """Factor of the residual at each step."""
     ahead: float = 0.0
-    """Share of a worker's residual that its forward and backward pass find applied already; local direction only."""
+    """Share of a worker's residual that its forward and backward pass find applied already; local rules only."""
     density: float = 0.01
     warmup: float = 0.3
     """Share of the run over which density falls."""
     dense_below: int = DENSE_BELOW
+
+    @property
+    def is_local(self) -> bool:
+        """Whether each worker has moments of its own, and what it accumulates is a direction."""
+        return self.rule.startswith("local")
 
     def config(self, steps: int) -> dgc.DGCConfig:
         """Returns the part that DGCConfig can express."""
@@ -140,9 +146,9 @@ class AdamVariant(Single):
     def __init__(self, network: nn.Module, task: Task, candidate: Candidate, steps: int) -> None:
         """Makes the workers' tensors."""
         super().__init__(network, task)
-        if candidate.ahead and candidate.rule != "local direction":
+        if candidate.ahead and not candidate.is_local:
             raise ValueError(f"ahead: expected 0 with rule {candidate.rule!r}, got {candidate.ahead}")
-        rows = WORKERS if candidate.rule in ("local direction", "AdamS") else 1
+        rows = WORKERS if candidate.is_local or candidate.rule == "AdamS" else 1
         if candidate.masking and rows == 1:
             raise ValueError(f"masking: expected False with rule {candidate.rule!r}, whose momentum is the receiver's")
         self.candidate, self.config, self.step = candidate, candidate.config(steps), 0
@@ -180,8 +186,8 @@ class AdamVariant(Single):
             self.flat.sub_(self._adamw(own.mean(0)))
             return
         self.v.mul_(self.candidate.decay)
-        rule = {"local direction": self._local, "naive": self._naive, "SCAPE": self._scape, "AdamS": self._adams}
-        self.flat.sub_(rule[self.candidate.rule](own, density))
+        rule = {"naive": self._naive, "SCAPE": self._scape, "AdamS": self._adams}.get(self.candidate.rule, self._local)
+        self.flat.sub_(rule(own, density))
 
     def _gradients(self, batches: Sequence[Batch]) -> Tensor:
         """Returns the workers' gradients [workers, all elements], each at the point that the worker looks from."""
@@ -214,7 +220,10 @@ class AdamVariant(Single):
         if candidate.correction == "cross":
             root = torch.maximum(root, FLOOR * mh.abs())
         departure = candidate.lr_at == "departure"
-        self.v.add_(mh / (root + self.task.eps), alpha=self.lr if departure else 1)
+        self.v.add_(
+            (mh if candidate.rule == "local direction" else g) / (root + self.task.eps),
+            alpha=self.lr if departure else 1,
+        )
         return self._send(density) * (1 if departure else self.lr)
 
     def _naive(self, g: Tensor, density: float) -> Tensor:

@@ -90,9 +90,9 @@ def compress_(
     - MOMENTUM: u <- mu*u + h; update = u. Keeps u; mu (paper, section 3.1).
     - NESTEROV: u <- mu*u + h; update = h + mu*u. Keeps u; mu.
     - ADAM: m <- m + weight*(h - m); s <- b2*s + c1*h^2 + c2*m^2, with the new m; update = step*h / (sqrt(s)/root +
-      eps). Keeps m and s; weight, b2, c1, c2, step, root, eps. weight is 1 - b1; c1 and c2 are not both 0. m serves s alone:
-      with c1 = 1 - b2, c2 = 0, step = lr and root from the bias correction, update is what torch.optim.Adam with b1 = 0
-      subtracts.
+      eps). Keeps m and s; weight, b2, c1, c2, step, root, eps. weight is 1 - b1; c1 and c2 are not both 0. m serves s
+      alone: with c1 = 1 - b2, c2 = 0, step = lr and root from the bias correction, update is what torch.optim.Adam
+      with b1 = 0 subtracts.
 
     Where a parameter's unit is 32, what is chosen are whole groups of 32 consecutive elements, counted from its first:
     the k / 32 groups whose largest |v| are the largest (ties to the smaller index).

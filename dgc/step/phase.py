@@ -25,7 +25,7 @@ class Phase(NamedTuple):
 
     def describe(self, slots: Mapping[str, Slot]) -> str:
         """Returns one line for the log: what is compressed, what is dense and why."""
-        numel = {name: slot.numel for name, slot in slots.items()}
+        numel = {name: slot.piece.whole for name, slot in slots.items()}
         total = sum(numel.values())
         share = sum(n for name, n in numel.items() if name not in self.dense) / total
         reasons = ", ".join(f"{count} ({reason})" for reason, count in Counter(self.dense.values()).items())

@@ -103,7 +103,7 @@ class Saved(Reducer):
         """Returns the parts of a state that are pickled, between steps; see DGCState.__getstate__.
 
         Raises:
-            TypeError: the ranks do not talk over torch.distributed.
+            TypeError: the ranks do not talk over torch.distributed; or they hold shards of the model.
         """
         share = self._own()
         for kind in ("residual", *self.memory.kinds):
@@ -113,6 +113,11 @@ class Saved(Reducer):
             raise TypeError(
                 "DGCState: expected ranks that talk over torch.distributed to pickle it, got "
                 f"{type(standing.own_exchange).__name__}. Use state_dict()"
+            )
+        if self.exchange.topology.places > 1:
+            raise TypeError(
+                "DGCState: expected ranks that hold the whole model to pickle it, got shards of one, whose process groups "
+                "cannot be pickled: use dgc.checkpoint.save(state, dir)"
             )
         arguments = {
             "config": standing.made_with,

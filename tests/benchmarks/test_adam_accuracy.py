@@ -204,7 +204,7 @@ def test_switches_that_a_rule_does_not_have_are_refused():
         candidate(rule="SCAPE", masking=True)(network(), TASK)
 
 
-def test_the_local_direction_is_the_packages_rule():
+def test_the_local_gradient_is_the_packages_rule():
     def single():
         return network().float()
 
@@ -213,10 +213,10 @@ def test_the_local_direction_is_the_packages_rule():
 
     # With a small eps all directions of the first step are 1 or -1, and rounding decides what is sent.
     task = replace(TASK, network=single, load=samples, eps=0.1, lr=0.05)
-    chosen = Candidate(density=0.02, dense_below=0, warmup=0.4)
-    config = replace(chosen.config(20), clip_norm=task.clip_norm, momentum_masking=False)
+    chosen = Candidate("local gradient", density=0.02, dense_below=0, warmup=0.4)
+    config = replace(chosen.config(20), clip_norm=task.clip_norm)
     core = trained(partial(replicas.DGC, config=config), task)
-    ours = trained(candidate(density=0.02, warmup=0.4), task)
+    ours = trained(candidate(rule="local gradient", density=0.02, warmup=0.4), task)
     torch.manual_seed(1)
     start = [p.detach() for p in single().parameters()]
     assert distance(core, ours) <= 1e-3 * distance(core, start)
@@ -301,7 +301,7 @@ def test_candidates_tables_say_what_is_sent(tmp_path):
     records = finished(adam_candidates.plan(["gpt-adamw"], methods, 1, 2000, None))
     [(_, _, rows)] = adam_candidates.tables_of(records, methods, range(1), None)
     assert rows[0] == ["dense", "40.00", "", "100.0 %"]
-    assert rows[1] == ["corrected, 1 %", "42.00", "+5.00 %", "7.7 %"]
+    assert rows[1] == ["gradient, 1 %", "42.00", "+5.00 %", "7.7 %"]
     adam_candidates.draw_warmups(records, range(1), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").exists()
 

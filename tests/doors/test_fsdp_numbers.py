@@ -44,7 +44,7 @@ def islands(oracle, nodes, places, shapes, large, **settings):
             ranks = [normals(shapes, seed_of(step, node * places + i)) for i in range(places)]
             mean = {n: sum(g[n].double().numpy() for g in ranks) / places for n in shapes}
             gradients.append({(n, i): piece(mean[n], i, places) for n, i in parts})
-        one.step(gradients, 0.008, False)
+        one.step(gradients, 0.008, *([False] if oracle is Oracle else []))  # without masking
     return one
 
 

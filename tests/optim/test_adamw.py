@@ -110,7 +110,7 @@ def test_dense_parameters_of_a_compressed_run_have_torch_s_bits():
 
 
 def test_bfloat16_parameters_keep_float32_moments():
-    config = dgc.DGCConfig(density=0.01, momentum_masking=False)
+    config = dgc.DGCConfig(density=0.01)
     one = Alone(MIXED, config, dtype=torch.bfloat16, optimizer=dgc.AdamW, betas=(0.5, 0.75))
     m = {name: torch.zeros(shape) for name, shape in MIXED.items()}
     for step in range(3):

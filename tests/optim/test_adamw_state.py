@@ -23,7 +23,7 @@ from support.models import Given, normals
 SHAPES = {"weight": (64, 33), "bias": (17,), "scalar": ()}
 MIXED = {"big": (300, 300), "small": (20, 20), "bias": (300,)}
 EVERYTHING = dgc.DGCConfig(density=1.0)
-UNMASKED = dgc.DGCConfig(density=0.01, momentum_masking=False)  # moments are then those of torch
+CONFIG = dgc.DGCConfig(density=0.01)
 ADAM = {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1}
 
 
@@ -89,7 +89,7 @@ def test_a_dense_run_that_goes_on_has_lost_nothing_and_is_not_warned(recwarn):
 
 def test_moments_of_a_dense_run_are_a_compressed_parameter_s_from_the_first_pass():
     model, theirs = torch_run(shapes=MIXED, **ADAM)
-    ours = adamw(config=UNMASKED, lr=1.0)
+    ours = adamw(config=CONFIG, lr=1.0)
     ours.model.load_state_dict(model.state_dict())
     ours.optimizer.load_state_dict(theirs.state_dict())
     assert ours.optimizer.state_dict()["state"][0]["exp_avg"].shape == MIXED["big"]
@@ -243,7 +243,7 @@ def test_one_that_is_pickled_goes_on():
 
 
 def test_a_dense_phase_and_back_keeps_both_moments():
-    one, model = adamw(seeds=range(3), config=UNMASKED), Given(MIXED)
+    one, model = adamw(seeds=range(3), config=CONFIG), Given(MIXED)
     before = {kind: x.clone() for kind, x in one.state.memory.of("big").items()}
     waiting = one.state.memory.residual_of("big").clone()
     start = one.parameter("big").clone()

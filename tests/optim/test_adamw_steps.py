@@ -76,7 +76,7 @@ def test_a_left_out_step_counts_where_its_gradient_is_in_the_moments(where, late
     m, s, v = (slots["big"].view(before[kind]) for kind in ("exp_avg", "exp_avg_sq", "v"))
     h = gradients["big"]
     new_m, new_s = 0.9 * m + 0.1 * h, 0.999 * s + 0.001 * h * h
-    direction = 0.01 / (1 - 0.9**2) * new_m / ((new_s / (1 - 0.999**2)).sqrt() + 1e-8)
+    direction = 0.01 * h / ((new_s / (1 - 0.999**2)).sqrt() + 1e-8)
     expected = {"exp_avg": (new_m, m), "exp_avg_sq": (new_s, s), "v": (v + direction, v)}
     for kind, (new, old) in expected.items():
         now = slots["big"].view(after[kind])
@@ -153,25 +153,9 @@ def test_an_unused_parameter_gets_back_what_it_sent_and_ages():
     m, s, v = (slot.view(before[kind]) for kind in ("exp_avg", "exp_avg_sq", "v"))
     torch.testing.assert_close(slot.view(after["exp_avg"]), 0.9 * m)
     torch.testing.assert_close(slot.view(after["exp_avg_sq"]), 0.999 * s)
-    direction = 0.01 / (1 - 0.9**4) * 0.9 * m / ((0.999 * s / (1 - 0.999**4)).sqrt() + 1e-8)
-    torch.testing.assert_close(slot.view(after["v"]), v + direction)
+    assert torch.equal(slot.view(after["v"]), v)  # without a gradient there is no direction
     assert torch.equal(after["big"], before["big"] * (1 - 0.01 * 0.1))
     assert steps_of(one) == {"big": 4, "small": 4, "bias": 4}
-
-
-@pytest.mark.parametrize("masking", [True, "auto"])
-def test_masking_clears_the_first_moment_of_what_was_sent(masking):
-    one, plain = adamw(momentum_masking=masking), adamw(momentum_masking=False)
-    many = adamw(density=0.1)
-    for step in range(2):
-        for each in (one, plain, many):
-            each.train(normals(MIXED, step))
-    kept, sent = one.state.memory.of("big"), one.state.memory.residual_of("big") == 0
-    assert int(sent.sum()) == 900
-    assert torch.equal(kept["exp_avg"] == 0, sent)
-    assert bool((kept["exp_avg_sq"] > 0).all())
-    assert bool((plain.state.memory.of("big")["exp_avg"] != 0).all())
-    assert bool((many.state.memory.of("big")["exp_avg"] != 0).all())  # nor by default from 10 % on
 
 
 def test_a_reduction_without_gradients_in_between_is_noticed():

@@ -53,9 +53,7 @@ class AdamOracle:
         spread = (1 - beta1) / (1 + beta1)  # variance of m, as a share of that of h
         return max(0.0, (1 / self.n - spread) / (1 - spread))
 
-    def step(
-        self, gradients: list[Mapping[str, Array]], density: float, masking: bool = False, dense: bool = False
-    ) -> None:
+    def step(self, gradients: list[Mapping[str, Array]], density: float, dense: bool = False) -> None:
         """One step; gradients by rank, then by name. dense: all parameters are averaged."""
         self.t += 1
         h = [{name: np.asarray(g[name], dtype=np.float64).ravel() for name in self.p} for g in gradients]
@@ -66,12 +64,12 @@ class AdamOracle:
                 h[rank] = {name: factor * x for name, x in h[rank].items()}
         for name in self.p:
             if name in self.compressed and not dense:
-                update = sum(self._sent(rank, name, h[rank][name], density, masking) for rank in range(self.n)) / self.n
+                update = sum(self._sent(rank, name, h[rank][name], density) for rank in range(self.n)) / self.n
             else:
                 update = self._dense(name, sum(h[rank][name] for rank in range(self.n)) / self.n)
             self.p[name] = (1 - self.lr * self.decay) * self.p[name] - update
 
-    def _sent(self, rank: int, name: str, h: Array, density: float, masking: bool) -> Array:
+    def _sent(self, rank: int, name: str, h: Array, density: float) -> Array:
         (beta1, beta2), a = self.betas, self.own()
         m, s, v = self.m[rank][name], self.s[rank][name], self.v[rank][name]
         m[:] = beta1 * m + (1 - beta1) * h
@@ -85,8 +83,6 @@ class AdamOracle:
         sent = np.zeros_like(v)
         sent[chosen] = v[chosen]
         v[chosen] = 0.0
-        if masking:
-            m[chosen] = 0.0
         return sent
 
     def _dense(self, name: str, g: Array) -> Array:

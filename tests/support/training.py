@@ -70,14 +70,13 @@ def assert_close_to(oracle, results, tolerance):
                 assert error <= tolerance * max(1.0, np.linalg.norm(reference)), (rank, kind, name, error)
 
 
-def adam_oracle_for(world_size, steps, make, densities, dense=lambda step: False, masking=None, **kwargs):
-    """Replays a run; masking: None for what dgc.AdamW does by default."""
+def adam_oracle_for(world_size, steps, make, densities, dense=lambda step: False, **kwargs):
+    """Replays a run."""
     start = {n: p.detach().numpy() for n, p in Given(SHAPES).named_parameters()}
     oracle = AdamOracle(start, world_size, LARGE, **kwargs)
     for step in range(steps):
         gradients = [{n: g.numpy() for n, g in make(SHAPES, seed_of(step, rank)).items()} for rank in range(world_size)]
-        masked = densities(step) < 0.1 if masking is None else masking
-        oracle.step(gradients, densities(step), masked, dense(step))
+        oracle.step(gradients, densities(step), dense(step))
     return oracle
 
 
