@@ -68,6 +68,16 @@ def test_gpt():
     assert "bytes sent in the run: " in output
 
 
+@pytest.mark.parametrize("dense", [[], ["--dense"]])
+def test_fsdp2_gpt(dense):
+    small = ["--width", "32", "--depth", "1", "--batch-size", "1"]
+    script = ["examples/fsdp2_gpt.py", "--nodes", "2", "--steps", "3", *small, *dense]
+    output = output_of("launch/torchrun.sh", "--nproc-per-node", "4", *script)
+    assert "validation loss " in output
+    assert "2 nodes of 2 ranks, parameters equal on all: True" in output
+    assert ("bytes from this rank to other nodes: " in output) == (not dense)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
