@@ -54,7 +54,8 @@ def check_module(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
         raise ValueError(
             f"register: expected parameters that fully_shard has sharded, got {', '.join(plain[:5])}, whose gradients "
             "it does not average inside the node: call fully_shard(model, mesh=...) on the whole model too, without "
-            "ignored_params that are trained; where the model has run since, call model.reshard() before DGCState is made"
+            "ignored_params that are trained. Where the model has run since, call model.reshard() before DGCState is "
+            "made"
         )
     meshes = [mesh for p in parameters.values() if (mesh := local.mesh_of(p)) is not None]
     groups = {tuple(dist.get_process_group_ranks(mesh.get_group())) for mesh in meshes}

@@ -1,4 +1,8 @@
-"""Local parts of parameters: the elements that this rank holds of a parameter that fully_shard divides over a node."""
+"""Local parts of parameters: the elements whose momentum and residual this rank keeps.
+
+A rank keeps all of a parameter, or some of its rows, where the ranks of a node share the work: those that fully_shard
+has given it, or those that DGC gives it of a parameter that every rank of the node has.
+"""
 
 from __future__ import annotations
 
@@ -39,17 +43,32 @@ def gradient_of(parameter: Tensor) -> Tensor | None:
     return None if parameter.grad is None else local(parameter.grad)
 
 
-def piece_of(parameter: Tensor) -> Piece:
-    """Returns where this rank's part of a parameter lies.
+def rows_of(rows: int, place: int, places: int) -> tuple[int, int]:
+    """Returns a place's first row, and that after its last, by the rule of fully_shard: ceil(rows / places) each.
 
-    fully_shard cuts the first dimension of d rows into ceil(d / ranks) rows for each rank; the last ranks get fewer, or
-    none.
+    The last places get fewer, or none.
     """
-    if (mesh := mesh_of(parameter)) is None:
-        return Piece(0, parameter.numel())
-    rows = parameter.shape[0]
-    first = min(rows, mesh.get_local_rank() * -(-rows // mesh.size()))
-    return Piece(first * (parameter.numel() // max(1, rows)), parameter.numel())
+    each = -(-rows // places)
+    return min(rows, place * each), min(rows, (place + 1) * each)
+
+
+def part_of(parameter: Tensor, place: int, places: int) -> tuple[Tensor, Piece]:
+    """Returns the rows of a parameter that a place keeps, and where they lie in it.
+
+    Args:
+        parameter: a DTensor's place is that of its mesh.
+        place: of this rank, among those that divide a plain parameter.
+        places: their number; 1 where nobody divides it.
+    """
+    mesh = mesh_of(parameter)
+    if mesh is not None:
+        place, places = mesh.get_local_rank(), mesh.size()
+    rows = parameter.shape[0] if parameter.ndim else 1
+    first, last = rows_of(rows, place, places)
+    part = local(parameter)
+    if mesh is None and places > 1:
+        part = part.detach()[first:last]
+    return part, Piece(first * (parameter.numel() // max(1, rows)), parameter.numel())
 
 
 def refusal_of(parameter: Tensor) -> str | None:
@@ -64,11 +83,12 @@ def refusal_of(parameter: Tensor) -> str | None:
             "FSDP2 averages all gradients densely (HSDP): shard over the node alone, and let DGC exchange between the "
             "nodes. Tensor parallelism is not supported.\n"
             f'    fully_shard(module, mesh=mesh["{names[-1]}"])\n'
-            f'    state = dgc.DGCState(..., process_group=mesh["{names[0]}"].get_group())'
+            "    state = dgc.DGCState(..., mesh=mesh)"
         )
     if not placements[0].is_shard(0):
         return f"expected a parameter sharded over its first dimension, by fully_shard, got {placements[0]}"
-    if local(parameter).numel() and piece_of(parameter).begin + local(parameter).numel() > parameter.numel():
+    part, piece = part_of(parameter, 0, 1)
+    if part.numel() and piece.begin + part.numel() > parameter.numel():
         return "expected rows in fully_shard's order, got another division of the first dimension"
     return None
 

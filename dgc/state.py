@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer
 
 from .config import DGCConfig
@@ -16,7 +17,7 @@ from .copied import Copy
 from .doors import Registered
 from .exchange.base import Exchange
 from .exchange.distributed import DistributedExchange
-from .exchange.islands import IslandExchange
+from .exchange.islands import IslandExchange, nodes_of
 from .memory.parameters import Parameters
 from .ops.codec import Codec, codec_of
 from .stats import Stats
@@ -38,7 +39,11 @@ class DGCState(Registered):
             wrapper, such as Accelerate's, is unwrapped.
         config: the same on all ranks.
         process_group: None for the group of the DDP module that the state is registered on. For a model sharded by
-            fully_shard, the ranks that hold the same shard, one of each node.
+            fully_shard, in place of mesh, the ranks that hold the same shard, one of each node.
+        mesh: makes each node a worker: gradients are averaged inside the node, and exchanged between nodes. A
+            DeviceMesh of two dimensions, nodes and ranks of a node; or "auto" for nodes of LOCAL_WORLD_SIZE ranks.
+            Under DDP the ranks of a node then divide momentum and residual among themselves. None: each rank is a
+            worker of its own.
         grad_scaler: the torch.amp.GradScaler that scales the loss. Gradients are unscaled before they are accumulated,
             and results are scaled again, so that scaler.step(optimizer) and scaler.update() work as always.
         exchange: the collectives of another framework; None for torch.distributed.
@@ -60,6 +65,7 @@ class DGCState(Registered):
         config: DGCConfig | None = None,
         *,
         process_group: dist.ProcessGroup | None = None,
+        mesh: DeviceMesh | Literal["auto"] | None = None,
         grad_scaler: GradScaler | None = None,
         exchange: Exchange | None = None,
         average: bool = True,
@@ -73,9 +79,11 @@ class DGCState(Registered):
             raise TypeError(f"grad_scaler: expected a torch.amp.GradScaler or None, got {type(grad_scaler).__name__}")
         config = config or DGCConfig()
         scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
-        parameters = Parameters(named_parameters, optimizer, config, scaler is not None)
+        nodes = nodes_of(mesh) if mesh is not None else None
+        place = (0, 1) if nodes is None else (nodes.get_local_rank(1), nodes.size(1))
+        parameters = Parameters(named_parameters, optimizer, config, scaler is not None, *place)
         device = parameters.device
-        exchange = exchange or _exchange(parameters, process_group)
+        exchange = exchange or _exchange(parameters, process_group, nodes)
         codec = codec or codec_of(config.wire_dtype)
         standing = Standing(config, parameters, exchange, codec, scaler is not None)
         super().__init__(standing, scaler, average, device.type == "cuda" if late is None else late)
@@ -124,18 +132,26 @@ class DGCState(Registered):
         return Copy()
 
 
-def _exchange(parameters: Parameters, process_group: dist.ProcessGroup | None) -> Exchange:
-    """Returns the exchange over torch.distributed: between nodes where the parameters are shards, else between ranks.
+def _exchange(
+    parameters: Parameters, process_group: dist.ProcessGroup | None, nodes: DeviceMesh | None
+) -> DistributedExchange:
+    """Returns the exchange over torch.distributed: between nodes where these are the workers, else between ranks.
 
     Raises:
-        ValueError: the parameters are shards, and process_group is missing or wrong.
+        ValueError: the groups do not fit each other, or the shards of the parameters.
     """
-    if (mesh := parameters.mesh) is None:
-        return DistributedExchange(parameters.device, process_group)
+    if nodes is not None and process_group is not None:
+        raise ValueError("process_group: expected None with mesh, which has the groups, got both")
+    if (sharded := parameters.mesh) is None:
+        if nodes is None:
+            return DistributedExchange(parameters.device, process_group)
+        return IslandExchange(parameters.device, nodes.get_group(0), nodes.get_group(1))
+    if nodes is not None:
+        process_group = nodes.get_group(0)
     if process_group is None:
         raise ValueError(
-            "process_group: expected the ranks that hold the same shard, one of each node, got None. With mesh = "
+            "mesh: expected that of nodes and their ranks for a model sharded by fully_shard, got None. With mesh = "
             'init_device_mesh(device, (nodes, ranks_of_a_node), mesh_dim_names=("replicate", "shard")) and '
-            'fully_shard(module, mesh=mesh["shard"]), pass process_group=mesh["replicate"].get_group()'
+            'fully_shard(module, mesh=mesh["shard"]), pass mesh=mesh'
         )
-    return IslandExchange(parameters.device, process_group, mesh.get_group())
+    return IslandExchange(parameters.device, process_group, sharded.get_group())

@@ -19,6 +19,9 @@ class Stats:
     """Bytes that left this rank: the payload to N-1 ranks, and 2 (N-1)/N of the dense gradients (ring)."""
     bytes_received: int = 0
     """Bytes that this rank received: as many as it sent, since all ranks send the same number."""
+    bytes_in_node: int = 0
+    """Bytes that this rank sent to others of its node, where DGC averages gradients there (DGCState's mesh, under DDP).
+    They are not in bytes_sent."""
     bytes_dense: int = 0
     """Bytes that a ring all-reduce of the whole gradient would have sent."""
     compression_ratio: float = 1.0

@@ -144,6 +144,7 @@ def dgc_traffic(buckets: Sequence[Shapes], workers: int, config: dgc.DGCConfig) 
         rows=workers,
         entry_bytes=entry_bytes,
         switched_off=False,
+        divided=False,
         masked_below=MASKED_BELOW,
     )
     found = []

@@ -102,16 +102,6 @@ class Exchange(ABC):
         """Returns a future for a reduced tensor."""
         return Future()
 
-    def gather_in(self, buffers: Sequence[Tensor]) -> None:  # noqa: B027  (nothing is what a flat exchange does)
-        """Averages gradients in place over the ranks that share a payload, before they are compressed.
-
-        On a GPU this is queued on the current stream, and the host does not wait. Every rank must call it for the same
-        buckets in the same order. It does nothing where each rank has a payload of its own.
-
-        Args:
-            buffers: the contiguous tensors of one bucket.
-        """
-
     @abstractmethod
     def start(self, name: str, payload: Tensor | None, gathered: Tensor | None, dense: Tensor | None) -> Transfer:
         """Starts the all-gather of a payload and the averaging of dense gradients; either may be missing.

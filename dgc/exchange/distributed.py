@@ -14,7 +14,7 @@ from torch.futures import Future
 from .base import Exchange
 
 # Renamed in torch 2.13, where the old name warns.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def is_alive(group: dist.ProcessGroup) -> bool:
@@ -195,7 +195,7 @@ class DistributedExchange(Exchange):
             if rows == 1:
                 gathered[0].copy_(payload)
             else:
-                works.append(_all_gather(gathered.view(-1), payload, group=self.group, async_op=True))
+                works.append(all_gather(gathered.view(-1), payload, group=self.group, async_op=True))
         if dense is not None and dense.numel() and rows > 1:
             dense.div_(rows)  # before the sum, as DDP divides, so that 16-bit sums do not overflow
             works.append(dist.all_reduce(dense, group=self.group, async_op=True))

@@ -1,21 +1,30 @@
-"""The exchange between islands: nodes whose ranks hold one model together, each a shard of it.
+"""The exchange between islands: nodes whose ranks share the work on one model, each for a shard of it.
 
-FSDP2 averages gradients inside the node, and leaves each rank the average for its shard. The ranks that hold the same
-shard in all nodes exchange it among themselves: the node, and not the rank, is the worker of DGC. What all ranks of a
-node must do alike, such as leaving a step out, they agree on inside the node.
+Gradients are averaged inside the node, by FSDP2, or here for DDP, and each rank keeps the average for its shard. The
+ranks of equal place in all nodes exchange it among themselves: the node, and not the rank, is the worker of DGC. What
+all ranks of a node must do alike, such as leaving a step out, they agree on inside the node.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .base import Topology
-from .distributed import DistributedExchange, everyone_of, failed
+from .distributed import DistributedExchange, all_gather, everyone_of, failed
+
+# Renamed in torch 2.13, where the old name warns.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+logger = logging.getLogger("dgc")
 
 
 class IslandExchange(DistributedExchange):
@@ -71,6 +80,19 @@ class IslandExchange(DistributedExchange):
             places=dist.get_world_size(self.node),
         )
 
+    def bind(self, group: dist.ProcessGroup) -> None:
+        """Checks the group of the DDP module whose gradients come.
+
+        Raises:
+            ValueError: it has other ranks than these nodes.
+        """
+        theirs, own = set(dist.get_process_group_ranks(group)), {*self.ranks, *dist.get_process_group_ranks(self.node)}
+        if len(theirs) != self.world_size or not own <= theirs:
+            raise ValueError(
+                f"mesh: expected nodes that hold DDP's {len(theirs)} ranks, got {self._rows} nodes with "
+                f"{self.world_size} ranks"
+            )
+
     @property
     def everyones_group(self) -> None:
         """The default group.
@@ -83,6 +105,41 @@ class IslandExchange(DistributedExchange):
                 f"dgc.checkpoint: expected nodes that hold all {dist.get_world_size()} ranks of the default group, got "
                 f"{self._rows} nodes with {self.world_size} ranks"
             )
+
+    def mean_in_node(self, parts: Tensor, mean: Tensor) -> None:
+        """Writes the mean of all ranks' parts for this rank; a collective of the node.
+
+        On a GPU this is queued on the current stream, and the host does not wait.
+
+        Args:
+            parts: [places, elements], one for each rank of the node; overwritten.
+            mean: [elements].
+        """
+        places = len(parts)
+        if mean.dtype == torch.float16:
+            parts /= places  # before the sum, which would overflow
+        try:
+            if mean.is_cuda:
+                _reduce_scatter(mean, parts, group=self.node)
+            else:
+                # gloo's reduce_scatter takes over twice as long; and this adds in the order of the ranks.
+                received = torch.empty_like(parts)
+                dist.all_to_all_single(received, parts, group=self.node)
+                torch.sum(received, 0, out=mean)
+        except RuntimeError as error:
+            raise failed("the mean of a node's gradients", error) from error
+        if mean.dtype != torch.float16:
+            mean /= places
+
+    def gather_in_node(self, own: Tensor) -> tuple[Tensor, dist.Work]:
+        """Starts an all-gather inside the node; returns what it fills, uint8 [places, bytes], and its work.
+
+        Args:
+            own: uint8 [bytes], contiguous.
+        """
+        gathered = own.new_empty(dist.get_world_size(self.node), len(own))
+        work = all_gather(gathered.view(-1), own, group=self.node, async_op=True)
+        return gathered, work
 
     def sum_in_node(self, tensor: Tensor) -> None:
         """Sums a tensor in place over the ranks of this node; a collective of the node."""
@@ -110,3 +167,48 @@ class IslandExchange(DistributedExchange):
         """
         for tensor in tensors:
             dist.broadcast(tensor, group_src=root // dist.get_world_size(self.node), group=self.group)
+
+
+def nodes_of(mesh: DeviceMesh | Literal["auto"]) -> DeviceMesh | None:
+    """Returns the mesh of nodes and their ranks; None where each rank is a worker of its own.
+
+    Args:
+        mesh: of two dimensions, nodes and ranks of a node; or "auto": nodes of LOCAL_WORLD_SIZE ranks, as torchrun and
+            launch/slurm.sbatch set it. "auto" is a collective of the default group.
+
+    Raises:
+        ValueError: the mesh has other dimensions; or the ranks do not form nodes of one size.
+        RuntimeError: "auto" before init_process_group().
+    """
+    if isinstance(mesh, str):
+        if mesh != "auto":
+            raise ValueError(f'mesh: expected a DeviceMesh of two dimensions, "auto" or None, got {mesh!r}')
+        if not dist.is_initialized():
+            raise RuntimeError('mesh: expected "auto" after init_process_group(), got it before')
+        return _from_environment()
+    if mesh.ndim != 2:
+        raise ValueError(
+            f"mesh: expected two dimensions, nodes and ranks of a node, got {mesh.ndim}: init_device_mesh(device, "
+            '(nodes, ranks_of_a_node), mesh_dim_names=("replicate", "shard"))'
+        )
+    return mesh
+
+
+def _from_environment() -> DeviceMesh | None:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    mine = f"{os.environ.get('LOCAL_WORLD_SIZE', '1')}/{os.environ.get('LOCAL_RANK', '0')}"
+    everyone = everyone_of(None, mine)
+    sizes = {text.split("/")[0] for text in everyone}
+    places = int(sizes.pop())
+    if sizes or ranks % places or [text.split("/")[1] for text in everyone] != [str(r % places) for r in range(ranks)]:
+        raise ValueError(
+            f"mesh: expected nodes of one size, whose ranks follow each other, got LOCAL_WORLD_SIZE/LOCAL_RANK of "
+            f"{', '.join(everyone[:16])}. Leave mesh out, or start as many processes on each machine"
+        )
+    if places == 1 or places == ranks:
+        if rank == 0:
+            what = "one rank a node" if places == 1 else "one node"
+            logger.info('dgc: mesh="auto" finds %s: each rank is a worker of its own', what)
+        return None
+    kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return init_device_mesh(kind, (ranks // places, places), mesh_dim_names=("replicate", "shard"))

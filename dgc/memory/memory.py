@@ -80,7 +80,7 @@ class Memory:
     def set(self, kind: str, name: str, value: Tensor) -> None:
         """Sets one parameter's tensor of a kind to a value that is equal on all ranks, such as a dense run's."""
         self.allocate([kind])
-        self.slots[name].view(self.kinds[kind]).copy_(local(value))
+        self.slots[name].view(self.kinds[kind]).copy_(self.slots[name].part(local(value)))
         self.diverged.discard(name)
 
     def of(self, name: str) -> dict[str, Tensor]:

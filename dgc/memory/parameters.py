@@ -15,7 +15,7 @@ from dgc.optim.foreign import rule_of
 
 from .names import by_name
 from .refusals import check_names, dense_reasons, unwrapped
-from .slots import Slot, laid_out_again, lay_out
+from .slots import Slot, by_rows, laid_out_again, lay_out
 
 
 class Parameters:
@@ -34,8 +34,19 @@ class Parameters:
         optimizer: Optimizer,
         config: DGCConfig,
         loss_scaling: bool = False,
+        place: int = 0,
+        places: int = 1,
     ) -> None:
-        """Checks everything; see the class."""
+        """Checks everything; see the class.
+
+        Args:
+            named_parameters: the user's.
+            optimizer: the user's, perhaps in a wrapper.
+            config: the user's.
+            loss_scaling: whether a GradScaler scales the loss.
+            place: of this rank among those of its node that divide the memory of plain parameters.
+            places: their number; 1 where each rank keeps all.
+        """
         self.optimizer = unwrapped(optimizer)
         self.rule = rule_of(self.optimizer)
         self.by_name = by_name(named_parameters)
@@ -43,8 +54,11 @@ class Parameters:
         check_names(self.by_name, self.optimizer)
         self.never_compressed = dense_reasons(self.by_name, config)
         """Parameters that are dense in every phase, with the reason."""
+        if places > 1:
+            crossed = [name for name, p in self.by_name.items() if p.ndim > 1 and not by_rows(p)]
+            self.never_compressed.update(dict.fromkeys(crossed, "its rows are not stretches of memory"))
         self.compressed = [name for name in self.by_name if name not in self.never_compressed]
-        self.slots = lay_out(self.by_name, self.compressed)
+        self.slots = lay_out(self.by_name, self.compressed, place, places)
         self._slots = {id(p): self.slots[name] for name, p in self.by_name.items()}
         self._strides = {name: local(p).stride() for name, p in self.by_name.items()}
         self.rule.check_use(loss_scaling=loss_scaling, skipping=config.on_nonfinite == "skip")
@@ -76,7 +90,7 @@ class Parameters:
     def lay_out_again(self) -> dict[str, Slot]:
         """Returns new slots, by name, for parameters whose memory format has changed since, and goes by them."""
         changed = {
-            name: laid_out_again(self.slots[name], p)
+            name: laid_out_again(self.slots[name], local(p))
             for name, p in self.by_name.items()
             if local(p).stride() != self._strides[name]
         }

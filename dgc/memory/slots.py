@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dgc.local import Piece, local, piece_of
+from dgc.local import Piece, part_of
 from dgc.ops.wire import GROUP, align_up
 
 
@@ -33,6 +34,13 @@ class Slot(NamedTuple):
         return self.numel * self.dtype.itemsize
 
     @property
+    def whole_rows(self) -> int:
+        """Rows of the whole parameter: its first dimension, 1 without one."""
+        if not self.shape:
+            return 1
+        return self.shape[0] if self.numel == self.piece.whole else self.piece.whole // math.prod(self.shape[1:])
+
+    @property
     def span(self) -> tuple[int, int]:
         """Begin and end in the flat tensors of Memory."""
         return self.offset, self.offset + self.numel
@@ -40,6 +48,13 @@ class Slot(NamedTuple):
     def view(self, flat: Tensor) -> Tensor:
         """Returns the slot's part of a flat tensor, as a view in the slot's shape."""
         return flat.as_strided(self.shape, self.strides, self.offset)
+
+    def part(self, whole: Tensor) -> Tensor:
+        """Returns the slot's rows of a tensor of the whole parameter; a tensor of these rows alone as it is."""
+        if self.numel == self.piece.whole or tuple(whole.shape) == self.shape:
+            return whole
+        row = self.piece.whole // whole.shape[0]
+        return whole.narrow(0, self.piece.begin // row, self.shape[0])
 
 
 class Gradients(NamedTuple):
@@ -51,25 +66,35 @@ class Gradients(NamedTuple):
     places: Sequence[tuple[int, int]]
     """For each slot, the index of its buffer, and that of its first element there."""
 
+    def whole(self, index: int) -> Tensor:
+        """Returns the gradient of one whole parameter, flat, where a slot is a part of it."""
+        source, offset = self.places[index]
+        return self.buffers[source].view(-1)[offset : offset + self.slots[index].piece.whole]
+
     def of(self, index: int) -> Tensor:
         """Returns the gradient of one slot, flat, in the order of its memory."""
         source, offset = self.places[index]
         return self.buffers[source].view(-1)[offset : offset + self.slots[index].numel]
 
 
-def lay_out(parameters: Mapping[str, Tensor], compressed: Sequence[str]) -> dict[str, Slot]:
+def lay_out(
+    parameters: Mapping[str, Tensor], compressed: Sequence[str], place: int = 0, places: int = 1
+) -> dict[str, Slot]:
     """Returns a slot for each parameter, in their order; the compressed ones lie first in memory.
 
     Args:
         parameters: by name.
         compressed: the names of those that have a residual.
+        place: of this rank, among those that divide the compressed ones.
+        places: their number.
     """
     offsets: dict[str, int] = {}
     end = 0
-    parts = {name: local(p) for name, p in parameters.items()}
+    divided = set(compressed) if places > 1 else set()
+    parts = {name: part_of(p, place, places) if name in divided else part_of(p, 0, 1) for name, p in parameters.items()}
     for name in (*compressed, *(name for name in parameters if name not in set(compressed))):
         offsets[name] = end
-        end = align_up(end + parts[name].numel(), GROUP)
+        end = align_up(end + parts[name][0].numel(), GROUP)
     return {
         name: Slot(
             name,
@@ -78,15 +103,27 @@ def lay_out(parameters: Mapping[str, Tensor], compressed: Sequence[str]) -> dict
             dtype=part.dtype,
             numel=part.numel(),
             offset=offsets[name],
-            piece=piece_of(parameters[name]),
+            piece=piece,
         )
-        for name, part in parts.items()
+        for name, (part, piece) in parts.items()
     }
 
 
 def laid_out_again(slot: Slot, parameter: Tensor) -> Slot:
     """Returns the slot of a parameter whose memory format has changed, as by model.to(memory_format=...)."""
-    return slot._replace(strides=dense_strides(local(parameter)))
+    strides = dense_strides(parameter)
+    if slot.numel < slot.piece.whole and not by_rows(parameter):
+        raise ValueError(
+            f"{slot.name}: expected a memory format in which the first dimension is the outermost, got strides "
+            f"{strides}: the ranks of a node divide it by rows"
+        )
+    return slot._replace(strides=strides)
+
+
+def by_rows(parameter: Tensor) -> bool:
+    """Returns whether each row of a parameter, along its first dimension, is one stretch of memory."""
+    strides = [stride for stride, size in zip(dense_strides(parameter), parameter.shape, strict=True) if size > 1]
+    return parameter.shape[0] == 1 or strides[0] == max(strides)
 
 
 def dense_strides(parameter: Tensor) -> tuple[int, ...]:

@@ -179,6 +179,15 @@ def thrown_away(without: Sequence[str]) -> str:
     )
 
 
+def no_dense() -> str:
+    """Says that a model whose memory the ranks of a node divide cannot be trained dense."""
+    return (
+        "DGCState.dense: expected False where the ranks of a node divide momentum and residual (mesh=), since no rank "
+        "has the momentum that a dense step needs. For a dense phase use a density of 1, state.set_density(1.0), which "
+        "sends every entry with its index; or leave mesh out"
+    )
+
+
 def not_droppable() -> str:
     """Says that a pass can be dropped only with DGCConfig(droppable=True)."""
     return (

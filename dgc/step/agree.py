@@ -11,7 +11,9 @@ from dgc.config import DGCConfig
 from dgc.memory.parameters import Parameters
 
 
-def description(config: DGCConfig, parameters: Parameters, codec: str, loss_scaling: bool) -> dict[str, object]:
+def description(
+    config: DGCConfig, parameters: Parameters, codec: str, loss_scaling: bool, places: int
+) -> dict[str, object]:
     """Returns all values that have to be equal on all ranks, by their names in messages."""
     optimizer = parameters.optimizer
     groups = [(g.get("momentum", 0), g.get("nesterov", False)) for g in optimizer.param_groups]
@@ -19,6 +21,7 @@ def description(config: DGCConfig, parameters: Parameters, codec: str, loss_scal
         "dgc": __version__,
         **asdict(config),
         "codec": codec,
+        "ranks of a node": places,
         "loss scaling": loss_scaling,
         "optimizer": type(optimizer).__name__,
         "(momentum, nesterov) by group": groups,

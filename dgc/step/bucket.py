@@ -16,11 +16,14 @@ from dgc.memory.memory import Memory
 from dgc.memory.parameters import Parameters
 from dgc.memory.slots import Gradients
 from dgc.ops.codec import Codec
+from dgc.ops.wire import PayloadError
 
 from .dense import NOT_FINITE, Dense
 from .probes import Probes
 from .sparse import Member, Sparse
 
+NODE_DIFFERS = 4
+"""Bit of a report's last number: what a rank of this node has passed on does not fit; see node.py."""
 _OVERFLOW = 1
 """Bit of a report's last number, written by unpack: an average of sent entries is not finite."""
 
@@ -172,6 +175,12 @@ class Bucket:
         found = set() if self.sparse is None else self.sparse.findings(report[:-1])
         if report[-1] & NOT_FINITE and self.dense is not None:
             found.add(" ".join(["the average of dense parameters", *self.dense.nonfinite]))
+        if report[-1] & NODE_DIFFERS:
+            raise PayloadError(
+                f"payloads of {self.name} and what travels with it, passed on inside the node: they do not fit. "
+                "Nothing of them was applied; restart all ranks from the same checkpoint with the same model and "
+                "configuration"
+            )
         if report[-1] & _OVERFLOW:
             found.add(f"an average of {self.name} and what travels with it, which overflows")
         return found

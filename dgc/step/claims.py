@@ -86,11 +86,12 @@ class Claims:
 
     def kept_of(self, parameter: Tensor) -> dict[str, Tensor] | None:
         """Returns the rule's tensors of a parameter that was sent dense; None for a compressed one."""
-        name = self.slot(parameter).name
-        if name not in self._standing.layouts.phase.dense:
+        slot = self.slot(parameter)
+        # A rank without rows of a divided parameter applies the same update as the others.
+        if slot.name not in self._standing.layouts.phase.dense or not slot.numel:
             return None
         self._standing.memory.allocate(self._standing.parameters.rule.kept)
-        return self._standing.memory.of(name)
+        return self._standing.memory.of(slot.name)
 
     def take(self) -> bool:
         """Claims the reduced gradients for step(); returns False if all ranks have to leave the step out.
@@ -279,6 +280,7 @@ class Claims:
             standing.layouts.phase,
             standing.parameters.slots,
             self.exchange.topology,
+            inside=sum(one.node.bytes_inside for one in self._pass.inside),
             steps=standing.step,
             total_bytes_sent=self._total_bytes,
             skipped=skipped,

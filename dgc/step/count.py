@@ -24,6 +24,7 @@ def count(
     slots: Mapping[str, Slot],
     topology: Topology,
     *,
+    inside: int,
     steps: int,
     total_bytes_sent: int,
     skipped: int,
@@ -35,13 +36,14 @@ def count(
         phase: the one that it ran in.
         slots: of all parameters.
         topology: for the number of payloads.
+        inside: bytes that this rank sent inside its node.
         steps: passes so far, without skipped ones.
         total_bytes_sent: since the state was made.
         skipped: passes that were left out.
     """
     buckets = list(buckets)
     once = sum(sum(bucket.bytes_once) for bucket in buckets)
-    whole = sum(slot.nbytes for slot in slots.values())
+    whole = sum(slot.piece.whole * slot.dtype.itemsize for slot in slots.values()) // topology.places
     sparse = [bucket.sparse for bucket in buckets if bucket.sparse is not None]
     sent = bytes_sent(buckets, topology)
     return Stats(
@@ -50,8 +52,9 @@ def count(
         sent_density=sum(s.entries for s in sparse) / sum(s.numel for s in sparse) if sparse else 0.0,
         bytes_sent=sent,
         bytes_received=sent,
+        bytes_in_node=inside,
         bytes_dense=traffic(0, whole, topology.rows),
-        compression_ratio=whole / once,
+        compression_ratio=whole / once if once else 1.0,
         dense=dict(phase.dense),
         total_bytes_sent=total_bytes_sent,
         skipped=skipped,

@@ -42,7 +42,8 @@ class Dense:
         one_type = len(dtypes) == 1 and dtypes.issubset(reducible)
         # The rule's tensors are float32, and are averaged in float32.
         self._dtype = dtypes.pop() if one_type and not self.averaged else torch.float32
-        everything = len(members) == len(gradients.slots) and len(gradients.buffers) == 1
+        first = gradients.buffers[0]
+        everything = len(members) == len(gradients.slots) and first.numel() == self._numel
         self._flat: Tensor | None = None  # None: in place
         if not (everything and one_type and not self.averaged):
             size = self._numel + len(self._kinds) * sum(slot.numel for slot in self.averaged)

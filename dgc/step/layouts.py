@@ -6,12 +6,14 @@ from collections.abc import Iterable
 
 from dgc.config import DGCConfig
 from dgc.exchange.base import Exchange
+from dgc.exchange.islands import IslandExchange
 from dgc.memory.memory import Memory, return_free_memory
 from dgc.memory.parameters import Parameters
 from dgc.memory.slots import Gradients
 from dgc.ops.codec import Codec
 
 from .bucket import Bucket
+from .node import Node
 from .phase import Phase, phase_at
 from .schedule import DensitySchedule, entries
 
@@ -22,9 +24,26 @@ class Layouts:
     phase: Phase
 
     def __init__(
-        self, config: DGCConfig, parameters: Parameters, memory: Memory, exchange: Exchange, codec: Codec
+        self,
+        config: DGCConfig,
+        parameters: Parameters,
+        memory: Memory,
+        exchange: Exchange,
+        codec: Codec,
+        inside: IslandExchange | None,
     ) -> None:
-        """Starts in no phase, without buckets."""
+        """Starts in no phase, without buckets.
+
+        Args:
+            config: the user's.
+            parameters: of the model.
+            memory: this rank's.
+            exchange: the collectives.
+            codec: turns entries into bytes.
+            inside: the collectives of a node whose ranks divide what is compressed; None where they do not.
+        """
+        self._inside = inside
+        self._nodes: dict[tuple[str, ...], Node] = {}
         self.use(config)
         self._parameters = parameters
         self._memory = memory
@@ -51,6 +70,7 @@ class Layouts:
         changed = key != self._key[:-1]
         if (*key, kinds) != self._key:
             self._buckets.clear()
+            self._nodes.clear()
         self._key = (*key, kinds)
         if changed:
             parameters = self._parameters
@@ -62,6 +82,7 @@ class Layouts:
                 rows=rows,
                 entry_bytes=self._codec.entry_bytes,
                 switched_off=dense,
+                divided=self._inside is not None,
                 masked_below=parameters.rule.masked_below,
             )
             return_free_memory()
@@ -71,6 +92,7 @@ class Layouts:
         """Forgets phase and buckets, after ranks have come or gone or memory was loaded."""
         self._key = ()
         self._buckets.clear()
+        self._nodes.clear()
 
     def of(self, gradients: Gradients) -> Bucket:
         """Returns the bucket of these gradients."""
@@ -90,6 +112,16 @@ class Layouts:
             )
         return self._buckets[key]
 
+    def node_of(self, gradients: Gradients) -> Node | None:
+        """Returns the way of these whole gradients through the node; None where they do not go through it."""
+        if self._inside is None:
+            return None
+        key = tuple(slot.name for slot in gradients.slots)
+        if key not in self._nodes:
+            compressed, density = set(self._parameters.compressed), self.phase.density
+            self._nodes[key] = Node(gradients, compressed, density, self._inside, self._codec.dtype)
+        return self._nodes[key]
+
     def keep(self, used: Iterable[Bucket]) -> None:
         """Forgets all buckets but those of the last pass, since DDP changes its buckets after the first pass.
 
@@ -97,3 +129,4 @@ class Layouts:
         """
         kept = {id(bucket) for bucket in used if not bucket.averages_once}
         self._buckets = {key: bucket for key, bucket in self._buckets.items() if id(bucket) in kept}
+        self._nodes = {key: node for key, node in self._nodes.items() if key in self._buckets}

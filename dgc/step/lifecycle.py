@@ -19,6 +19,7 @@ from dgc.exchange.base import Exchange
 from dgc.memory.slots import Gradients
 
 from .bucket import Bucket, PassContext
+from .node import Inside
 from .probes import Probes
 from .verdict import Verdict
 
@@ -51,6 +52,8 @@ class Pass:
         self._shadow = shadow
         self.waiting: list[tuple[Gradients, Future[Tensor]]] = []
         """Buckets that are not sent yet, with the futures of their results."""
+        self.inside: list[Inside] = []
+        """Buckets that go through the node."""
         self.sent: list[Future[Tensor]] = []
         """Futures of results that have not been waited for."""
         self.buckets: list[Bucket] = []
@@ -101,7 +104,7 @@ class Pass:
         for future in self.sent:  # after a pass that broke off, nothing else has waited for them
             with suppress(Exception):  # backward() raises the error of a bucket that failed
                 future.wait()
-        self.waiting, self.sent = [], []
+        self.waiting, self.inside, self.sent = [], [], []
         self._stage = Stage.OVER
 
     def _expect(self, *stages: Stage) -> None:
@@ -118,7 +121,7 @@ class Pass:
         exchange.finish()
         for future in self.sent:
             future.wait()
-        self.sent = []  # the futures hold gradients
+        self.sent, self.inside = [], []  # the futures hold gradients
 
     def judge(self, exchange: Exchange, parameters: Mapping[str, Tensor] | None = None) -> Verdict:
         """Collects the reports of the buckets, once all of them have been received.

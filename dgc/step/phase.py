@@ -51,6 +51,7 @@ def phase_at(
     rows: int,
     entry_bytes: float,
     switched_off: bool,
+    divided: bool,
     masked_below: float,
 ) -> Phase:
     """Returns the phase of the steps at a density.
@@ -63,6 +64,8 @@ def phase_at(
         rows: payloads that are gathered.
         entry_bytes: bytes of an entry on the wire.
         switched_off: whether the user has asked for dense steps.
+        divided: whether the ranks of a node divide what is compressed. It is compressed at every density then, since no
+            rank has all of the momentum that a dense step needs.
         masked_below: density below which the rule masks by default.
     """
     dense = {}
@@ -71,6 +74,8 @@ def phase_at(
             dense[name] = never_compressed[name]
         elif not slot.numel:
             dense[name] = "no elements on this rank"
+        elif divided:
+            continue
         elif switched_off:
             dense[name] = "state.dense is set"
         elif density >= 1:

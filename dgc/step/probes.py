@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dgc.local import gradient_of
+from dgc.local import gradient_of, local
 from dgc.memory.slots import Slot, has_strides
 
 LENGTH = 16384
@@ -106,8 +106,9 @@ class Probes:
 def _stretch(p: Tensor, slot: Slot, start: int, numel: int) -> Tensor | None:
     """Returns a stretch of a parameter's gradient in the order of memory; None where it has none, or another order."""
     grad = gradient_of(p)
-    if grad is None or grad.layout != torch.strided or tuple(grad.shape) != slot.shape:
+    if grad is None or grad.layout != torch.strided or grad.shape != local(p).shape:
         return None
+    grad = slot.part(grad)
     if not has_strides(grad, slot.strides):
         return None
     return grad.detach().as_strided((numel,), (1,), grad.storage_offset() + start)

@@ -30,6 +30,7 @@ from .claims import Claims
 from .clip import clip_scale, squared_norm
 from .count import bytes_sent
 from .lifecycle import Pass, Stage
+from .node import Inside, gather
 from .probes import Probes
 from .schedule import DensitySchedule
 
@@ -92,7 +93,7 @@ class Reducer(Claims):
         once.
 
         Raises:
-            RuntimeError: it is set between backward() and step().
+            RuntimeError: it is set between backward() and step(); or the ranks of a node divide memory.
         """
         return self._standing.dense
 
@@ -101,6 +102,8 @@ class Reducer(Claims):
         self._forget_skipped()
         if self._pass.outstanding:
             raise RuntimeError(advice.outstanding("dense"))
+        if value and self._standing.divided:
+            raise RuntimeError(advice.no_dense())
         self._standing.dense = bool(value)
 
     def set_density(self, density: float) -> None:
@@ -178,7 +181,13 @@ class Reducer(Claims):
             raise RuntimeError(advice.discarded())
         future = self.exchange.future()
         self._pass.reduced.update(slot.name for slot in gradients.slots)
-        self._pass.waiting.append((gradients, future))
+        node = self._standing.layouts.node_of(gradients)
+        if node is None:
+            self._pass.waiting.append((gradients, future))
+        else:
+            node.scatter(gradients)
+            self._pass.waiting.append((node.inner, inner := self.exchange.future()))
+            self._pass.inside.append(Inside(node, gradients, inner, future))
         if self._standing.config.clip_norm is None:
             self._send_waiting()
         return future
@@ -192,6 +201,7 @@ class Reducer(Claims):
         if self._pass.stage is not Stage.OPEN:
             raise RuntimeError(advice.discarded())
         self._send_waiting()
+        gather(self._pass.inside, self._standing.layouts.of, self._pass.context.loss_scale)
         self._pass.close()
         self._standing.step += 1
         self._standing.layouts.keep(self._pass.buckets)
@@ -200,8 +210,6 @@ class Reducer(Claims):
 
     def _send_waiting(self) -> None:
         waiting, self._pass.waiting = self._pass.waiting, []
-        for gradients, _ in waiting:
-            self.exchange.gather_in(gradients.buffers)
         scale = self._scale([gradients for gradients, _ in waiting])
         for gradients, future in waiting:
             self._send(gradients, scale, future)

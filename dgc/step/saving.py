@@ -116,8 +116,8 @@ class Saved(Reducer):
             )
         if self.exchange.topology.places > 1:
             raise TypeError(
-                "DGCState: expected ranks that hold the whole model to pickle it, got shards of one, whose process groups "
-                "cannot be pickled: use dgc.checkpoint.save(state, dir)"
+                "DGCState: expected ranks that hold the whole model to pickle it, got shards of one, whose process "
+                "groups cannot be pickled: use dgc.checkpoint.save(state, dir)"
             )
         arguments = {
             "config": standing.made_with,

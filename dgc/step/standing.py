@@ -9,6 +9,7 @@ from typing import Any
 from dgc.config import DGCConfig
 from dgc.exchange.base import Exchange
 from dgc.exchange.distributed import DistributedExchange
+from dgc.exchange.islands import IslandExchange
 from dgc.memory import group
 from dgc.memory import share as shares
 from dgc.memory.memory import MOMENTUM, Memory
@@ -17,6 +18,7 @@ from dgc.memory.pieces import pieces_of
 from dgc.memory.share import Share
 from dgc.ops.codec import Codec
 
+from . import advice
 from .agree import description
 from .layouts import Layouts
 
@@ -31,6 +33,7 @@ class Standing:
         dense: whether DGC is switched off.
         joined: whether memory is this rank's share of a group's.
         dropped: fingerprint of the parameters whose gradients were thrown away before the last step(); 0 for none.
+        divided: whether the ranks of a node divide the memory of parameters that all of them have.
     """
 
     def __init__(
@@ -42,7 +45,9 @@ class Standing:
         self.own_exchange = exchange
         self.memory = Memory(parameters.slots, parameters.compressed, parameters.device)
         self.memory.allocate(parameters.rule.kept)
-        self.layouts = Layouts(config, parameters, self.memory, exchange, codec)
+        inside = exchange if isinstance(exchange, IslandExchange) and parameters.mesh is None else None
+        self.divided = inside is not None
+        self.layouts = Layouts(config, parameters, self.memory, exchange, codec, inside)
         self.step, self.dense, self.joined = 0, False, False
         self.dropped = 0
         self.codec, self._loss_scaling = codec, loss_scaling
@@ -86,7 +91,8 @@ class Standing:
         before = exchange.rank, exchange.world_size
         exchange.refresh()
         try:
-            exchange.agree(description(self.made_with, self.parameters, self.codec.name, self._loss_scaling))
+            places = exchange.topology.places
+            exchange.agree(description(self.made_with, self.parameters, self.codec.name, self._loss_scaling, places))
             agreed = group.regroup(exchange, self.memory, mine, self.parameters.rule.averages)
             if agreed is None:  # all ranks are new
                 exchange.agree({"density of set_density()": self._density})
@@ -143,6 +149,8 @@ class Standing:
         """Returns this rank's part of saved shares, and changes nothing; raises as shares.choose()."""
         topology = self.exchange.topology
         choice = shares.choose(self.memory, parts, topology.share, topology.shares, allow_missing_ranks)
+        if choice.share.dense and self.divided:
+            raise ValueError("state_dict: expected one that was saved with state.dense = False. " + advice.no_dense())
         rule, kinds = self.parameters.rule, choice.share.kinds
         # What waits is a sum of gradients beside momentum or nothing, and one of finished updates beside other kinds.
         known = rule.may_keep or (MOMENTUM,)

@@ -1,0 +1,244 @@
+"""DDP with nodes as workers, used in all the ways that a flat exchange is, and used wrongly."""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import dgc
+from dgc.ops import wire
+from support.ddp_run import Run
+from support.fsdp_run import IslandRun, whole
+from support.messages import Messages
+from support.models import integers, normals
+from support.node_run import NodeRun
+from support.ranks import run_ranks
+from support.training import LARGE, SHAPES, assert_replicas_equal, seed_of
+
+CONFIG = dgc.DGCConfig(density=0.01, momentum_masking=False)
+SETTINGS = {"lr": 0.25, "momentum": 0.5}
+KINDS = ("parameters", "residual", "momentum", "exp_avg", "exp_avg_sq")
+
+
+def error_of(call):
+    try:
+        call()
+    except (FloatingPointError, RuntimeError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def assert_same(results, others):
+    for one, other in zip(results, others, strict=True):
+        for kind in KINDS:
+            assert all(torch.equal(t, other[kind][name]) for name, t in one.get(kind, {}).items()), kind
+
+
+def train(rank, world_size, how):
+    state = {"late": True} if how == "late" else {}
+    dtype = torch.bfloat16 if how == "bfloat16" else torch.float32
+    config = dgc.DGCConfig(density=0.01, warmup_steps=4, warmup_densities=(0.25,), wire_dtype=dtype)
+    run = NodeRun(2, config, state=state, optimizer=dgc.AdamW if how == "AdamW" else dgc.SGD, lr=0.05)
+    if how == "in step":
+        run = NodeRun(2, config, lr=0.05)
+    for step in range(8):
+        gradients = normals(SHAPES, seed_of(step, rank))
+        if how == "accumulated":
+            run.optimizer.zero_grad()
+            with run.ddp.no_sync():
+                run.ddp({name: g / 2 for name, g in gradients.items()}).backward()
+            run.ddp({name: g / 2 for name, g in gradients.items()}).backward()
+            run.optimizer.step()
+        else:
+            run.train(gradients)
+    run.state.state_dict()  # reads a late verdict
+    return run.result()
+
+
+def test_a_late_verdict_and_accumulation_change_nothing():
+    expected = run_ranks(4, train, "plain")
+    assert_replicas_equal(expected)
+    assert expected[0]["stats"].density == 0.01
+    for how in ("late", "accumulated"):
+        assert_same(expected, run_ranks(4, train, how))
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "AdamW"])
+def test_other_values_on_the_wire_and_adamw(how):
+    results = run_ranks(4, train, how)
+    assert_replicas_equal(results)
+    assert all(r["residual"][name].any() for r in results for name in LARGE)
+
+
+def discard(rank, world_size, droppable):
+    """Between two steps a pass that is given up, or whose gradients are thrown away."""
+    run = NodeRun(2, dgc.DGCConfig(density=0.01, droppable=droppable, momentum_masking=True), **SETTINGS)
+    run.train(integers(SHAPES, seed_of(0, rank)))
+    before = run.result()
+    run.ddp(integers(SHAPES, seed_of(1, rank))).backward()
+    run.state.discard(drop_gradient=droppable)
+    after = run.result()
+    run.optimizer.zero_grad()
+    if droppable:
+        run.ddp(integers(SHAPES, seed_of(2, rank))).backward()
+        run.net.a.grad = None
+        run.optimizer.step()
+    run.train(integers(SHAPES, seed_of(3, rank)))
+    return before, after, run.result()
+
+
+@pytest.mark.parametrize("droppable", [True, False])
+def test_a_pass_that_is_given_up(droppable):
+    results = run_ranks(4, discard, droppable)
+    assert_replicas_equal([result for _, _, result in results])
+    for before, after, _ in results:
+        for kind in ("residual", "momentum"):
+            assert all(torch.equal(t, after[kind][name]) for name, t in before[kind].items()) == droppable
+
+
+def scaled(rank, world_size):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    run = NodeRun(2, CONFIG, state={"grad_scaler": scaler}, **SETTINGS)
+    for step in range(5):
+        run.optimizer.zero_grad()
+        gradients = integers(SHAPES, seed_of(step, rank))
+        if step == 2 and rank == 1:
+            gradients["c"][0, 0] = torch.inf
+        scaler.scale(run.ddp(gradients)).backward()
+        scaler.step(run.optimizer)
+        scaler.update()
+    return run.result(), scaler.get_scale()
+
+
+def test_one_ranks_overflow_lowers_the_loss_scale_of_all():
+    results = run_ranks(4, scaled)
+    assert_replicas_equal([result for result, _ in results])
+    assert [scale for _, scale in results] == [512.0] * 4
+    assert [result["step"] for result, _ in results] == [4] * 4
+
+
+def make(kind, places):
+    return Run(CONFIG, **SETTINGS) if places is None else kind(places, CONFIG, **SETTINGS)
+
+
+def save(rank, world_size, folder, kind, places):
+    run = make(kind, places)
+    for step in range(5):
+        run.train(integers(SHAPES, seed_of(step, rank)))
+    dgc.checkpoint.save(run.state, folder)
+    return run.result()
+
+
+def load(rank, world_size, folder, kind, places):
+    run = make(kind, places)
+    dgc.checkpoint.load(run.state, folder)
+    loaded = run.result()
+    for step in range(5, 8):
+        run.train(integers(SHAPES, seed_of(step, rank)))
+    return loaded, run.result()
+
+
+def shares_of(results, places, kind, name):
+    if places is None:
+        return [r[kind][name].flatten() for r in results]
+    return whole(results, len(results) // places, places, kind, name)
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [((4, NodeRun, 2), (4, IslandRun, 2)), ((4, NodeRun, 2), (3, Run, None)), ((2, Run, None), (4, NodeRun, 2))],
+    ids=["to FSDP2", "to DDP", "from DDP"],
+)
+def test_checkpoints_go_between_nodes_shards_and_flat_ranks(before, now, tmp_path):
+    old = run_ranks(before[0], save, str(tmp_path / "dgc"), *before[1:])
+    both = run_ranks(now[0], load, str(tmp_path / "dgc"), *now[1:])
+    new = [loaded for loaded, _ in both]
+    assert_replicas_equal([later for _, later in both])
+    for kind in ("residual", "momentum"):
+        for name in LARGE:
+            first, then = shares_of(old, before[2], kind, name), shares_of(new, now[2], kind, name)
+            torch.testing.assert_close(sum(then) / len(then), sum(first) / len(first), rtol=1e-6, atol=1e-5)
+            if len(first) == len(then):
+                assert all(torch.equal(a, b) for a, b in zip(first, then, strict=True)), (kind, name)
+
+
+def misuse(rank, world_size):
+    messages = Messages()
+    run = NodeRun(2, CONFIG, **SETTINGS)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    three = init_device_mesh("cpu", (4,))
+
+    def state(**options):
+        net = nn.Linear(200, 200)
+        return dgc.DGCState(net.named_parameters(), dgc.SGD(net.parameters(), lr=0.1), CONFIG, **options)
+
+    def dense():
+        run.state.dense = True
+
+    os.environ["LOCAL_WORLD_SIZE"], os.environ["LOCAL_RANK"] = "2", str(rank % 2)
+    found = {
+        "one dimension": error_of(lambda: state(mesh=three)),
+        "a word": error_of(lambda: state(mesh="nodes")),
+        "both": error_of(lambda: state(mesh=mesh, process_group=mesh.get_group(0))),
+        "dense": error_of(dense),
+        "auto": repr(state(mesh="auto")._standing.own_exchange.topology),
+        "full_state_dict": error_of(run.state.full_state_dict),
+    }
+    os.environ["LOCAL_WORLD_SIZE"] = "4" if rank else "2"
+    found["sizes differ"] = error_of(lambda: state(mesh="auto"))
+    os.environ["LOCAL_WORLD_SIZE"], os.environ["LOCAL_RANK"] = "4", str(rank)
+    found["one node"] = repr(state(mesh="auto")._standing.own_exchange.topology)
+    return found, messages.lines
+
+
+def test_each_wrong_use_says_what_to_write():
+    expected = {
+        "one dimension": ["ValueError", "expected two dimensions", "got 1"],
+        "a word": ["ValueError", '"auto"', "'nodes'"],
+        "both": ["ValueError", "process_group: expected None with mesh"],
+        "dense": ["RuntimeError", "set_density(1.0)"],
+        "auto": ["rows=2", "places=2"],
+        "full_state_dict": ["RuntimeError", "dgc.checkpoint.save"],
+        "sizes differ": ["ValueError", "nodes of one size", "2/0, 4/1"],
+        "one node": ["rows=4", "places=1"],
+    }
+    results = run_ranks(4, misuse)
+    for found, _ in results:
+        for case, parts in expected.items():
+            assert all(part in found[case] for part in parts), (case, found[case])
+    assert any("finds one node: each rank is a worker of its own" in line for line in results[0][1])
+
+
+def damaged(rank, world_size, where):
+    """A payload is damaged between the nodes, or inside one."""
+    run = NodeRun(2, CONFIG, lr=0.25, momentum=0.0)
+    exchange = run.state.exchange
+    start, gather = exchange.start, exchange.gather_in_node
+
+    def started(name, payload, gathered, dense):
+        if where == "between" and rank == 3 and payload is not None:
+            payload = payload.clone()
+            wire.header(payload)[0] += 1
+        return start(name, payload, gathered, dense)
+
+    def passed_on(own):
+        if where == "inside" and rank == 3:
+            own[8] += 1
+        return gather(own)
+
+    exchange.start, exchange.gather_in_node = started, passed_on
+    run.ddp(integers(SHAPES, seed_of(0, rank))).backward()
+    before = {n: p.detach().clone() for n, p in run.net.named_parameters()}
+    error = error_of(run.optimizer.step)
+    return error, all(torch.equal(p, before[n]) for n, p in run.net.named_parameters())
+
+
+@pytest.mark.parametrize(("where", "who"), [("between", range(4)), ("inside", (2, 3))])
+def test_damaged_bytes_are_an_error_on_all_ranks_of_the_node(where, who):
+    results = run_ranks(4, damaged, where)
+    for rank in who:
+        error, unchanged = results[rank]
+        assert error.startswith("PayloadError: payload"), (rank, error)
+        assert unchanged
