@@ -57,6 +57,8 @@ def _flat(p: Tensor, slot: Slot) -> Tensor:
         raise ValueError(
             f"{slot.name}: expected a dense gradient, got a sparse one (nn.Embedding(sparse=True)?): use sparse=False"
         )
+    # The slot's strides are those of the whole parameter too, where the ranks of a node divide it.
     if not has_strides(local(p.grad), slot.strides):
-        p.grad = torch.empty_strided(slot.shape, slot.strides, dtype=p.dtype, device=p.device).copy_(p.grad)
-    return local(p.grad).as_strided((slot.numel,), (1,))
+        p.grad = torch.empty_strided(p.shape, slot.strides, dtype=p.dtype, device=p.device).copy_(p.grad)
+    flat = local(p.grad)
+    return flat.as_strided((flat.numel(),), (1,))

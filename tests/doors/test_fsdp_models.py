@@ -202,3 +202,37 @@ def save_optimizer(rank, world_size, optimizer):
 def test_the_optimizers_state_goes_through_torchs_sharded_state_dict(optimizer):
     for counts in run_ranks(4, save_optimizer, optimizer):
         assert all(pair == (3.0, 3.0) for pair in counts)
+
+
+def hsdp(rank, world_size, ours):
+    """Trains with everything sent, and with FSDP2's own average over both dimensions of the mesh."""
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    net = Model()
+    for module in (*net.blocks, net):
+        fully_shard(module, mesh=mesh["shard"] if ours else mesh)
+        module.set_force_sum_reduction_for_comms(True)
+    if ours:
+        optimizer = dgc.AdamW(net.parameters(), lr=0.01, weight_decay=0.1)
+        config = dgc.DGCConfig(density=1.0, dense_below=0)
+        dgc.DGCState(net.named_parameters(), optimizer, config, mesh=mesh).register(net)
+    else:
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.1)
+    generator, losses = torch.Generator().manual_seed(rank), []
+    for _ in range(200):
+        words = torch.randint(0, WORDS, (4, LENGTH), generator=generator)
+        loss = nn.functional.cross_entropy(net(words).flatten(0, 1), ((3 * words + 1) % WORDS).flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return {"parameters": {n: p.full_tensor().detach() for n, p in net.named_parameters()}, "losses": losses}
+
+
+def test_at_density_1_the_curve_is_that_of_fsdp2s_own_hsdp():
+    ours, theirs = run_ranks(4, hsdp, True), run_ranks(4, hsdp, False)
+    assert_replicas_equal(ours)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["losses"] == pytest.approx(other["losses"], rel=1e-3, abs=1e-4)
+        assert one["losses"][-1] < 0.1 * one["losses"][0]
+        for name, p in one["parameters"].items():
+            torch.testing.assert_close(p, other["parameters"][name], rtol=1e-2, atol=1e-3)

@@ -37,15 +37,22 @@ def assert_same(results, others):
 
 
 def train(rank, world_size, how):
+    os.environ["LOCAL_WORLD_SIZE"], os.environ["LOCAL_RANK"] = "2", str(rank % 2)
     state = {"late": True} if how == "late" else {}
     dtype = torch.bfloat16 if how == "bfloat16" else torch.float32
     config = dgc.DGCConfig(density=0.01, warmup_steps=4, warmup_densities=(0.25,), wire_dtype=dtype)
     run = NodeRun(2, config, state=state, optimizer=dgc.AdamW if how == "AdamW" else dgc.SGD, lr=0.05)
     if how == "in step":
-        run = NodeRun(2, config, lr=0.05)
+        del run.state
+        run.state = dgc.DGCState(run.net.named_parameters(), run.optimizer, config, mesh="auto")
+        run.state.register(run.net, in_step=True)
     for step in range(8):
         gradients = normals(SHAPES, seed_of(step, rank))
-        if how == "accumulated":
+        if how == "in step":
+            run.optimizer.zero_grad()
+            run.net(gradients).backward()
+            run.optimizer.step()
+        elif how == "accumulated":
             run.optimizer.zero_grad()
             with run.ddp.no_sync():
                 run.ddp({name: g / 2 for name, g in gradients.items()}).backward()
@@ -57,11 +64,11 @@ def train(rank, world_size, how):
     return run.result()
 
 
-def test_a_late_verdict_and_accumulation_change_nothing():
+def test_a_late_verdict_accumulation_and_exchange_in_step_change_nothing():
     expected = run_ranks(4, train, "plain")
     assert_replicas_equal(expected)
     assert expected[0]["stats"].density == 0.01
-    for how in ("late", "accumulated"):
+    for how in ("late", "accumulated", "in step"):
         assert_same(expected, run_ranks(4, train, how))
 
 
@@ -242,3 +249,23 @@ def test_damaged_bytes_are_an_error_on_all_ranks_of_the_node(where, who):
         error, unchanged = results[rank]
         assert error.startswith("PayloadError: payload"), (rank, error)
         assert unchanged
+
+
+def changed(rank, world_size, how):
+    run = NodeRun(2, dgc.DGCConfig(density=0.01, on_changed_gradient="raise"), lr=0.25, momentum=0.0)
+    run.ddp(normals(SHAPES, seed_of(0, rank))).backward()
+    if how == "scaled":
+        for p in run.net.parameters():
+            p.grad.mul_(0.5)
+    elif how == "zeroed":
+        run.net.e.grad.zero_()
+    return error_of(run.optimizer.step), run.state.residual_norm
+
+
+def test_gradients_that_are_changed_or_zeroed_are_noticed_in_each_ranks_rows():
+    for error, _ in run_ranks(4, changed, "scaled"):
+        assert error.startswith("RuntimeError: dgc: expected gradients as backward() left them, got others for a, c, e")
+    for error, _ in run_ranks(4, changed, "zeroed"):
+        assert error.startswith("RuntimeError: optimizer: expected the gradient of every compressed parameter")
+        assert "got None or zeros for e" in error
+    assert [error for error, _ in run_ranks(4, changed, "left alone")] == [""] * 4
