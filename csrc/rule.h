@@ -40,9 +40,9 @@ struct Nesterov {
   }
 };
 
-// Adam with its direction taken of the gradient itself, since v adds directions up as m would. m serves s alone. m and s
-// have the bits of torch's lerp_ and mul_().addcmul_() as these are vectorised, which is with fused additions; where the
-// weight of lerp_ is 0.5 or more it starts from h, and so does this.
+// Adam with its direction taken of the gradient itself, since v adds directions up as m would. m serves s alone. m and
+// s have the bits of torch's lerp_ and mul_().addcmul_() as these are vectorised, which is with fused additions; where
+// the weight of lerp_ is 0.5 or more it starts from h, and so does this.
 struct Adam {
   static constexpr int kKept = 2;
   float decay, weight, b2, c1, c2, step, root, eps;

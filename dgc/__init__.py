@@ -5,11 +5,14 @@ Three lines go in front of an unchanged training loop, with dgc.SGD, or dgc.Adam
     optimizer = dgc.SGD(model.parameters(), lr=0.1, momentum=0.9)
     state = dgc.DGCState(model.named_parameters(), optimizer, dgc.DGCConfig(density=0.001, warmup_steps=2000))
     state.register(model)
+
+Or one: optimizer = dgc.attach(model, optimizer), which also takes torch.optim.SGD and AdamW, and models without DDP.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .attach import attach
 from .config import DGCConfig
 from .ddp import dgc_hook
 from .ops import PayloadError, backend
@@ -29,6 +32,7 @@ __all__ = [
     "PayloadError",
     "Stats",
     "__version__",
+    "attach",
     "backend",
     "checkpoint",
     "dgc_hook",

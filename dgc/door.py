@@ -11,12 +11,12 @@ all results.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.futures import Future
 
 from . import fusion
@@ -31,6 +31,10 @@ BUCKET_CAP_MB = 25.0
 
 class Reducer(Protocol):
     """The part of DGCState that the door uses."""
+
+    @property
+    def exchange(self) -> Exchange:
+        """The collectives of the ranks."""
 
     def slot(self, parameter: Tensor) -> Slot:
         """Returns where a parameter lies in memory."""
@@ -65,9 +69,10 @@ class Door:
                 "registered: one DGCState serves a model. Build the model anew to start again"
             )
         self._state = state
-        self._groups = fusion.by_size([*parameters.values()], BUCKET_CAP_MB)
-        self._group_of = {p: i for i, group in enumerate(self._groups) for p in group}
         self._parameters = dict(parameters)
+        self._group([*parameters.values()][::-1])
+        self._order: list[str] | None = []
+        """Names in the order in which gradients have come in the first pass; None once groups go by it."""
         self._closed = self._in_step = in_step
         self._pass: int | None = None
         self._missing: list[set[Tensor]] = []
@@ -104,6 +109,14 @@ class Door:
                 "same checkpoint, or broadcast them before"
             )
 
+    def broadcast(self, model: nn.Module, exchange: Exchange) -> None:
+        """Copies parameters and buffers from rank 0 to all others, as DDP does when it is made; a collective."""
+        for tensor in [*model.parameters(), *model.buffers()]:
+            copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+            exchange.broadcast_to_all([copy])
+            with torch.no_grad():
+                tensor.copy_(copy)
+
     def collect(self, exchange: Exchange) -> None:
         """Exchanges the present gradients in place, if step() is to do that and any rank has one other than zero."""
         if not self._in_step:
@@ -113,7 +126,16 @@ class Door:
             self._begin()
             self._finish()
 
+    def _group(self, order: Sequence[Tensor]) -> None:
+        self._groups = fusion.by_size(order, BUCKET_CAP_MB)
+        self._group_of = {p: i for i, group in enumerate(self._groups) for p in group}
+
     def _begin(self) -> None:
+        if self._order and len(self._order) >= len(self._parameters) and not self._in_step:
+            # As DDP does: after the first pass groups go by the order in which gradients come, that of rank 0.
+            (first, *_) = self._state.exchange.everyone(json.dumps(self._order))
+            self._group([self._parameters[name] for name in json.loads(first)])
+            self._order = None
         self._sent, self._missing = [], [set(group) for group in self._groups]
         self._state.begin()
 
@@ -126,6 +148,8 @@ class Door:
             self._pass = now
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         self._missing[self._group_of[p]].discard(p)
+        if self._order is not None:
+            self._order.append(self._state.slot(p).name)
         # In the order of the groups, on all ranks alike, whatever the order in which they are complete.
         while len(self._sent) < len(self._groups) and not self._missing[len(self._sent)]:
             self._send()
@@ -139,6 +163,8 @@ class Door:
     def _finish(self) -> None:
         """Sends the groups in which gradients are missing, and waits for all results."""
         self._pass = None
+        if self._order is not None:
+            self._order += [name for name in self._parameters if name not in set(self._order)]
         while len(self._sent) < len(self._groups):
             self._send()
         sent, self._sent = self._sent, []

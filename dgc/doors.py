@@ -43,21 +43,34 @@ class Registered(Saved):
                 outstanding.
         """
         if in_step or fsdp.is_sharded(model):
-            self._open_door(model, in_step)
+            self.open_door(model, in_step=in_step)
             return
         module = self.bind(model)
         if self.exchange.changed:
             self.regroup()
         ddp.register(self, module)
 
-    def _open_door(self, model: nn.Module, in_step: bool) -> None:
+    def open_door(self, model: nn.Module, *, in_step: bool = False, broadcast: bool = False) -> None:
+        """Takes gradients from .grad of the parameters, of a model without DDP; a collective.
+
+        Args:
+            model: with the parameters that the state was made of.
+            in_step: whether step() exchanges, and not the backward pass.
+            broadcast: copies parameters and buffers from rank 0; else their equality is checked.
+
+        Raises:
+            ValueError: as register().
+        """
         parameters = self._standing.parameters.by_name
         if fsdp.is_sharded(model):
             fsdp.check_module(model, parameters)
         if self.exchange.changed:
             self.regroup()
         opened = Door(self, parameters, in_step)
-        opened.check_weights(self.exchange)
+        if broadcast:
+            opened.broadcast(model, self.exchange)
+        else:
+            opened.check_weights(self.exchange)
         self._door = opened
 
     def no_sync(self) -> AbstractContextManager[None]:

@@ -15,18 +15,23 @@ the optimizer will see.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 from . import local
 
 
 def is_sharded(model: object) -> bool:
     """Returns whether fully_shard has been applied to a module."""
-    return isinstance(model, FSDPModule)
+    loaded = sys.modules.get("torch.distributed.fsdp")  # its import takes long, and no model can be sharded without it
+    return loaded is not None and isinstance(model, loaded.FSDPModule)
 
 
 def check_module(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
@@ -64,5 +69,5 @@ def check_module(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
 
     if any(p.device.type == "cpu" for p in parameters.values()):
         for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_force_sum_reduction_for_comms(True)
+            if is_sharded(module):
+                cast("FSDPModule", module).set_force_sum_reduction_for_comms(True)

@@ -15,15 +15,15 @@ MAX_GROUP = 256
 
 
 def by_size(parameters: Sequence[Tensor], bucket_cap_mb: float) -> list[list[Tensor]]:
-    """Returns groups of a size, filled from the last parameter to the first: gradients come in about that order.
+    """Returns groups of a size.
 
     Args:
-        parameters: all trainable ones, in the order of the model.
+        parameters: all trainable ones, in the order in which their gradients come.
         bucket_cap_mb: MiB of gradients in a group.
     """
     groups: list[list[Tensor]] = []
     filling: dict[torch.dtype, tuple[list[Tensor], float]] = {}
-    for p in reversed(parameters):
+    for p in parameters:
         group, filled = filling.get(p.dtype, ([], 0.0))
         nbytes = local(p).nbytes
         if not group or filled + nbytes > bucket_cap_mb * 2**20:

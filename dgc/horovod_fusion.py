@@ -31,7 +31,7 @@ def fuse(
         chosen = [[p for p in group if id(p) in known] for group in groups]
         chosen += [[p] for p in parameters if id(p) not in grouped]
     else:
-        return fusion.by_size(parameters, bucket_cap_mb)
+        return fusion.by_size(parameters[::-1], bucket_cap_mb)  # gradients come in about that order
     return fusion.limited(chosen)
 
 

@@ -138,6 +138,10 @@ class Exchange(ABC):
     def broadcast(self, tensors: Sequence[Tensor], root: int) -> None:
         """Copies one rank's contiguous tensors to all other ranks; a collective."""
 
+    def broadcast_to_all(self, tensors: Sequence[Tensor]) -> None:
+        """Copies rank 0's contiguous tensors to all other ranks, whatever they hold of the model; a collective."""
+        self.broadcast(tensors, root=0)
+
     def agree(self, mine: Mapping[str, object]) -> None:
         """Compares a description of this rank's set-up with all others'; a collective.
 

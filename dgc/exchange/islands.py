@@ -168,6 +168,12 @@ class IslandExchange(DistributedExchange):
         for tensor in tensors:
             dist.broadcast(tensor, group_src=root // dist.get_world_size(self.node), group=self.group)
 
+    def broadcast_to_all(self, tensors: Sequence[Tensor]) -> None:
+        """Copies the first rank's tensors to all ranks of all nodes; a collective."""
+        self.broadcast(tensors, root=0)
+        for tensor in tensors:
+            dist.broadcast(tensor, group_src=0, group=self.node)
+
 
 def nodes_of(mesh: DeviceMesh | Literal["auto"]) -> DeviceMesh | None:
     """Returns the mesh of nodes and their ranks; None where each rank is a worker of its own.

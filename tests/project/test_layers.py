@@ -18,7 +18,7 @@ LEVELS = [
     {"memory"},
     {"step"},
     {"ddp", "door", "doors", "fsdp", "fusion", "state"},
-    {"checkpoint", "checkpoint_reader", "horovod", "horovod_elastic", "horovod_fusion", "__init__"},
+    {"attach", "checkpoint", "checkpoint_reader", "horovod", "horovod_elastic", "horovod_fusion", "__init__"},
 ]
 """From the bottom up: each imports from those before it, and from its own level without a circle."""
 ROOMS = {"ops", "exchange", "optim", "memory", "step"}

@@ -1,0 +1,69 @@
+"""Conversion of torch's optimizers to ours of the same name, in place, so that schedulers keep their object."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.optimizer import Optimizer
+
+from .adamw import Adam, AdamW
+from .sgd import SGD
+
+logger = logging.getLogger("dgc")
+
+TWINS: dict[type[Optimizer], type[SGD] | type[AdamW]] = {
+    torch.optim.SGD: SGD,
+    torch.optim.AdamW: AdamW,
+    torch.optim.Adam: Adam,
+}
+"""Ours for torch's. A subclass of torch's may do something of its own in step(), and is left as it is."""
+
+
+def convert(optimizer: Optimizer) -> bool:
+    """Makes torch.optim.SGD, AdamW or Adam ours of that name; returns False for any other.
+
+    Groups, state, hooks and schedulers stay.
+
+    Raises:
+        ValueError: it has a setting that DGC cannot honour; then nothing has changed.
+    """
+    ours = TWINS.get(type(optimizer))
+    if ours is None:
+        return False
+    # load_state_dict() of ours takes what torch's has saved; on a fresh one, since it may refuse.
+    held = [group["params"] for group in optimizer.param_groups]
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    if ours is SGD:
+        settings = [{**group, "fused": None} for group in settings]  # a matter of speed alone
+    fresh = ours([{"params": params, **group} for params, group in zip(held, settings, strict=True)])
+    fresh.__setstate__({"state": dict(optimizer.state), "param_groups": fresh.param_groups})
+    step = vars(optimizer).pop("step", None)
+    vars(optimizer).pop("_step_supports_amp_scaling", None)  # of a fused one: ours asks the DGCState
+    optimizer.__class__ = ours
+    known = {key: value for key, value in optimizer.defaults.items() if key in fresh.defaults}
+    optimizer.defaults = {**fresh.defaults, **known, **({"fused": None} if ours is SGD else {})}
+    for group, fresh_group in zip(optimizer.param_groups, fresh.param_groups, strict=True):
+        group.update(fresh_group)
+    optimizer.state = fresh.state
+    if getattr(step, "_wrapped_by_lr_sched", False):
+        _count_for_schedulers(optimizer)
+    name = ours.__name__
+    logger.info("dgc: torch.optim.%s has become dgc.%s: the same object, groups and state", name, name)
+    return True
+
+
+def _count_for_schedulers(optimizer: Optimizer) -> None:
+    """Wraps step() as torch's schedulers do when they are made, by which they see that it was called before theirs."""
+    step: Callable[..., Any] = optimizer.step
+
+    @functools.wraps(step)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # a scheduler's
+        return step(*args, **kwargs)
+
+    counted._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # a scheduler's
+    optimizer.step = counted  # type: ignore[method-assign]
