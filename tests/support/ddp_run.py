@@ -20,10 +20,11 @@ class Run:
         ddp=None,
         state=None,
         optimizer=dgc.SGD,
+        device="cpu",
         **settings,
     ):
         self.config = config or dgc.DGCConfig(density=0.008)
-        self.net = Given(shapes, dtype=dtype) if module is None else module
+        self.net = (Given(shapes, dtype=dtype) if module is None else module).to(device)
         self.ddp = DistributedDataParallel(self.net, **{"bucket_cap_mb": 0.05, **(ddp or {})})
         defaults = {"lr": 0.5, "momentum": 0.5} if optimizer is dgc.SGD else {}
         self.optimizer = optimizer(self.ddp.parameters(), **{**defaults, **settings})

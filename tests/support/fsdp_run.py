@@ -24,12 +24,13 @@ class IslandRun:
         in_step=False,
         register=True,
         fully=None,
+        device="cpu",
         **settings,
     ):
         dgc.door.BUCKET_CAP_MB = bucket_cap_mb  # several groups
         nodes = torch.distributed.get_world_size() // places
-        self.mesh = init_device_mesh("cpu", (nodes, places), mesh_dim_names=("replicate", "shard"))
-        self.net = Given(shapes) if module is None else module
+        self.mesh = init_device_mesh(str(device).split(":")[0], (nodes, places), mesh_dim_names=("replicate", "shard"))
+        self.net = (Given(shapes) if module is None else module).to(device)
         for child in self.net.children():
             if any(True for _ in child.parameters()):
                 fully_shard(child, mesh=self.mesh["shard"], **(fully or {}))

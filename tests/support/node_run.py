@@ -9,10 +9,11 @@ from support.ddp_run import Run
 class NodeRun(Run):
     """One rank's model behind DDP, with momentum and residual divided among the ranks of its node."""
 
-    def __init__(self, places, config=None, shapes=None, **settings):
-        mesh = init_device_mesh("cpu", (get_world_size() // places, places), mesh_dim_names=("replicate", "shard"))
+    def __init__(self, places, config=None, shapes=None, device="cpu", **settings):
+        kind = str(device).split(":")[0]
+        mesh = init_device_mesh(kind, (get_world_size() // places, places), mesh_dim_names=("replicate", "shard"))
         settings = {**settings, "state": {"mesh": mesh, **settings.get("state", {})}}
-        super().__init__(config, **({} if shapes is None else {"shapes": shapes}), **settings)
+        super().__init__(config, **({} if shapes is None else {"shapes": shapes}), device=device, **settings)
 
     def result(self):
         """Returns parameters, and this rank's parts of what it keeps, flat."""
