@@ -133,8 +133,7 @@ def main() -> None:
     else:
         config = dgc.DGCConfig(args.density, args.steps // 3, warmup_densities=(0.0625, 0.0156), clip_norm=args.clip)
         optimizer = dgc.AdamW(model.parameters(), lr=args.lr)
-        across = mesh["replicate"].get_group()  # the ranks that hold the same shard, one of each node
-        state = dgc.DGCState(model.named_parameters(), optimizer, config, process_group=across)
+        state = dgc.DGCState(model.named_parameters(), optimizer, config, mesh=mesh)
         state.register(model)
     rise = max(1, args.steps // 10)
     scheduler = torch.optim.lr_scheduler.LambdaLR(

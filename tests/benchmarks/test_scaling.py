@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import dgc
-from benchmarks.cluster import scaling
+from benchmarks.cluster import islands, scaling
 from benchmarks.cluster.calibration import Constants, Measured, calibrate, points
 from benchmarks.cluster.cost import (
     Cluster,
@@ -175,6 +175,35 @@ def test_a_projection_by_hand():
     assert at[8, 8, 1].speedup == at[8, 8, 100].speedup < 1
 
 
+def test_what_nodes_as_workers_carry_by_hand():
+    buckets = [{"bias": (7,), "small": (10, 10)}, {"matrix": (300, 400)}, {"wide": (4, 20_000)}]
+    first, matrix, wide = islands.island_traffic(buckets, 8, dgc.DGCConfig())
+    assert first == Traffic(0, 428, 0, 0)
+    # 38 rows for each of 7 ranks and 34 for the last: 15,200 elements and 16 entries, 13,600 and 14, of one tile each.
+    # Header 32, used 16, tile ends 16, indices of 2 bytes to the next 16, values of 4.
+    assert matrix == Traffic(7 * (64 + 32 + 64) + 64 + 32 + 64, 0, 120_000, 7 * 16 + 14)
+    # A row of 20,000 for each of 4 ranks, and none for the others: 20 entries in 2 tiles.
+    assert wide == Traffic(4 * (64 + 48 + 80), 0, 80_000, 80)
+
+    sent = islands.Exchanges([Traffic(0, 400, 0, 0)], [Traffic(50, 40, 100, 5)], [Traffic(80, 40, 100, 8)])
+    # 4 nodes of 8. A ring carries 2 * 3 / 4 of what is dense; 31 payloads of ranks, or 3 of nodes.
+    assert sent.link_bytes(NODES) == pytest.approx((600, 31 * 50 + 60, 3 * 80 + 60))
+    dense = 2 * 7 / 8 * 40 / 1000 + 14 * 0.01 + min(2 * 3 / 4 * 40 / 100 + 6 * 0.5, 2 * 40 / 100 + 4 * 0.5)
+    inside = 7 / 8 * (4 * 100 + 4 * 80) / 1000 + 14 * 0.01
+    assert islands.island_communication(sent.islands, NODES) == [pytest.approx(dense + inside + 3 * (0.8 + 0.5))]
+    assert sent.seconds(NODES)[2] == pytest.approx(dense + inside + 3 * 1.3)
+
+
+def test_from_how_many_nodes_dense_is_faster_by_hand():
+    network, inside = Link(100.0, 0.0), Link(math.inf, 0.0)
+    dense, ours = [Traffic(0, 1000, 0, 0)], [Traffic(42, 0, 4, 4)]
+    # n - 1 payloads of 42 bytes are more than 2 (n - 1) / n times 1,000 bytes where n > 2,000 / 42 = 47.6.
+    assert islands.dense_from(dense, ours, network, inside) == 48
+    assert islands.dense_from([Traffic(0, 10**6, 0, 0)], ours, network, inside) is None
+    # With latency a tree waits less often: 20 + 2 * 5 s, which 21 * 1.42 s are less than, and 22 * 1.42 s more.
+    assert islands.dense_from(dense, ours, replace(network, latency=1.0), inside) == 23
+
+
 def test_latency_slows_a_flat_ring_down():
     slow, fast = (project(WORKLOADS[0], 1.0, (512,), Assumptions(latency=latency)) for latency in (1e-3, 0.0))
     assert all(a.dgc > b.dgc for a, b in zip(slow, fast, strict=True))
@@ -258,4 +287,5 @@ def test_the_script_reports_and_draws(tmp_path, monkeypatch):
     text = (tmp_path / "scaling.md").read_text()
     assert len(re.findall(r"\d loses", text)) == lost
     assert all(sentence in text for sentence in raw["losses"])
+    assert [len(raw["islands"][name]) for name in ("exchanges", "dense_from")] == [4 * 4, 4]
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
