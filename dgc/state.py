@@ -150,7 +150,8 @@ def _exchange(
         process_group = nodes.get_group(0)
     if process_group is None:
         raise ValueError(
-            "mesh: expected that of nodes and their ranks for a model sharded by fully_shard, got None. With mesh = "
+            'mesh: expected that of nodes and their ranks for a model sharded by fully_shard, got None, or "auto" with '
+            "one node or nodes of one rank. With mesh = "
             'init_device_mesh(device, (nodes, ranks_of_a_node), mesh_dim_names=("replicate", "shard")) and '
             'fully_shard(module, mesh=mesh["shard"]), pass mesh=mesh'
         )

@@ -22,6 +22,8 @@ class Phase(NamedTuple):
     """Parameters that are sent dense, with the reason; all others are compressed."""
     may_mask: bool
     """Whether the rule masks at any density, unless it is told otherwise."""
+    dearer: str = ""
+    """A note where what is compressed takes more bytes than it would dense; empty where it does not."""
 
     def describe(self, slots: Mapping[str, Slot]) -> str:
         """Returns one line for the log: what is compressed, what is dense and why."""
@@ -33,7 +35,7 @@ class Phase(NamedTuple):
         unmasked = ", momentum not masked" if self.may_mask and not self.masking else ""
         return (
             f"density {100 * self.density:.4g} %: {compressed} of {len(numel)} parameters compressed, "
-            f"{100 * share:.2f} % of {total:,} elements{unmasked}; dense: {reasons or 'none'}"
+            f"{100 * share:.2f} % of {total:,} elements{unmasked}; dense: {reasons or 'none'}{self.dearer}"
         )
 
 
@@ -68,18 +70,19 @@ def phase_at(
             rank has all of the momentum that a dense step needs.
         masked_below: density below which the rule masks by default.
     """
-    dense = {}
+    dense, dearer = {}, ""
     for name, slot in slots.items():
         if name in never_compressed:
             dense[name] = never_compressed[name]
         elif not slot.numel:
             dense[name] = "no elements on this rank"
         elif divided:
-            continue
+            if dense_is_cheaper(density, rows, slot.dtype.itemsize, entry_bytes):
+                dearer = f"; a dense all-reduce between {rows} nodes would take fewer bytes than this density"
         elif switched_off:
             dense[name] = "state.dense is set"
         elif density >= 1:
             dense[name] = "density 1"
         elif dense_is_cheaper(density, rows, slot.dtype.itemsize, entry_bytes):
             dense[name] = f"all-reduce is cheaper at this density with {rows} ranks"
-    return Phase(density, masks(config, density, masked_below), dense, masked_below > 0)
+    return Phase(density, masks(config, density, masked_below), dense, masked_below > 0, dearer)

@@ -12,7 +12,7 @@ from dgc.ops import wire
 from support.ddp_run import Run
 from support.fsdp_run import IslandRun, whole
 from support.messages import Messages
-from support.models import integers, normals
+from support.models import Given, integers, normals
 from support.node_run import NodeRun
 from support.ranks import run_ranks
 from support.training import LARGE, SHAPES, assert_replicas_equal, seed_of
@@ -269,3 +269,28 @@ def test_gradients_that_are_changed_or_zeroed_are_noticed_in_each_ranks_rows():
         assert error.startswith("RuntimeError: optimizer: expected the gradient of every compressed parameter")
         assert "got None or zeros for e" in error
     assert [error for error, _ in run_ranks(4, changed, "left alone")] == [""] * 4
+
+
+def everything(rank, world_size):
+    """Half of the steps at a low density, then all entries."""
+    messages = Messages()
+    run = NodeRun(2, CONFIG, lr=0.25, momentum=0.0)
+    for step in range(6):
+        if step == 3:
+            run.state.set_density(1.0)
+        run.train(integers(SHAPES, seed_of(step, rank)))
+    return run.result(), messages.lines
+
+
+def test_at_density_1_nothing_waits_and_the_log_says_what_it_costs():
+    results = run_ranks(4, everything)
+    assert_replicas_equal([result for result, _ in results])
+    start = dict(Given(SHAPES).named_parameters())
+    for result, _ in results:
+        assert not any(v.any() for v in result["residual"].values())
+    for name in LARGE:
+        total = sum(integers(SHAPES, seed_of(step, rank))[name] for step in range(6) for rank in range(4)) / 4
+        assert torch.equal(start[name].detach() - results[0][0]["parameters"][name], 0.25 * total), name
+    said = [line for line in results[0][1] if "a dense all-reduce between 2 nodes would take fewer bytes" in line]
+    assert len(said) == 1
+    assert "density 100 %: 3 of 5 parameters compressed" in said[0]
