@@ -1,4 +1,4 @@
-"""The door where autograd leaves gradients, in .grad: for a model that FSDP2 has sharded, and for exchange in step().
+"""The door where autograd leaves gradients, in .grad: for FSDP2, for models without DDP, and for exchange in step().
 
 A hook of each parameter passes its gradient on when it is complete. Groups of gradients are compressed and sent while
 the backward pass goes on, and the pass waits for the last of them before it returns.
@@ -71,7 +71,7 @@ class Door:
         self._state = state
         self._parameters = dict(parameters)
         self._group([*parameters.values()][::-1])
-        self._order: list[str] | None = []
+        self._order: dict[str, None] | None = {}
         """Names in the order in which gradients have come in the first pass; None once groups go by it."""
         self._closed = self._in_step = in_step
         self._pass: int | None = None
@@ -133,7 +133,7 @@ class Door:
     def _begin(self) -> None:
         if self._order and len(self._order) >= len(self._parameters) and not self._in_step:
             # As DDP does: after the first pass groups go by the order in which gradients come, that of rank 0.
-            (first, *_) = self._state.exchange.everyone(json.dumps(self._order))
+            (first, *_) = self._state.exchange.everyone(json.dumps([*self._order]))
             self._group([self._parameters[name] for name in json.loads(first)])
             self._order = None
         self._sent, self._missing = [], [set(group) for group in self._groups]
@@ -149,7 +149,7 @@ class Door:
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         self._missing[self._group_of[p]].discard(p)
         if self._order is not None:
-            self._order.append(self._state.slot(p).name)
+            self._order[self._state.slot(p).name] = None
         # In the order of the groups, on all ranks alike, whatever the order in which they are complete.
         while len(self._sent) < len(self._groups) and not self._missing[len(self._sent)]:
             self._send()
@@ -164,7 +164,7 @@ class Door:
         """Sends the groups in which gradients are missing, and waits for all results."""
         self._pass = None
         if self._order is not None:
-            self._order += [name for name in self._parameters if name not in set(self._order)]
+            self._order.update(dict.fromkeys(self._parameters))
         while len(self._sent) < len(self._groups):
             self._send()
         sent, self._sent = self._sent, []

@@ -138,12 +138,13 @@ class Node:
     def _by_place(self, gradients: Gradients) -> Tensor:
         """Returns the rows of each place: [places, elements]."""
         shard = self.inner.buffers[0]
-        sent = torch.zeros(self._places, self._chunk, dtype=shard.dtype, device=shard.device)
+        sent = torch.empty(self._places, self._chunk, dtype=shard.dtype, device=shard.device)
         for i, span in enumerate(self._spans):
             whole = gradients.whole(i)
             for place in range(self._places):
                 part = whole[span.begins[place] : span.begins[place + 1]]
                 sent[place, span.offset : span.offset + len(part)] = part
+                sent[place, span.offset + len(part) : span.offset + span.room] = 0
         return sent
 
     def start(self, bucket: Bucket) -> Started:
