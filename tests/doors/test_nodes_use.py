@@ -1,9 +1,13 @@
 """DDP with nodes as workers, used in all the ways that a flat exchange is, and used wrongly."""
 
 import os
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -242,3 +246,24 @@ def test_damaged_bytes_are_an_error_on_all_ranks_of_the_node(where, who):
         error, unchanged = results[rank]
         assert error.startswith("PayloadError: payload"), (rank, error)
         assert unchanged
+
+
+def die_while_saving(rank, world_size, folder):
+    """Rank 0 dies when all parts are written, and the other ranks wait for its word."""
+    run = NodeRun(2, CONFIG, **SETTINGS)
+    run.train(integers(SHAPES, seed_of(0, rank)))
+    if rank == 0:
+        dcp.FileSystemWriter.finish = lambda *args, **kwargs: os._exit(0)
+    begin = time.monotonic()
+    error = error_of(lambda: dgc.checkpoint.save(run.state, Path(folder, "dgc")))
+    Path(folder, str(rank)).write_text(f"{time.monotonic() - begin:.1f} {error}")
+    os._exit(0)  # nothing can be said over a group that has lost a rank
+
+
+def test_a_rank_that_dies_while_all_save_is_an_error_on_the_others(tmp_path):
+    with suppress(FileNotFoundError):
+        run_ranks(4, die_while_saving, str(tmp_path))
+    for rank in (1, 2, 3):
+        seconds, error = (tmp_path / str(rank)).read_text().split(" ", 1)
+        assert float(seconds) < 10
+        assert "a rank has gone" in error
