@@ -22,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from .checkpoint_reader import Reader, without_process_group
-from .exchange.distributed import DistributedExchange
+from .exchange.distributed import DistributedExchange, everyone_of
 from .local import crc32
 from .memory import share as shares
 from .state import DGCState
@@ -149,7 +149,12 @@ def _raise_on_all(exchange: DistributedExchange, failure: BaseException | None, 
         # DCP raises it on all ranks, with the whole traceback of the one that it comes from.
         rank, (cause, _) = next(iter(failure.failures.items()))
     mine = "" if cause is None else f"rank {rank}: {type(cause).__name__}: {cause}"
-    errors = list(dict.fromkeys(filter(None, exchange.everyone(mine))))
+    if what == "save" and exchange.world_size > 1:
+        # In DCP's group: in another, a rank that saw a peer die would wait for one that waits for it in DCP.
+        everyone = everyone_of(exchange.everyones_group, mine)
+    else:
+        everyone = exchange.everyone(mine)
+    errors = list(dict.fromkeys(filter(None, everyone)))
     if not errors:
         return
     message = f"dgc.checkpoint.{what}: {directory}: {errors[0]}"

@@ -16,6 +16,7 @@ from benchmarks.harness import RESULTS, ROOT
 DOCS = ROOT / "docs"
 SECTIONS = {
     "network": "Slow networks",
+    "network_nodes": "Nodes that share a slow link",
     "convergence": "Accuracy",
     "adamw": "AdamW",
     "adam_candidates": "Rules for AdamW that were tried",
@@ -27,6 +28,7 @@ SECTIONS = {
     "ops_cpu": "The compression step",
     "memory_cpu": "Memory",
     "soak": "Ten thousand steps in which everything goes wrong",
+    "soak_nodes": "The same with nodes as workers",
 }
 """Title of each NAME.md in this folder."""
 START = """# Results

@@ -17,6 +17,9 @@ What is checked, besides replicas and restarts to the bit:
   the next, to 1 % of the way gone. Where two entries are nearly equal, rounding decides which is sent and loses its
   momentum, so over thousands of steps the two drift apart.
 - With --adamw, dgc.AdamW trains: signs of integers times lr are conserved in every bit; no simulation.
+- With --nodes 2, two nodes of ranks are the workers, DGCState's mesh=, and the ranks of each divide its residual. An
+  entry that is not finite on one rank is then lost on all ranks of its node, whose mean it spoils. state.dense, which
+  is refused there, stays off.
 - Memory of the processes of the last start, which no kill ends. All kills come in the first 60 % of the run.
 
 Exits with 1 where a check fails.
@@ -50,7 +53,7 @@ from .supervisor import Kill, supervise
 
 def name_of(run: Run) -> str:
     """Returns the name of a run's files among the results."""
-    return "soak_adamw" if run.adamw else "soak"
+    return "_".join(["soak", *(["nodes"] if run.nodes else []), *(["adamw"] if run.adamw else [])])
 
 
 def draw(folder: Path, run: Run, kills: Sequence[Kill], picture: Path) -> None:
@@ -83,7 +86,8 @@ def main() -> None:
         "python -m benchmarks.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--ranks", type=int, default=3)
+    parser.add_argument("--ranks", type=int, help="default: 3, or two for each node")
+    parser.add_argument("--nodes", type=int, default=0, help="nodes that the ranks form; 0: each is its own worker")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=250, help="steps from one checkpoint to the next")
@@ -94,15 +98,18 @@ def main() -> None:
     args = parser.parse_args()
     if args.smoke:
         args.steps, args.kills, args.save_every = 300, 2, 40
+    args.ranks = args.ranks or 2 * args.nodes or 3
     if not 40 <= args.steps <= 200_000:
         parser.error(f"--steps: expected 40 to 200,000 (beyond, float32 sums are not exact), got {args.steps}")
     if not 1 <= args.ranks <= 8:
         parser.error(f"--ranks: expected 1 to 8, got {args.ranks}")
+    if args.nodes < 0 or (args.nodes and args.ranks % args.nodes):
+        parser.error(f"--nodes: expected a divisor of {args.ranks} ranks, got {args.nodes}")
     if not 0 <= args.kills <= args.steps // 20:
         parser.error(f"--kills: expected 0 to {args.steps // 20} for {args.steps} steps, got {args.kills}")
     if args.save_every < 1:
         parser.error(f"--save-every: expected 1 or more, got {args.save_every}")
-    run = Run(args.steps, args.ranks, args.kills, args.seed, args.save_every, args.adamw)
+    run = Run(args.steps, args.ranks, args.kills, args.seed, args.save_every, args.adamw, args.nodes)
 
     torch.set_num_threads(1)
     begin = time.monotonic()
@@ -121,9 +128,10 @@ def main() -> None:
     passed = all(good for *_, good in checks)
     rows = [[*texts, "pass" if good else "FAIL"] for *texts, good in checks]
     headers = ["check", "expected", "found", "verdict"]
+    grouped = f" in {run.nodes} nodes" if run.nodes else ""
     title = (
-        f"Soak: {run.steps:,} steps on {run.ranks} gloo processes, {len(kills)} of them killed, seed {run.seed}, "
-        f"{seconds / 60:.0f} minutes: {'pass' if passed else 'FAIL'}."
+        f"Soak: {run.steps:,} steps on {run.ranks} gloo processes{grouped}, {len(kills)} of them killed, "
+        f"seed {run.seed}, {seconds / 60:.0f} minutes: {'pass' if passed else 'FAIL'}."
     )
     happened = [
         *[[f"steps {what}", f"{count:,}"] for what, count in ledger.counts.items()],

@@ -27,9 +27,11 @@ def lost(run: Run, results: Sequence[Mapping[str, Any]], ledger: Ledger, name: s
     lr = next(sgd["lr"] for names, sgd in run.groups.items() if name in names)
     start, end = Given().get_parameter(name).detach().double(), results[0]["parameters"][name].double()
     lost: Tensor = ledger.total[name] - run.ranks * (start - end) / lr
-    for result in results:
-        if name in COMPRESSED:
-            lost -= result["residual"][name].double() / (lr if run.adamw else 1.0)  # which AdamW's has in it
+    if name in COMPRESSED:
+        for first in range(0, run.ranks, run.places):
+            parts = [result["residual"][name].flatten() for result in results[first : first + run.places]]
+            waiting = run.places * torch.cat(parts).view(SHAPES[name]).double()  # of the mean of the node's ranks
+            lost -= waiting / (lr if run.adamw else 1.0)  # which AdamW's has in it
     return lost
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dgc.local import rows_of
 from dgc.optim.base import MASKED_BELOW
 from dgc.step.phase import masks
 from dgc.step.schedule import DensitySchedule, entries
@@ -30,15 +31,17 @@ from .run import (
 
 
 class Simulation:
-    """The parameter with momentum, on all ranks: momentum correction and masking as the paper has them, in float64."""
+    """The parameter with momentum on all workers, in float64: momentum correction and masking as the paper has them."""
 
     def __init__(self, run: Run) -> None:
         (sgd,) = [sgd for names, sgd in GROUPS.items() if "momentum" in names]
         self.lr, self.mu = sgd["lr"], sgd["momentum"]
         self.start = Given().get_parameter("momentum").detach().double()
         self.parameter = self.start.clone()
-        self.u = [torch.zeros_like(self.parameter) for _ in range(run.ranks)]
-        self.v = [torch.zeros_like(self.parameter) for _ in range(run.ranks)]
+        self.u = [torch.zeros_like(self.parameter) for _ in range(run.workers)]
+        self.v = [torch.zeros_like(self.parameter) for _ in range(run.workers)]
+        self.places = run.places
+        self.rows = [rows_of(len(self.parameter), place, run.places) for place in range(run.places)]
         self.config, self.schedule = run.config, DensitySchedule(run.config)
 
     def compare(self, snapshots: Sequence[Mapping[str, Tensor]]) -> float:
@@ -46,32 +49,39 @@ class Simulation:
         end = snapshots[0]["parameter"].double()
         error = float((self.parameter - end).norm() / (end - self.start).norm())
         self.start, self.parameter = end, end.clone()
-        self.u = [snapshot["u"].double() for snapshot in snapshots]
-        self.v = [snapshot["v"].double() for snapshot in snapshots]
+        self.u, self.v = self._whole([s["u"] for s in snapshots]), self._whole([s["v"] for s in snapshots])
         return error
 
+    def _whole(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Puts together what the ranks of each worker keep."""
+        nodes = [parts[first : first + self.places] for first in range(0, len(parts), self.places)]
+        flat = [torch.cat([part.flatten() for part in node]) for node in nodes]
+        return [whole.view(self.parameter.shape).double() for whole in flat]
+
     def step(self, gradients: Sequence[Tensor], applied: int, left_out: bool, dense: bool) -> None:
-        """Takes each rank's gradient; applied is how many steps were, until now."""
-        ranks = len(gradients)
+        """Takes each worker's gradient; applied is how many steps were, until now."""
+        workers = len(gradients)
         if dense:
-            u = sum(self.u, torch.zeros_like(self.parameter)) / ranks
+            u = sum(self.u, torch.zeros_like(self.parameter)) / workers
             if not left_out:
-                u = self.mu * u + sum(gradients, torch.zeros_like(u)) / ranks
+                u = self.mu * u + sum(gradients, torch.zeros_like(u)) / workers
                 self.parameter -= self.lr * u
             self.u = [u.clone() for _ in gradients]
             return
         density = self.schedule.density(applied)
-        k = entries(density, self.parameter.numel())
         for g, u, v in zip(gradients, self.u, self.v, strict=True):
             finite = g.isfinite()
             u.copy_(torch.where(finite, self.mu * u + g, u))
             v.copy_(torch.where(finite, v + u, v))
-            if not left_out:
-                sent = v.view(-1).abs().topk(k).indices
-                self.parameter.view(-1)[sent] -= self.lr / ranks * v.view(-1)[sent]
-                v.view(-1)[sent] = 0
+            if left_out:
+                continue
+            for begin, end in self.rows:  # each place selects among its own
+                p, of_u, of_v = (whole[begin:end].view(-1) for whole in (self.parameter, u, v))
+                sent = of_v.abs().topk(entries(density, len(of_v))).indices
+                p[sent] -= self.lr / workers * of_v[sent]
+                of_v[sent] = 0
                 if masks(self.config, density, MASKED_BELOW):
-                    u.view(-1)[sent] = 0
+                    of_u[sent] = 0
 
 
 @dataclass
@@ -98,20 +108,22 @@ def ledger_of(run: Run, folder: Path | None = None) -> Ledger:
         left_out = event.discarded or event.bad is not None
         with_momentum = []
         sums = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
-        for rank in range(run.ranks):
-            passes = gradients(run, step, rank)
+        for worker in range(run.workers):
+            # Of all ranks of a node: one that is not finite makes the node's mean so.
+            ranks = range(worker * run.places, (worker + 1) * run.places)
+            passes = [one for rank in ranks for one in gradients(run, step, rank)]
             for name, total in ledger.total.items():
                 g = sum((one[name] for one in passes[1:]), passes[0][name])
                 if run.adamw:
                     sums[name] += g
                     if name in COMPRESSED and not event.dense:
-                        total += torch.where(g.isfinite(), g.sign(), 0.0)
+                        total += run.places * torch.where(g.isfinite(), g.sign(), 0.0)
                 elif name in COMPRESSED and not event.dense:
                     total += g.nan_to_num(0.0, 0.0, 0.0)  # an entry that is not finite is left out by itself
                 elif not left_out:
                     total += g
                 if name == "momentum":
-                    with_momentum.append(g.double())
+                    with_momentum.append(g.double() / run.places)
         if run.adamw:
             dense = [name for name in SHAPES if (event.dense or name not in COMPRESSED) and not left_out]
             for name in dense:  # the direction of the average, on every rank

@@ -49,6 +49,18 @@ class Run:
     save_every: int
     adamw: bool = False
     """Whether dgc.AdamW trains, in place of dgc.SGD."""
+    nodes: int = 0
+    """Nodes that are the workers; 0 where each rank is one."""
+
+    @property
+    def workers(self) -> int:
+        """Returns how many shares of the residual there are."""
+        return self.nodes or self.ranks
+
+    @property
+    def places(self) -> int:
+        """Returns how many ranks divide a share."""
+        return self.ranks // self.workers
 
     @property
     def groups(self) -> dict[tuple[str, ...], dict[str, Any]]:
@@ -95,8 +107,8 @@ def event_of(run: Run, step: int) -> Event:
         bad = draw.randrange(run.ranks), name, draw.randrange(math.prod(SHAPES[name])), value
     return Event(
         backwards=2 if accumulates else 1,
-        # Not in the first step after a restart; see RANDOM.
-        dense=dense and step % run.save_every != 0,
+        # Not in the first step after a restart; see RANDOM. And state.dense is refused where ranks divide memory.
+        dense=dense and step % run.save_every != 0 and not run.nodes,
         discarded=draw.random() < DISCARDED,
         bad=bad,
     )

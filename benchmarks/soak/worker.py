@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.amp import GradScaler
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import dgc
 
 from .run import (
+    COMPRESSED,
     GROWTH_INTERVAL,
     HANGS,
     INIT_SCALE,
@@ -38,14 +41,18 @@ class Trainer:
         groups = [{"params": [self.net.get_parameter(n) for n in names], **of} for names, of in run.groups.items()]
         self.optimizer = dgc.AdamW(groups, weight_decay=0.0) if run.adamw else dgc.SGD(groups, lr=0.25)
         self.scaler = GradScaler("cpu", init_scale=INIT_SCALE, growth_interval=GROWTH_INTERVAL)
-        self.state = dgc.DGCState(self.model.named_parameters(), self.optimizer, run.config, grad_scaler=self.scaler)
+        mesh = init_device_mesh("cpu", (run.nodes, run.places)) if run.nodes else None
+        self.state = dgc.DGCState(
+            self.model.named_parameters(), self.optimizer, run.config, grad_scaler=self.scaler, mesh=mesh
+        )
         self.state.register(self.model)
 
     def step(self, step: int) -> None:
         """Does what event_of() says."""
         event = event_of(self.run, step)
         *first, last = gradients(self.run, step, self.rank)
-        self.state.dense = event.dense
+        if event.dense != self.state.dense:
+            self.state.dense = event.dense
         self.optimizer.zero_grad()
         with self.model.no_sync():
             for given in first:
@@ -59,11 +66,10 @@ class Trainer:
 
     def save(self, finished: int) -> None:
         """Saves after so many steps, and keeps the two latest."""
-        own = self.state.state_dict()["ranks"][str(self.rank)]
         if not self.run.adamw:
             snapshot = {
-                "u": own["momentum"]["momentum"].clone(),  # a view of all
-                "v": own["residual"]["momentum"].clone(),
+                "u": self.state.memory.of("momentum")["momentum"].flatten().clone(),  # a view of all
+                "v": self.residual()["momentum"],
                 "parameter": self.net.get_parameter("momentum").detach(),
             }
             torch.save(snapshot, self.folder / f"momentum{finished}.{self.rank}.pt")
@@ -88,6 +94,12 @@ class Trainer:
 
     def _replicated(self) -> dict[str, Any]:
         return {"model": self.net, "optimizer": self.optimizer, "scaler": self.scaler}
+
+    def residual(self) -> dict[str, Tensor]:
+        """Returns what this rank keeps of the residual of each parameter, flat."""
+        _ = self.state.stats  # see digest()
+        parts = {name: self.state.memory.residual_of(name) for name in COMPRESSED}
+        return {name: part.flatten().clone() for name, part in parts.items() if part is not None}
 
     def digest(self) -> int:
         """Returns a number that differs where any bit of the training state does."""
@@ -155,7 +167,7 @@ def worker(rank: int, attempt: int, run: Run, folder: Path, resume: int, progres
         torch.save(
             {
                 "parameters": trainer.net.state_dict(),
-                "residual": trainer.state.state_dict()["ranks"][str(rank)]["residual"],
+                "residual": trainer.residual(),
                 "applied": trainer.state.step,
                 "scale": trainer.scaler.get_scale(),
             },

@@ -82,7 +82,7 @@ class Competitor:
     """A model, wrapped and with an optimizer, that can take a step."""
 
     name: str
-    model: DistributedDataParallel
+    model: nn.Module
     optimizer: torch.optim.Optimizer
     loss: Callable[[nn.Module], Tensor]
     state: dgc.DGCState | None = None
@@ -91,6 +91,7 @@ class Competitor:
         """Takes one training step."""
         self.optimizer.zero_grad()
         if self.name.startswith("no_sync"):
+            assert isinstance(self.model, DistributedDataParallel)
             with self.model.no_sync():
                 self.loss(self.model).backward()
         else:

@@ -1,6 +1,7 @@
 """Training steps on a real network of 10 Gbit/s, 1 Gbit/s and 100 Mbit/s, against what else there is.
 
     sudo python -m benchmarks.training.network
+    sudo python -m benchmarks.training.network --nodes 2x2 2x4
 
 Every rank is a process of one thread in a network namespace of its own, and what it sends and receives is limited
 (namespaces.py says how, and that nothing is left behind). That needs root, or, where the system allows it, what
@@ -19,16 +20,20 @@ Four ranks on fewer cores compute in turns, so there is more time to hide an exc
 Bytes are those of Ethernet frames that leave a rank, counted by the kernel around a block of steps, the TCP
 acknowledgements for what it receives among them; `stats` is what dgc's state.stats.bytes_sent says of tensors alone.
 
-Only the run of all settings writes results/network.{md,json,png}; others write with --out NAME.
+With --nodes, two nodes of two ranks and so on, a namespace is a node's. Its ranks share the one limited link and reach
+each other over the loopback; the rates are 1 Gbit/s, 100 Mbit/s and `open`, a limit of 100 Gbit/s that nothing here
+comes near and that counts the frames. node_competitors.py has the competitors. Bytes are then those that leave a node.
+
+Only the run of all settings writes results/network.{md,json,png}, or network_nodes with --nodes; others write with
+--out NAME.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import math
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -38,6 +43,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import cross_entropy, mse_loss
 from tqdm import tqdm
 
@@ -46,11 +52,14 @@ from benchmarks.harness import keep_freed_memory
 
 from .competitors import NAMES, WARM_UP, Competitor, competitor
 from .links import namespaces
+from .links.meter import OPEN, bytes_a_step, limit_of, reached, slowest, timed
 from .links.report import report
+from .links.report_nodes import report_nodes
+from .node_competitors import NODE_NAMES, competitor_in_nodes
 
-RATES, RANKS = ("10gbit", "1gbit", "100mbit"), (2, 4)
+RATES, RANKS, MODELS = ("10gbit", "1gbit", "100mbit"), (2, 4), ("mlp", "resnet", "lstm", "gpt")
+NODE_RATES, NODES, NODE_MODELS = (OPEN, "1gbit", "100mbit"), ("2x2", "2x4"), ("mlp", "gpt")
 UNLIMITED = "unlimited"
-BLOCK = 5  # steps between two readings of the counter
 MOST = 40  # timed steps of a competitor in a setting
 START_UP = 35  # seconds until ranks are warm, about, on two cores
 
@@ -78,52 +87,13 @@ def task(name: str, generator: torch.Generator) -> tuple[nn.Module, Loss]:
     return architectures.mlp(*widths), lambda model: mse_loss(model(x), y)
 
 
-MODELS = ("mlp", "resnet", "lstm", "gpt")
-
-
-def timed(step: Callable[[], object]) -> float:
-    """Returns the seconds of one step that all ranks begin together."""
-    dist.barrier()
-    begin = time.perf_counter()
-    step()
-    return time.perf_counter() - begin
-
-
-def slowest(seconds: list[float]) -> list[float]:
-    """Returns the largest of all ranks, element by element."""
-    tensor = torch.tensor(seconds, dtype=torch.float64)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return tensor.tolist()
-
-
-def bytes_a_step(link: namespaces.Link, step: Callable[[], object]) -> float:
-    """Returns the bytes of frames that left a rank in a step, on average over ranks and a block of steps."""
-    dist.barrier()
-    before = link.sent()
-    dist.barrier()
-    for _ in range(BLOCK):
-        step()
-    dist.barrier()
-    sent = torch.tensor(float(link.sent() - before))
-    dist.all_reduce(sent)
-    return sent.item() / BLOCK / dist.get_world_size()
-
-
-def reached(link: namespaces.Link, rate: str) -> float:
-    """Returns the Mbit/s, of frames, at which a rank sends in an all-reduce of 50 ms: median of 3."""
-    tensor = torch.zeros(namespaces.bits(rate) // 8 // 4 // 20)
-    measured = []
-    for _ in range(3):
-        before = link.sent()
-        [seconds] = slowest([timed(lambda: dist.all_reduce(tensor))])
-        measured.append((link.sent() - before) * 8 / seconds / 1e6)
-    return statistics.median(measured)
-
-
 def rounds(estimates: list[float], seconds: float) -> list[list[int]]:
-    """Returns which competitors take part in each round, so that each has about the same share of the seconds."""
+    """Returns which competitors take part in each round, so that each has about the same share of the seconds.
+
+    The first competitor, the limit, takes part in all.
+    """
     counts = [min(max(int(seconds / len(estimates) / estimate), 3), MOST) for estimate in estimates]
-    counts[NAMES.index("no_sync")] = total = max(*counts, 5)
+    counts[0] = total = max(*counts, 5)
     # By the bits in reverse order: the first n are spread evenly, and rounds of few steps are among those of many.
     order = sorted(range(total), key=lambda r: f"{r:016b}"[::-1])
     taken = [set(order[:count]) for count in counts]
@@ -141,29 +111,43 @@ def measure(competitors: list[Competitor], seconds: float) -> dict[str, dict[int
     return result
 
 
-def worker(rank: int, ranks: int, model: str, rates: list[str], args: argparse.Namespace, folder: str) -> None:
-    """Measures all rates on one rank."""
+def built(model: str, places: int | None, loss_of: torch.Generator) -> list[Competitor]:
+    """Returns the competitors, each with a model of its own; with places, those of nodes of so many ranks."""
+    if places is None:
+        return [competitor(name, *task(model, loss_of), gradient_as_bucket_view=True) for name in NAMES]
+    shape = (dist.get_world_size() // places, places)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+    return [competitor_in_nodes(name, *task(model, loss_of), mesh) for name in NODE_NAMES]
+
+
+def worker(
+    rank: int, ranks: int, places: int | None, model: str, rates: list[str], args: argparse.Namespace, folder: str
+) -> None:
+    """Measures all rates on one rank, whose node has so many places; None where each rank has a cable of its own."""
     torch.set_num_threads(1)
     limited = rates != [UNLIMITED]
-    link = namespaces.Link(rank) if limited else None
+    link, links = None, ranks // (places or 1)
+    if limited:
+        link = namespaces.Link(rank) if places is None else namespaces.node_link(*divmod(rank, places), folder)
     dist.init_process_group("gloo", rank=rank, world_size=ranks, store=dist.FileStore(f"{folder}/store", ranks))
-    generator = torch.Generator().manual_seed(rank)
-    competitors = []
-    for name in NAMES:
-        module, loss = task(model, generator)
-        competitors.append(competitor(name, module, loss, gradient_as_bucket_view=True))
+    shapes = {n: list(p.shape) for n, p in task(model, torch.Generator())[0].named_parameters()}
+    competitors = built(model, places, torch.Generator().manual_seed(rank))
     for _ in range(WARM_UP):
         for c in competitors:
             c.step()
-    stats = next(c.state.stats.bytes_sent for c in competitors if c.state)
-    result: dict[str, Any] = {"rates": {}, "bytes": {}, "stats": stats, "reached": {}}
-    result["shapes"] = {n: list(p.shape) for n, p in competitors[0].model.module.named_parameters()}
-    result["parameters"] = sum(p.numel() for p in competitors[0].model.parameters())
+    own = {c.name: c.state.stats.bytes_sent for c in competitors if c.state}
+    result: dict[str, Any] = {"rates": {}, "bytes": {}, "stats": own["dgc"], "reached": {}, "shapes": shapes}
+    result["parameters"] = sum(math.prod(shape) for shape in shapes.values())
+    if places:
+        total = torch.tensor([*own.values()])
+        dist.all_reduce(total)
+        result["stats"] = dict(zip(own, (total // links).tolist(), strict=True))
     for rate in rates:
-        if link:
-            link.limit(rate, args.latency)
+        if limited:
+            if link:
+                link.limit(limit_of(rate), args.latency)
             dist.barrier()
-            result["bytes"] = result["bytes"] or {c.name: bytes_a_step(link, c.step) for c in competitors}
+            result["bytes"] = result["bytes"] or {c.name: bytes_a_step(link, c.step, links) for c in competitors}
             result["reached"][rate] = reached(link, rate)
         result["rates"][rate] = measure(competitors, args.seconds)
         if rank == 0:
@@ -174,11 +158,13 @@ def worker(rank: int, ranks: int, model: str, rates: list[str], args: argparse.N
     dist.destroy_process_group()
 
 
-def run(ranks: int, model: str, rates: list[str], args: argparse.Namespace, bar: Any) -> dict[str, Any]:
+def run(
+    ranks: int, places: int | None, model: str, rates: list[str], args: argparse.Namespace, bar: Any
+) -> dict[str, Any]:
     """Returns what `worker` measures, from ranks that live no longer than this call."""
     cables = nullcontext() if rates == [UNLIMITED] else namespaces.switch()
     with cables, tempfile.TemporaryDirectory() as folder:
-        processes = mp.spawn(worker, (ranks, model, rates, args, folder), ranks, join=False)
+        processes = mp.spawn(worker, (ranks, places, model, rates, args, folder), ranks, join=False)
         done = 0
         while not processes.join(timeout=1):
             if (now := len(list(Path(folder).glob("*.done")))) > done:
@@ -186,27 +172,59 @@ def run(ranks: int, model: str, rates: list[str], args: argparse.Namespace, bar:
                 done = now
         bar.update(len(rates) - done)
         result: dict[str, Any] = torch.load(f"{folder}/result.pt")
-    return {"ranks": ranks, "model": model, **result}
+    nodes = {} if places is None else {"nodes": f"{ranks // places}x{places}"}
+    return {"ranks": ranks, **nodes, "model": model, **result}
+
+
+def layout_of(text: str) -> tuple[int, int]:
+    """Returns ranks, and ranks of a node, of a layout such as 2x4.
+
+    Raises:
+        ValueError: it is none, or a node is alone.
+    """
+    nodes, _, places = text.partition("x")
+    if not (nodes.isdigit() and places.isdigit() and int(nodes) > 1 and int(places) > 0):
+        raise ValueError(f"nodes: expected two nodes or more by ranks of a node, such as 2x4, got {text!r}")
+    return int(nodes) * int(places), int(places)
 
 
 def parsed() -> argparse.Namespace:
     """Returns the command line's settings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rates", nargs="+", default=list(RATES), help="of each direction, as tc writes them")
+    parser.add_argument("--rates", nargs="+", help="of each direction, as tc writes them")
     parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS))
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=[*MODELS, "tiny"])
+    parser.add_argument("--nodes", nargs="*", help="nodes by ranks of a node, in place of --ranks; default 2x2 2x4")
+    parser.add_argument("--models", nargs="+", choices=[*MODELS, "tiny"])
     parser.add_argument("--seconds", type=float, default=20, help="for the timed steps of a setting, about")
     parser.add_argument("--latency", type=float, default=0, help="ms in each direction; needs netem in the kernel")
     parser.add_argument("--out", help="name under results/; default: network if all settings run, else nothing")
     parser.add_argument("--smoke", action="store_true", help="2 ranks, 1 rate, a tiny model: that it runs")
     args = parser.parse_args()
+    in_nodes = args.nodes is not None
     if args.smoke:
-        args.ranks, args.rates, args.models, args.seconds = [2], ["100mbit"], ["tiny"], 0.5
+        args.rates, args.models, args.seconds = ["100mbit"], ["tiny"], 0.5
+        args.ranks, args.nodes = [2], ["2x2"] if in_nodes else None
+    args.rates = args.rates or list(NODE_RATES if in_nodes else RATES)
+    args.models = args.models or list(NODE_MODELS if in_nodes else MODELS)
     try:
-        list(map(namespaces.bits, args.rates))
+        for rate in args.rates:
+            namespaces.bits(limit_of(rate))
+        args.layouts = (
+            [layout_of(text) for text in args.nodes or NODES] if in_nodes else [(n, None) for n in args.ranks]
+        )
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def complete(args: argparse.Namespace) -> bool:
+    """Returns whether all settings run."""
+    if args.nodes is None:
+        all_of = set(args.rates) >= set(RATES) and set(args.ranks) >= set(RANKS) and set(args.models) >= set(MODELS)
+    else:
+        all_of = set(args.rates) >= set(NODE_RATES) and set(args.models) >= set(NODE_MODELS)
+        all_of = all_of and set(args.layouts) >= {layout_of(text) for text in NODES}
+    return all_of and not args.latency
 
 
 def main() -> None:
@@ -221,17 +239,19 @@ def main() -> None:
         sys.exit("--latency: this kernel has no netem (CONFIG_NET_SCH_NETEM)")
     elif not args.latency:
         print("Latency is not set: that of the kernel, some 0.05 ms.", file=sys.stderr)
-    full = not missing and set(rates) >= set(RATES) and set(args.ranks) >= set(RANKS)
-    full = full and set(args.models) >= set(MODELS) and not args.latency
-    name = args.out or ("network" if full else None)
-    runs, settings = len(args.ranks) * len(args.models), len(args.ranks) * len(args.models) * len(rates)
+    whole = "network" if args.nodes is None else "network_nodes"
+    name = args.out or (whole if complete(args) and not missing else None)
+    runs = len(args.layouts) * len(args.models)
+    settings = runs * len(rates)
     keep_freed_memory()
     if not args.smoke:
         minutes = (runs * START_UP + settings * args.seconds * 1.3) / 60
         print(f"{settings} settings, about {minutes:.0f} minutes on two cores", file=sys.stderr)
     with tqdm(total=settings, desc="settings", file=sys.stderr) as bar:
-        measured = [run(ranks, model, rates, args, bar) for ranks in args.ranks for model in args.models]
-    report(name, measured, latency_ms=args.latency)
+        measured = [
+            run(ranks, places, model, rates, args, bar) for ranks, places in args.layouts for model in args.models
+        ]
+    (report if args.nodes is None else report_nodes)(name, measured, latency_ms=args.latency)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,14 @@ from benchmarks.soak.supervisor import Kill
 from benchmarks.soak.worker import Record
 
 
-def test_a_short_soak_passes():
-    command = [sys.executable, "-m", "benchmarks.soak", "--smoke"]
+@pytest.mark.parametrize(
+    ("options", "processes"), [([], "3 gloo processes"), (["--nodes", "2"], "4 gloo processes in 2 nodes")]
+)
+def test_a_short_soak_passes(options, processes):
+    command = [sys.executable, "-m", "benchmarks.soak", "--smoke", *options]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
-    assert "Soak: 300 steps on 3 gloo processes, 2 of them killed, seed 0" in result.stdout
+    assert f"Soak: 300 steps on {processes}, 2 of them killed, seed 0" in result.stdout
     assert result.stdout.count("| pass ") == 11
 
 
@@ -56,6 +59,19 @@ def test_the_soak_sees_one_entry_that_is_lost(run_and_ledger):
     assert failed(check_conservation(run, results, ledger)) == ["conservation of integers"] * 2
     results[2]["residual"]["normals"] = torch.full(SHAPES["normals"], 1e-3)
     assert failed(check_conservation(run, results, ledger))[2:] == ["conservation of normal gradients"]
+
+
+def test_the_soak_sees_what_a_rank_of_a_node_loses():
+    run = Run(steps=60, ranks=4, kills=1, seed=0, save_every=20, nodes=2)
+    ledger = ledger_of(run)
+    results = perfect(run, ledger)
+    for result in results:
+        result["residual"] = {name: whole.flatten()[: whole.numel() // 2] for name, whole in result["residual"].items()}
+    assert failed(check_conservation(run, results, ledger)) == []
+    results[3]["residual"]["integers"] = results[3]["residual"]["integers"] + 1
+    checks = check_conservation(run, results, ledger)
+    assert failed(checks) == ["conservation of integers"]
+    assert "25,250 of 33,700 exact" in checks[0]
 
 
 def test_the_soak_sees_replicas_and_counts_that_differ(run_and_ledger):

@@ -17,7 +17,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks.harness import ROOT
+from benchmarks.training import network
 from benchmarks.training.links import namespaces
+from benchmarks.training.links.meter import sent
 
 NETWORK = [sys.executable, "-m", "benchmarks.training.network"]
 
@@ -148,3 +150,60 @@ def test_a_short_run_measures_all_competitors():
     else:
         assert "2 ranks, real limits, no latency set" in result.stdout
         assert "dgc's stats" in result.stdout
+
+
+def test_a_layout_is_nodes_by_ranks():
+    assert [network.layout_of(text) for text in ("2x2", "2x4", "3x1")] == [(4, 2), (8, 4), (3, 1)]
+    for text in ("", "2", "2x", "1x4", "2x0", "-2x2", "2x2x2"):
+        with pytest.raises(ValueError, match="expected two nodes or more by ranks of a node"):
+            network.layout_of(text)
+
+
+def share_a_link(rank, folder, elements):
+    link = namespaces.node_link(*divmod(rank, 2), folder)
+    if link:
+        link.limit("1gbit")
+    dist.init_process_group("gloo", rank=rank, world_size=4, store=dist.FileStore(f"{folder}/store", 4))
+    node = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
+    found = {"link": link is not None, "namespace": str(Path("/proc/self/ns/net").readlink())}
+    for what, group in (("inside", node), ("all", None)):
+        dist.all_reduce(torch.ones(1), group=group)
+        dist.barrier()
+        before = sent(link)
+        dist.barrier()
+        dist.all_reduce(torch.ones(elements), group=group)
+        dist.barrier()
+        found[what] = sent(link) - before
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@limited
+def test_ranks_of_a_node_share_a_link_that_what_they_tell_each_other_does_not_cross(tmp_path):
+    elements = 500_000
+    with namespaces.switch():
+        mp.spawn(share_a_link, (str(tmp_path), elements), nprocs=4)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(4)]
+    assert [rank["link"] for rank in ranks] == [True, False, True, False]
+    names = [rank["namespace"] for rank in ranks]
+    assert names[0] == names[1] != names[2] == names[3]
+    for first in ranks[::2]:
+        assert first["inside"] < 20_000  # barriers
+        payload = 2 * (4 - 1) * elements * 4 / 4  # of a ring, of which one rank sends to the other node
+        assert payload < first["all"] < 1.15 * payload
+
+
+def test_a_short_run_in_nodes_measures_all_competitors():
+    command = [*NETWORK, "--nodes", "--smoke"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    header = next(line for line in result.stdout.splitlines() if line.startswith("| nodes"))
+    names = [cell.strip() for cell in header.strip("|").split("|")]
+    assert names[3:] == ["no_sync, ms", "ddp", "ddp bf16", "dgc", "dgc nodes", "hsdp", "dgc fsdp2"]
+    if REASON:
+        assert "NO LIMIT: loopback" in result.stdout
+        assert "NO LIMITS" in result.stderr
+    else:
+        assert "real limits on a node's link, no latency set" in result.stdout
+        assert "dgc nodes, counted / stats" in result.stdout

@@ -1,9 +1,13 @@
 """DDP with nodes as workers, used in all the ways that a flat exchange is, and used wrongly."""
 
 import os
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -294,3 +298,24 @@ def test_at_density_1_nothing_waits_and_the_log_says_what_it_costs():
     said = [line for line in results[0][1] if "a dense all-reduce between 2 nodes would take fewer bytes" in line]
     assert len(said) == 1
     assert "density 100 %: 3 of 5 parameters compressed" in said[0]
+
+
+def die_while_saving(rank, world_size, folder):
+    """Rank 0 dies when all parts are written, and the other ranks wait for its word."""
+    run = NodeRun(2, CONFIG, **SETTINGS)
+    run.train(integers(SHAPES, seed_of(0, rank)))
+    if rank == 0:
+        dcp.FileSystemWriter.finish = lambda *args, **kwargs: os._exit(0)
+    begin = time.monotonic()
+    error = error_of(lambda: dgc.checkpoint.save(run.state, Path(folder, "dgc")))
+    Path(folder, str(rank)).write_text(f"{time.monotonic() - begin:.1f} {error}")
+    os._exit(0)  # nothing can be said over a group that has lost a rank
+
+
+def test_a_rank_that_dies_while_all_save_is_an_error_on_the_others(tmp_path):
+    with suppress(FileNotFoundError):
+        run_ranks(4, die_while_saving, str(tmp_path))
+    for rank in (1, 2, 3):
+        seconds, error = (tmp_path / str(rank)).read_text().split(" ", 1)
+        assert float(seconds) < 10
+        assert "a rank has gone" in error

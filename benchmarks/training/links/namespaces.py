@@ -1,4 +1,4 @@
-"""A network with real limits on one Linux machine: every process with a network namespace and a cable of its own.
+"""A network with real limits on one Linux machine: every rank, or every node of ranks, has a namespace and a cable.
 
 The script becomes the switch: `switch()` moves it into a new network namespace that holds a bridge. Each process that
 it starts then plugs itself in with `Link()`: it moves into a namespace of its own, and a veth pair joins `eth0` there
@@ -6,8 +6,9 @@ to a port of the bridge. Nothing of the host's network is touched. Namespaces ha
 a process is in them, and the kernel kills a rank whose parent is gone; so that even kill -9 leaves nothing behind.
 
 A rate holds for what a rank sends (the qdisc of its eth0) and for what it receives (the qdisc of its port on the
-bridge), as for a network card at full duplex behind a switch that is never the bottleneck. In gloo's rings, where each
-rank sends to one neighbour and receives from the other, the first limit is the one that binds; the second one does
+bridge), as for a network card at full duplex behind a switch that is never the bottleneck. With `node_link()` a node's
+ranks share a namespace and its cable, and reach each other over its loopback, without a limit. In gloo's rings, where
+each rank sends to one neighbour and receives from the other, the first limit is the one that binds; the second one does
 where several send to the same rank. Both are token buckets (tbf), which fill up while the ranks compute, so that a
 bucket's worth of every step passes at no cost: 4 KiB below 1 Gbit/s. From there on it is 0.6 ms of the rate, since
 Linux hands over 64 KiB at once, and tbf would cut what does not fit into single frames, which takes so long that less
@@ -24,6 +25,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,10 +105,7 @@ class Link:
 
     def __init__(self, rank: int) -> None:
         """Plugs in, without limit, at the address 10.0.0.(rank + 1), and tells gloo to use it."""
-        parent = os.getppid()
-        _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before it could be asked to take us along
-            os.kill(os.getpid(), signal.SIGKILL)
+        parent = _die_with_parent()
         self._port = f"port{rank}"
         self._at_switch = ("nsenter", f"--net=/proc/{parent}/ns/net")
         self._ends: tuple[tuple[tuple[str, ...], str], ...] = (((), INTERFACE), (self._at_switch, self._port))
@@ -153,6 +152,47 @@ class Link:
         version_6 = Path("/proc/sys/net/ipv6/conf/all/disable_ipv6")
         if version_6.exists():  # its announcements would be counted
             version_6.write_text("1")
+
+
+def node_link(node: int, place: int, folder: str) -> Link | None:
+    """Plugs a node in as its first rank, whose cable it returns; moves another rank to the first one's namespace.
+
+    Called, in place of Link(), in children of the switch, before anything opens a socket.
+
+    Args:
+        node: the number of the node.
+        place: of this rank in the node.
+        folder: one that all ranks of the node share, and that is empty at first.
+
+    Returns:
+        The node's cable; None on all its ranks but the first.
+    """
+    told = Path(folder, f"namespace{node}")
+    if place == 0:
+        link = Link(node)
+        draft = told.with_suffix(".draft")
+        draft.write_text(str(os.getpid()))
+        draft.rename(told)  # nobody reads half a number
+        return link
+    _die_with_parent()
+    while not told.exists():
+        time.sleep(0.01)
+    theirs = os.open(f"/proc/{told.read_text()}/ns/net", os.O_RDONLY)
+    try:
+        _call("setns", theirs, CLONE_NEWNET)
+    finally:
+        os.close(theirs)
+    os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
+    return None
+
+
+def _die_with_parent() -> int:
+    """Makes the kernel kill this process when its parent ends, and returns the parent's id."""
+    parent = os.getppid()
+    _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before it could be asked to take us along
+        os.kill(os.getpid(), signal.SIGKILL)
+    return parent
 
 
 def _run(*command: str) -> str:
