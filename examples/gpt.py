@@ -91,7 +91,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--dense", action="store_true", help="ordinary DDP and torch.optim.AdamW, without DGC")
     parser.add_argument("--density", type=float, default=0.01, help="share of the gradient that is sent")
     parser.add_argument("--islands", action="store_true", help="make each machine a worker of DGC, and not each rank")
-    parser.add_argument("--warmup-steps", type=int, help="steps until that density; None: a third of the run")
+    parser.add_argument("--warmup-steps", type=int, default=0, help="steps until that density; 1 %% needs none")
     parser.add_argument("--steps", type=int, default=2000, help="length of the run")
     parser.add_argument("--batch-size", type=int, default=8, help="samples of 128 words on each rank")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate, reached after a tenth of the run")
@@ -129,9 +129,8 @@ def main() -> None:
     if args.dense:
         state, optimizer = None, torch.optim.AdamW(groups(model, args.weight_decay), **recipe)
     else:
-        warmup_steps = args.steps // 3 if args.warmup_steps is None else args.warmup_steps
         optimizer = dgc.AdamW(groups(model, args.weight_decay), **recipe)
-        config = dgc.DGCConfig(args.density, warmup_steps, warmup_densities=(0.0625, 0.0156), clip_norm=args.clip)
+        config = dgc.DGCConfig(args.density, args.warmup_steps, warmup_densities=(0.0625, 0.0156), clip_norm=args.clip)
         mesh = "auto" if args.islands else None
         state = dgc.DGCState(model.named_parameters(), optimizer, config, mesh=mesh)
         state.register(model)
