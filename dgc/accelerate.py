@@ -1,10 +1,4 @@
-"""The adapter for Hugging Face Accelerate: attach() for what accelerator.prepare() has returned.
-
-    dgc.accelerate.attach(accelerator, model, optimizer, dgc.DGCConfig(density=0.01))
-
-save_state() and load_state() then keep the residual of all ranks, in the checkpoint's folder `dgc`, on a shared file
-system. That of the accelerator's second optimizer is in `dgc_1`.
-"""
+"""The adapter for Hugging Face Accelerate: attach() for what accelerator.prepare() has returned."""
 
 from __future__ import annotations
 
@@ -14,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
@@ -36,8 +31,9 @@ def attach(
 ) -> None:
     """Compresses the exchange of a model that Accelerate has prepared; a collective, before the first backward pass.
 
-    clip_grad_norm_() and clip_grad_value_() of the accelerator then are errors for this model, unless the limit is
-    infinite, which only measures. To go on from a dense run, call load_state() first.
+    save_state() and load_state() then keep the residual of all ranks, in the checkpoint's folder `dgc` (of a second
+    optimizer: `dgc_1`), on a file system that all ranks share. To go on from a dense run, call load_state() before. The
+    accelerator's clip_grad_norm_() and clip_grad_value_() become errors for this model, unless the limit is infinite.
 
     Args:
         accelerator: the one that has prepared both.
@@ -47,13 +43,15 @@ def attach(
         mesh: as DGCState's: nodes as workers.
 
     Raises:
-        TypeError: one of them is not what prepare() returned, or is no DDP module; ValueError: as dgc.attach.
+        TypeError, ValueError: one of them is not what prepare() returned, or is no DDP module; or as dgc.attach.
     """
-    wrapped = isinstance(getattr(model, "_orig_mod", model), DistributedDataParallel) or accelerator.num_processes == 1
-    if not wrapped or not any(one is optimizer for one in accelerator._optimizers):
+    ddp = isinstance(getattr(model, "_orig_mod", model), DistributedDataParallel)
+    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    if not (ddp or alone) or not any(one is optimizer for one in accelerator._optimizers):
         raise TypeError(
-            "attach: expected model and optimizer as accelerator.prepare() returns them under DistributedDataParallel, "
-            f"got {type(model).__name__} and {type(optimizer).__name__} under {accelerator.distributed_type.name}"
+            "attach: expected what accelerator.prepare() returns, with the model in DistributedDataParallel, got "
+            f"{type(model).__name__} and {type(optimizer).__name__} under {accelerator.distributed_type.name}. Without "
+            "a GPU write Accelerator(cpu=True), or TrainingArguments(use_cpu=True)"
         )
     _attach(model, optimizer, config, mesh=mesh, grad_scaler=accelerator.scaler)
     optimizer.__setstate__({})  # with a GradScaler the wrapper has kept step() of torch's optimizer: it looks again
@@ -67,8 +65,8 @@ def attach(
 
 def _states(accelerator: Accelerator) -> dict[str, DGCState]:
     """Returns those of the optimizers that the accelerator has at present, by the folder of their residual."""
-    made = {f"dgc_{i}" if i else "dgc": getattr(one, "dgc", None) for i, one in enumerate(accelerator._optimizers)}
-    return {folder: state for folder, state in made.items() if state is not None}
+    made = [getattr(one, "dgc", None) for one in accelerator._optimizers]
+    return {f"dgc_{i}" if i else "dgc": state for i, state in enumerate(made) if state is not None}
 
 
 def _save(accelerator: Accelerator, models: Any, weights: Any, output_dir: str) -> None:

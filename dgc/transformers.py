@@ -22,9 +22,9 @@ from . import accelerate, checkpoint
 from .config import DGCConfig
 from .state import DGCState
 
-logger = logging.getLogger("dgc")
-FOLDER = "dgc"
-"""Folder of a checkpoint with the residual of all ranks, and the name by which trainer_state.json says so."""
+_logger = logging.getLogger("dgc")
+# The folder in a checkpoint with the residual of all ranks; trainer_state.json says by it that there is one.
+_FOLDER = "dgc"
 
 
 def attach(
@@ -55,7 +55,7 @@ def attach(
         )
     if args.max_grad_norm:
         config = replace(config, clip_norm=config.clip_norm or float(args.max_grad_norm))
-        logger.info(
+        _logger.info(
             "dgc: clip_norm=%g, and max_grad_norm, which was %g, is 0: the Trainer would clip after the exchange",
             config.clip_norm,
             args.max_grad_norm,
@@ -86,12 +86,12 @@ class _Callback(TrainerCallback):
         trainer = self._trainer
         accelerate.attach(trainer.accelerator, trainer.model_wrapped, trainer.optimizer, self._config, mesh=self._mesh)
         resume = get_last_checkpoint(args.output_dir) if self._resume is True else self._resume
-        if resume and FOLDER in state.stateful_callbacks:
-            checkpoint.load(self._state, Path(resume) / FOLDER)
-        state.stateful_callbacks.pop(FOLDER, None)
+        if resume and _FOLDER in state.stateful_callbacks:
+            checkpoint.load(self._state, Path(resume) / _FOLDER)
+        state.stateful_callbacks.pop(_FOLDER, None)
         if not args.save_only_model:
-            state.stateful_callbacks[FOLDER] = {"args": {}, "attributes": {}}
+            state.stateful_callbacks[_FOLDER] = {"args": {}, "attributes": {}}
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not args.save_only_model:
-            checkpoint.save(self._state, Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER)
+            checkpoint.save(self._state, Path(args.output_dir) / f"checkpoint-{state.global_step}" / _FOLDER)
