@@ -19,12 +19,17 @@ from typing import Any
 from urllib.parse import unquote
 
 ROOT = Path(__file__).parent.parent
-MODULES = ["dgc", "dgc.checkpoint", "dgc.horovod"]
+MODULES = ["dgc", "dgc.checkpoint", "dgc.horovod", "dgc.accelerate", "dgc.lightning", "dgc.transformers"]
 """The public API."""
 GENERATED = {"build", "dist", "runs"}
 """Folders that hold no source."""
-NEEDED = {"dgc.horovod": "horovod"}
-"""What has to be installed for a module to be imported."""
+NEEDED = {
+    "dgc.horovod": ("horovod", "launch/install_horovod.sh"),
+    "dgc.accelerate": ("accelerate", "pip install '.[accelerate]'"),
+    "dgc.lightning": ("lightning", "pip install '.[lightning]'"),
+    "dgc.transformers": ("transformers", "pip install '.[transformers]'"),
+}
+"""What has to be installed for a module to be imported, and what installs it."""
 
 _FENCE = re.compile(r"^ {0,3}(```|~~~).*?(?:^ {0,3}\1[^\n]*$|\Z)", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"(?<!`)(`+)(?!`)(?:(?!\n\s*\n).)+?(?<!`)\1(?!`)", re.DOTALL)
@@ -143,8 +148,9 @@ def main() -> None:
     wrong = broken_links(arguments.root)
     modules = []
     for name in arguments.modules:
-        if (needed := NEEDED.get(name)) and importlib.util.find_spec(needed) is None:
-            print(f"NOT CHECKED: {name}, since {needed} is not installed. launch/install_horovod.sh installs it")
+        needed, installs = NEEDED.get(name, (None, ""))
+        if needed and importlib.util.find_spec(needed) is None:
+            print(f"NOT CHECKED: {name}, since {needed} is not installed. {installs} installs it")
         else:
             modules.append(name)
     if modules:

@@ -3,7 +3,7 @@
 #
 #   ./launch/docs.sh [--help]
 #
-# The reference is build/docs/index.html; some seconds. Needs torch and pdoc, and Horovod for the page of dgc.horovod.
+# The reference is build/docs/index.html; some seconds. Needs torch and pdoc, and each framework for its page.
 # The Python is that of PYTHON, else the activated environment's, else that of .venv-test ($DGC_TEST_VENV), which
 # launch/test.sh makes, else python3.
 set -euo pipefail
@@ -32,11 +32,13 @@ export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 "$python" docs/check_docs.py
 
 modules=(dgc) # with dgc.checkpoint, which it names in __all__
-if "$python" -c 'import sys, importlib.util; sys.exit(importlib.util.find_spec("horovod") is None)'; then
-  modules+=(dgc.horovod)
-else
-  echo "NOT BUILT: the page of dgc.horovod, since Horovod is not installed. launch/install_horovod.sh installs it"
-fi
+for framework in horovod accelerate lightning transformers; do
+  if "$python" -c "import sys, importlib.util; sys.exit(importlib.util.find_spec('$framework') is None)"; then
+    modules+=("dgc.$framework")
+  else
+    echo "NOT BUILT: the page of dgc.$framework, since $framework is not installed (docs/frameworks.md, docs/horovod.md)"
+  fi
+done
 rm -rf build/docs
 "$python" -m pdoc --docformat google --output-directory build/docs "${modules[@]}"
 # pdoc warns of a module that it cannot import, and goes on.

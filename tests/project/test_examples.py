@@ -164,3 +164,28 @@ def test_launchers_choose_the_activated_environment_and_else_the_one_made_here(t
         choice = {"PYTHON": "", "CONDA_DEFAULT_ENV": "", "DGC_VENV": str(made)}
         assert run(f"launch/{script}", "a.py", **choice, VIRTUAL_ENV="").stdout == "made\n"
         assert run(f"launch/{script}", "a.py", **choice, VIRTUAL_ENV=str(activated)).stdout == "activated\n"
+
+
+def framework(name):
+    return pytest.importorskip(name, reason=f"NOT TESTED: examples/{name}_*.py, since {name} is not installed")
+
+
+def test_accelerate_mlp(tmp_path):
+    framework("accelerate")
+    output = torchrun("examples/accelerate_mlp.py", "--epochs", "1", "--folder", str(tmp_path))
+    assert "step 32, compressed " in output
+
+
+def test_lightning_mlp(tmp_path):
+    framework("lightning")
+    folder = ["--folder", str(tmp_path)]
+    output = output_of(sys.executable, "examples/lightning_mlp.py", "--devices", "2", "--epochs", "1", *folder)
+    assert "2 of 6 parameters compressed, density 0.01, step 32" in output
+
+
+def test_transformers_gpt2(tmp_path):
+    framework("transformers")
+    output = torchrun("examples/transformers_gpt2.py", "--steps", "10", "--folder", str(tmp_path))
+    assert "dgc: clip_norm=1, and max_grad_norm, which was 1, is 0" in output
+    assert "9 of 28 parameters compressed" in output
+    assert "'train_loss': " in output

@@ -55,3 +55,10 @@ def test_without_horovod_its_door_says_what_installs_it():
     assert result.returncode == 1
     assert "ImportError: dgc.horovod: expected Horovod with support for this torch" in result.stderr
     assert "launch/install_horovod.sh" in result.stderr
+
+
+def test_dgc_imports_no_framework():
+    names = {"accelerate", "horovod", "lightning", "pytorch_lightning", "transformers"}
+    script = f"import sys, dgc, dgc.checkpoint; print(sorted({names} & sys.modules.keys()))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.stdout == "[]\n", result.stderr
