@@ -153,6 +153,7 @@ def draw_warmups(records: Sequence[Record], seeds: Sequence[int], picture: Path)
         axes.set(title=title, xlabel="warm-up of density, % of the run")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
+    panels[0].axhline(0, color="black", linewidth=0.8)  # so that the axis holds 0: the differences are small
     panels[1].set_ylim(0)
     figure.suptitle("dgc.AdamW at 1 %", fontsize="medium")
     picture.parent.mkdir(exist_ok=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -106,30 +106,41 @@ class IslandExchange(DistributedExchange):
                 f"{self._rows} nodes with {self.world_size} ranks"
             )
 
-    def mean_in_node(self, parts: Tensor, mean: Tensor) -> None:
-        """Writes the mean of all ranks' parts for this rank; a collective of the node.
-
-        On a GPU this is queued on the current stream, and the host does not wait.
+    def mean_in_node(self, parts: Tensor, mean: Tensor) -> Callable[[], None]:
+        """Starts the mean of all ranks' parts for this rank; a collective of the node.
 
         Args:
             parts: [places, elements], one for each rank of the node; overwritten.
             mean: [elements].
+
+        Returns:
+            A function that waits for it. On a GPU only the current stream waits.
         """
         places = len(parts)
         if mean.dtype == torch.float16:
             parts /= places  # before the sum, which would overflow
         try:
             if mean.is_cuda:
-                _reduce_scatter(mean, parts, group=self.node)
+                received = mean
+                work = _reduce_scatter(mean, parts, group=self.node, async_op=True)
             else:
                 # gloo's reduce_scatter takes over twice as long; and this adds in the order of the ranks.
                 received = torch.empty_like(parts)
-                dist.all_to_all_single(received, parts, group=self.node)
-                torch.sum(received, 0, out=mean)
+                work = dist.all_to_all_single(received, parts, group=self.node, async_op=True)
         except RuntimeError as error:
             raise failed("the mean of a node's gradients", error) from error
-        if mean.dtype != torch.float16:
-            mean /= places
+
+        def finish() -> None:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise failed("the mean of a node's gradients", error) from error
+            if received is not mean:
+                torch.sum(received, 0, out=mean)
+            if mean.dtype != torch.float16:
+                mean.div_(places)
+
+        return finish
 
     def gather_in_node(self, own: Tensor) -> tuple[Tensor, dist.Work]:
         """Starts an all-gather inside the node; returns what it fills, uint8 [places, bytes], and its work.

@@ -52,6 +52,8 @@ class Pass:
         self._shadow = shadow
         self.waiting: list[tuple[Gradients, Future[Tensor]]] = []
         """Buckets that are not sent yet, with the futures of their results."""
+        self.scattered: Inside | None = None
+        """The bucket whose mean inside the node is under way."""
         self.inside: list[Inside] = []
         """Buckets that go through the node."""
         self.sent: list[Future[Tensor]] = []
@@ -104,7 +106,7 @@ class Pass:
         for future in self.sent:  # after a pass that broke off, nothing else has waited for them
             with suppress(Exception):  # backward() raises the error of a bucket that failed
                 future.wait()
-        self.waiting, self.inside, self.sent = [], [], []
+        self.waiting, self.scattered, self.inside, self.sent = [], None, [], []
         self._stage = Stage.OVER
 
     def _expect(self, *stages: Stage) -> None:

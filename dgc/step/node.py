@@ -125,15 +125,17 @@ class Node:
         shard = self.inner.buffers[0]
         return (self._places - 1) * (shard.nbytes + self._length)
 
-    def scatter(self, gradients: Gradients) -> None:
-        """Writes the node's mean gradient for this rank's rows to `inner`; a collective of the node.
+    def scatter(self, gradients: Gradients) -> Callable[[], None]:
+        """Starts the node's mean gradient for this rank's rows, in `inner`; a collective of the node.
 
         Args:
             gradients: the bucket, whole.
+
+        Returns:
+            A function that waits for it.
         """
-        shard = self.inner.buffers[0]
         with record_function("dgc.node"):
-            self._exchange.mean_in_node(self._by_place(gradients), shard)
+            return self._exchange.mean_in_node(self._by_place(gradients), self.inner.buffers[0])
 
     def _by_place(self, gradients: Gradients) -> Tensor:
         """Returns the rows of each place: [places, elements]."""
@@ -210,6 +212,8 @@ class Inside(NamedTuple):
     """A bucket that goes through the node before and after the exchange between nodes."""
 
     node: Node
+    mean: Callable[[], None]
+    """Waits for the mean of the node's gradients."""
     gradients: Gradients
     """Whole."""
     inner: Future[Tensor]

@@ -185,9 +185,9 @@ class Reducer(Claims):
         if node is None:
             self._pass.waiting.append((gradients, future))
         else:
-            node.scatter(gradients)
-            self._pass.waiting.append((node.inner, inner := self.exchange.future()))
-            self._pass.inside.append(Inside(node, gradients, inner, future))
+            # The mean of a bucket is under way while the next one's gradients are computed.
+            self._take_from_node()
+            self._pass.scattered = Inside(node, node.scatter(gradients), gradients, self.exchange.future(), future)
         if self._standing.config.clip_norm is None:
             self._send_waiting()
         return future
@@ -200,6 +200,7 @@ class Reducer(Claims):
         """
         if self._pass.stage is not Stage.OPEN:
             raise RuntimeError(advice.discarded())
+        self._take_from_node()
         self._send_waiting()
         gather(self._pass.inside, self._standing.layouts.of, self._pass.context.loss_scale)
         self._pass.close()
@@ -207,6 +208,15 @@ class Reducer(Claims):
         self._standing.layouts.keep(self._pass.buckets)
         self._total_bytes += bytes_sent(self._pass.buckets, self.exchange.topology)
         self._count(self._stats.skipped)
+
+    def _take_from_node(self) -> None:
+        """Waits for the mean of the bucket that was scattered last, which can then be sent."""
+        one, self._pass.scattered = self._pass.scattered, None
+        if one is not None:
+            with record_function("dgc.node"):
+                one.mean()
+            self._pass.waiting.append((one.node.inner, one.inner))
+            self._pass.inside.append(one)
 
     def _send_waiting(self) -> None:
         waiting, self._pass.waiting = self._pass.waiting, []

@@ -218,7 +218,7 @@ def hsdp(rank, world_size, ours):
     else:
         optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.1)
     generator, losses = torch.Generator().manual_seed(rank), []
-    for _ in range(200):
+    for _ in range(100):
         words = torch.randint(0, WORDS, (4, LENGTH), generator=generator)
         loss = nn.functional.cross_entropy(net(words).flatten(0, 1), ((3 * words + 1) % WORDS).flatten())
         optimizer.zero_grad()

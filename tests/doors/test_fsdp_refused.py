@@ -72,8 +72,8 @@ def misuse(rank, world_size):
 
 def test_each_wrong_use_says_what_to_write():
     expected = {
-        "HSDP": ["TypeError", "a", 'fully_shard(module, mesh=mesh["shard"])', 'mesh["replicate"].get_group()'],
-        "no group": ["ValueError", "process_group", "got None", 'mesh["replicate"].get_group()'],
+        "HSDP": ["TypeError", "a", 'fully_shard(module, mesh=mesh["shard"])', "DGCState(..., mesh=mesh)"],
+        "no group": ["ValueError", "mesh: expected", "got None", "pass mesh=mesh"],
         "the node's group": ["ValueError", "hold other shards", 'mesh["replicate"].get_group()'],
         "columns": ["TypeError", "expected a parameter sharded over its first dimension"],
         "ignored": ["ValueError", "1.weight", "without ignored_params"],

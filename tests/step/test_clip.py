@@ -30,7 +30,7 @@ def test_a_local_gradient_is_clipped_at_root_n_times_the_threshold(world_size):
 
 
 def test_a_small_gradient_is_left_exactly_as_it_is():
-    assert float(clip_scale(torch.stack(torch.stack([squared_norm(torch.tensor([0.3, 0.4]))])), 1.0, 1)) == 1.0
+    assert float(clip_scale(torch.stack([squared_norm(torch.tensor([0.3, 0.4]))]), 1.0, 1)) == 1.0
     assert float(clip_scale(torch.stack([squared_norm(torch.zeros(3))]), 1.0, 1)) == 1.0
 
 
