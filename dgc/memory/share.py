@@ -158,9 +158,7 @@ def unwrap(state_dict: object) -> list[Mapping[str, Any]]:
         raise ValueError(f"state_dict['ranks']: expected shares by rank, got {ranks!r:.100}")
     for name, share in ranks.items():
         if isinstance(share, Mapping) and _key(share) != str(name):
-            raise ValueError(
-                f"state_dict['ranks'][{name!r}]: expected the share of that rank, got {_key(share):.100}"
-            )
+            raise ValueError(f"state_dict['ranks'][{name!r}]: expected the share of that rank, got {_key(share):.100}")
     return list(ranks.values())
 
 
