@@ -58,7 +58,7 @@ class Door:
         Args:
             state: the one that reduces.
             parameters: all trainable ones, by name, in the order of the model.
-            in_step: whether step() alone exchanges gradients, by exchange().
+            in_step: whether step() alone exchanges gradients, by collect().
 
         Raises:
             ValueError: a parameter has a door to another DGCState.

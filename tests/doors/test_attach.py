@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 import dgc
 import dgc.door
 from support.ddp_run import Run
-from support.messages import Messages
+from support.messages import Messages, error_of
 from support.models import Given, normals
 from support.ranks import run_ranks
 from support.training import SHAPES, assert_replicas_equal, outcome, seed_of
@@ -166,12 +166,6 @@ def test_parameters_without_a_gradient_count_as_zero():
 
 
 def misuse(rank, world_size):
-    def error_of(call):
-        try:
-            call()
-        except (RuntimeError, TypeError, ValueError) as error:
-            return f"{type(error).__name__}: {error}"
-        return ""
 
     def linear():
         torch.manual_seed(0)

@@ -13,17 +13,10 @@ from torch.distributed.tensor import Shard
 import dgc
 from dgc.ops import wire
 from support.fsdp_run import IslandRun
+from support.messages import error_of
 from support.models import Given, integers
 from support.ranks import run_ranks
 from support.training import SHAPES, assert_replicas_equal, seed_of
-
-
-def error_of(call):
-    try:
-        call()
-    except (FloatingPointError, RuntimeError, TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def build(mesh, dims, group, net=None, **options):

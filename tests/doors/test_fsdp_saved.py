@@ -9,7 +9,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 import dgc
 from support.ddp_run import Run
-from support.fsdp_run import IslandRun, whole
+from support.fsdp_run import IslandRun, shares_of
+from support.messages import error_of
 from support.models import integers, normals
 from support.ranks import run_ranks
 from support.training import LARGE, SHAPES, seed_of
@@ -68,13 +69,6 @@ def load(rank, world_size, folder, places):
     return run.result()
 
 
-def shares_of(results, places, kind, name):
-    """Returns what each worker, a rank of DDP or a node, keeps of a parameter, flat."""
-    if places is None:
-        return [r[kind][name].flatten() for r in results]
-    return whole(results, len(results) // places, places, kind, name)
-
-
 @pytest.mark.parametrize(
     ("before", "now"),
     [
@@ -110,14 +104,6 @@ def load_wrongly(rank, world_size, folder):
         partial(dgc.checkpoint.load, run.state, f"{folder}/dgc"),
     ]
     return [message for call in calls if (message := error_of(call))]
-
-
-def error_of(call):
-    try:
-        call()
-    except (RuntimeError, ValueError) as error:
-        return str(error)
-    return ""
 
 
 def save_flat(rank, world_size, folder):

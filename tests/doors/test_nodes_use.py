@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 import dgc
 from dgc.ops import wire
 from support.ddp_run import Run
-from support.fsdp_run import IslandRun, whole
-from support.messages import Messages
+from support.fsdp_run import IslandRun, shares_of
+from support.messages import Messages, error_of
 from support.models import Given, integers, normals
 from support.node_run import NodeRun
 from support.ranks import run_ranks
@@ -24,14 +24,6 @@ from support.training import LARGE, SHAPES, assert_replicas_equal, seed_of
 CONFIG = dgc.DGCConfig(density=0.01, momentum_masking=False)
 SETTINGS = {"lr": 0.25, "momentum": 0.5}
 KINDS = ("parameters", "residual", "momentum", "exp_avg", "exp_avg_sq")
-
-
-def error_of(call):
-    try:
-        call()
-    except (FloatingPointError, RuntimeError, TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def assert_same(results, others):
@@ -149,12 +141,6 @@ def load(rank, world_size, folder, kind, places):
     for step in range(5, 8):
         run.train(integers(SHAPES, seed_of(step, rank)))
     return loaded, run.result()
-
-
-def shares_of(results, places, kind, name):
-    if places is None:
-        return [r[kind][name].flatten() for r in results]
-    return whole(results, len(results) // places, places, kind, name)
 
 
 @pytest.mark.parametrize(

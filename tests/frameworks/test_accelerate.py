@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dgc
+from support.messages import error_of
 from support.ranks import run_ranks
 from support.torchrun import pretend
 from support.training import assert_equal, assert_replicas_equal, outcome
@@ -80,14 +81,6 @@ class Run:
 
     def result(self):
         return outcome(self.net, self.optimizer.dgc)
-
-
-def error_of(call):
-    try:
-        call()
-    except (RuntimeError, TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def misuse(run, rank, folder):

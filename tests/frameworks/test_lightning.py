@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import dgc
-from support.messages import Messages
+from support.messages import Messages, error_of
 from support.ranks import run_ranks
 from support.torchrun import pretend
 from support.training import assert_equal, assert_replicas_equal, outcome
@@ -100,14 +100,6 @@ def fit(rank, name, epochs, resume=None, save=None, folder=None, attach=True, op
     if save is not None:
         trainer.save_checkpoint(save)
     return outcome(module.net, callback.state) if attach else None
-
-
-def error_of(call):
-    try:
-        call()
-    except (RuntimeError, TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def runs(rank, name, folder):

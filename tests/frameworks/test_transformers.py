@@ -8,7 +8,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import dgc
-from support.messages import Messages
+from support.messages import Messages, error_of
 from support.ranks import run_ranks
 from support.torchrun import pretend
 from support.training import assert_equal, assert_replicas_equal, outcome
@@ -84,14 +84,6 @@ def by_hand(folder):
         scheduler.step()
         optimizer.zero_grad()
     return outcome(net, state)
-
-
-def error_of(call):
-    try:
-        call()
-    except (RuntimeError, TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def everything(rank, world_size, folder):

@@ -72,3 +72,10 @@ class IslandRun:
 def whole(results, nodes, places, kind, name):
     """Puts together, for each node, what its ranks keep of a parameter."""
     return [torch.cat([results[node * places + place][kind][name] for place in range(places)]) for node in range(nodes)]
+
+
+def shares_of(results, places, kind, name):
+    """Returns what each worker, a rank without places or a node, keeps of a parameter, flat."""
+    if places is None:
+        return [r[kind][name].flatten() for r in results]
+    return whole(results, len(results) // places, places, kind, name)

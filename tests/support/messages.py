@@ -1,4 +1,4 @@
-"""What dgc logs in a process of its own."""
+"""What dgc logs, and what it raises, in a process of its own."""
 
 import logging
 
@@ -12,3 +12,12 @@ class Messages(logging.Handler):
 
     def emit(self, record):
         self.lines.append(record.getMessage())
+
+
+def error_of(call):
+    """Returns the error of a call, with its type in front; an empty text where it has none."""
+    try:
+        call()
+    except (FloatingPointError, RuntimeError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
