@@ -42,8 +42,8 @@ def main() -> None:
     model = DistributedDataParallel(
         nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
     )
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    optimizer = dgc.attach(model, optimizer, dgc.DGCConfig(density=0.01))
+    config = dgc.DGCConfig(density=0.01)
+    optimizer = dgc.attach(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), config)
     torch.manual_seed(dist.get_rank())
     losses = []
     for _ in range(STEPS):

@@ -48,6 +48,9 @@ PYTHON=$python ./launch/docs.sh
 step "clang-format"
 find csrc benchmarks tests -regex '.*\.\(cpp\|h\|cu\|cuh\)' -print0 | xargs -0 "$venv/bin/clang-format" --dry-run --Werror
 
+step "workflow"
+"$venv/bin/check-jsonschema" --builtin-schema vendor.github-workflows .github/workflows/*.yml
+
 step "shell syntax"
 for script in launch/*.sh launch/*.sbatch .ci/run; do bash -n "$script"; done
 
