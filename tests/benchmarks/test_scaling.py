@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import subprocess
 import sys
 from dataclasses import astuple, replace
 
@@ -27,8 +26,8 @@ from benchmarks.cluster.cost import (
     step_time,
 )
 from benchmarks.cluster.projection import WORKLOADS, Assumptions, Projected, losses, project
-from benchmarks.harness import ROOT
 from benchmarks.shapes import NETWORKS
+from support.programs import run_program
 
 FLAT = Cluster(workers=4, per_node=1, network=Link(100.0, 0.5), inside=Link(math.inf, 0.0))
 NODES = Cluster(workers=32, per_node=8, network=Link(100.0, 0.5), inside=Link(1000.0, 0.01))
@@ -250,15 +249,15 @@ def written(measured):
 
 def test_the_script_reads_what_it_documents_and_says_what_is_missing(tmp_path):
     path = tmp_path / "network.json"
-    command = [sys.executable, "-m", "benchmarks.cluster.scaling", "--network", str(path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = ["benchmarks.cluster.scaling", "--network", str(path)]
+    result = run_program(*command)
     assert result.returncode == 2
     assert "Run `python -m benchmarks.training.network` first" in result.stderr
     runs = made_up()
     loopback = json.loads(written(runs))
     loopback["runs"][-1]["reached"] = {}
     path.write_text(json.dumps(loopback))
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = run_program(*command)
     assert result.returncode == 2
     assert "expected runs with limits, got some on a loopback: run network.py as root" in result.stderr
     assert "Traceback" not in result.stderr

@@ -160,6 +160,7 @@ def test_includes_of_the_kernels_go_down():
 
 TESTS = Path(__file__).parents[1]
 TEST_FILES = sorted(TESTS.rglob("test_*.py"))
+TEST_NAMES = {path.stem for path in TEST_FILES}
 MOST_LINES_OF_A_TEST = 400
 
 
@@ -174,8 +175,7 @@ def imported_tests(source: str) -> set[str]:
             names = [*(alias.name for alias in node.names), *([node.module] if node.module else [])]
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
             names = [argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)]
-        parts = {part for name in names for part in name.split(".")}
-        found |= parts & {path.stem for path in TEST_FILES}
+        found |= {part for name in names for part in name.split(".")} & TEST_NAMES
     return found
 
 
