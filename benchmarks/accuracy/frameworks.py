@@ -2,8 +2,8 @@
 
     python -m benchmarks.accuracy.frameworks
 
-Each example runs on two CPU processes, with --dense and without for every seed, all of them in the same processes, since
-these take longer to start than to train. A framework that is not installed is left out, and named.
+Each example runs on two CPU processes, with --dense and without for every seed, all of them in the same processes,
+since these take longer to start than to train. A framework that is not installed is left out, and named.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ def cluster():
     import ray
 
     os.environ.update(RAY_TRAIN_V2_ENABLED="1", RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # on a busy machine
     paths = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
     environment = {"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "RAY_TRAIN_V2_ENABLED": "1"}}
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, runtime_env=environment)
@@ -90,12 +91,11 @@ def assert_same(one, other):
                 assert torch.equal(tensor, theirs[kind][name]), (kind, name)
 
 
-def test_ray_s_workers_have_the_bits_of_two_ranks_and_a_resumed_run_those_of_one_that_went_on(cluster, tmp_path):
-    straight, metrics = fit(tmp_path / "straight", EPOCHS)
+@pytest.mark.timeout(900)  # Ray starts a dozen processes, each of which imports torch
+def test_two_workers_that_go_on_from_a_checkpoint_have_the_bits_of_two_ranks_that_went_on(cluster, tmp_path):
+    _, first = fit(tmp_path, 1)
+    resumed, last = fit(tmp_path, EPOCHS)
     expected = run_ranks(2, by_hand)[0]
-    assert_same(straight, expected)
-    assert metrics["bytes a step"] == expected["bytes"]
-    _, first = fit(tmp_path / "resumed", 1)
-    resumed, last = fit(tmp_path / "resumed", EPOCHS)
-    assert_same(straight, resumed)
-    assert last["test loss"] == metrics["test loss"] < first["test loss"]
+    assert_same(resumed, expected)
+    assert last["bytes a step"] == expected["bytes"]
+    assert last["test loss"] < first["test loss"]
