@@ -76,10 +76,17 @@ class Door:
         self._closed = self._in_step = in_step
         self._pass: int | None = None
         self._missing: list[set[Tensor]] = []
+        self.without: frozenset[str] = frozenset()
+        """Names of the parameters that got no gradient in the last pass."""
         self._sent: list[Future[Tensor]] = []
-        for p in parameters.values():
-            if not in_step:
-                p.register_post_accumulate_grad_hook(self._arrived)
+        hooked = [] if in_step else parameters.values()
+        self._hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in hooked]
+
+    def close(self) -> None:
+        """Removes the hooks: gradients of later passes stay this rank's own."""
+        self._closed = True
+        for hook in self._hooks:
+            hook.remove()
 
     @contextmanager
     def shut(self) -> Iterator[None]:
@@ -165,6 +172,8 @@ class Door:
         self._pass = None
         if self._order is not None:
             self._order.update(dict.fromkeys(self._parameters))
+        late = self._missing[len(self._sent) :]
+        self.without = frozenset(self._state.slot(p).name for missing in late for p in missing)
         while len(self._sent) < len(self._groups):
             self._send()
         sent, self._sent = self._sent, []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -91,6 +93,7 @@ class DGCState(Registered):
             log.log_backend(device.type)
         # The optimizer does not own the state, so that a state that the user drops frees its memory at once.
         parameters.rule.attach(self)
+        parameters.optimizer.register_state_dict_post_hook(partial(_note_saved, weakref.ref(self)))
 
     def __repr__(self) -> str:
         """Says what is compressed, and where the run stands."""
@@ -130,6 +133,11 @@ class DGCState(Registered):
     def __deepcopy__(self, memo: dict[int, Any]) -> Copy:
         """Returns an empty Copy: a copy of a model with the hook, as for a weight average, needs no second u and v."""
         return Copy()
+
+
+def _note_saved(state: weakref.ref[DGCState], optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    if (alive := state()) is not None:
+        alive.note_saved_optimizer()
 
 
 def _exchange(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from dgc import ops
 from dgc.ops import Accumulation
@@ -34,6 +35,7 @@ class Foreign(Rule):
         """Takes the optimizer."""
         self.optimizer = optimizer
         self._attached: weakref.ref[Claimer] | None = None
+        self._hook: RemovableHandle | None = None
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -91,7 +93,12 @@ class Foreign(Rule):
     def attach(self, reducer: Claimer) -> None:
         """Registers a pre-hook of step() that claims the gradients."""
         self._attached = weakref.ref(reducer)
-        self.optimizer.register_step_pre_hook(_before_step(self._attached))
+        self._hook = self.optimizer.register_step_pre_hook(_before_step(self._attached))
+
+    def release(self, reducer: Claimer) -> None:
+        """Removes the pre-hook."""
+        if self._hook is not None:
+            self._hook.remove()
 
     def serves(self, reducer: Reducer) -> bool:
         """Returns True: every attached DGCState has a pre-hook, which raises if that state has reduced nothing."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -181,7 +182,7 @@ def framework(name):
 def test_accelerate_mlp(tmp_path):
     framework("accelerate")
     output = forked("examples/accelerate_mlp.py", "--epochs", "1", "--folder", str(tmp_path))
-    assert "step 32, compressed " in output
+    assert re.search(r"test loss \d\.\d+, step 32, \d+ bytes a step", output)
 
 
 def test_lightning_mlp(tmp_path):
@@ -189,6 +190,7 @@ def test_lightning_mlp(tmp_path):
     folder = ["--folder", str(tmp_path)]
     output = output_of(sys.executable, "examples/lightning_mlp.py", "--devices", "2", "--epochs", "1", *folder)
     assert "2 of 6 parameters compressed, density 0.01, step 32" in output
+    assert " bytes a step" in output
 
 
 def test_transformers_gpt2(tmp_path):
@@ -196,4 +198,14 @@ def test_transformers_gpt2(tmp_path):
     output = forked("examples/transformers_gpt2.py", "--steps", "10", "--folder", str(tmp_path))
     assert "dgc: clip_norm=1, and max_grad_norm, which was 1, is 0" in output
     assert "9 of 28 parameters compressed" in output
-    assert "'train_loss': " in output
+    assert re.search(r"test loss \d\.\d+, \d+ bytes a step", output)
+
+
+def test_framework_examples_are_short():
+    long = {
+        path.name: lines
+        for name in ("accelerate", "lightning", "ray", "transformers")
+        for path in (ROOT / "examples").glob(f"{name}_*.py")
+        if (lines := len(path.read_text().splitlines())) > 60
+    }
+    assert long == {}

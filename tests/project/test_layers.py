@@ -12,14 +12,14 @@ FOLDER = Path(dgc.__file__).parent
 CSRC = FOLDER.parent / "csrc"
 
 LEVELS = [
-    {"_version", "config", "copied", "local", "stats"},
+    {"_version", "config", "copied", "local", "needs", "stats"},
     {"ops"},
     {"exchange", "optim"},
     {"memory"},
     {"step"},
     {"ddp", "door", "doors", "fsdp", "fusion", "state"},
     {"attach", "checkpoint", "checkpoint_reader", "horovod", "horovod_elastic", "horovod_fusion", "__init__"}
-    | {"accelerate", "lightning", "transformers"},
+    | {"accelerate", "lightning", "torchft", "transformers"},
 ]
 """From the bottom up: each imports from those before it, and from its own level without a circle."""
 ROOMS = {"ops", "exchange", "optim", "memory", "step"}
