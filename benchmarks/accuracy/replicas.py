@@ -23,6 +23,7 @@ from torch.optim.optimizer import Optimizer
 import dgc
 from dgc.exchange.base import Exchange
 from dgc.memory.slots import Gradients
+from dgc.ops.codec import Codec
 from dgc.optim.base import DGCOptimizer
 
 from .tasks import Task, loss_of, measure, schedule_of
@@ -164,12 +165,16 @@ class Dense(Replicated):
 class DGC(Replicated):
     """The project's core: one DGCState for each worker."""
 
-    def __init__(self, network: nn.Module, task: Task, config: dgc.DGCConfig) -> None:
-        """Makes the replicas and their states."""
+    def __init__(
+        self, network: nn.Module, task: Task, config: dgc.DGCConfig, codecs: Sequence[Codec | None] = (None,) * WORKERS
+    ) -> None:
+        """Makes the replicas and their states, with a codec for each where that is not to be DGCState's own."""
         replicas = dgc_replicas(network, task)
         meeting = Meeting()
         self.states = [
-            dgc.DGCState(r.network.named_parameters(), r.optimizer, config, exchange=InProcess(rank, meeting))
+            dgc.DGCState(
+                r.network.named_parameters(), r.optimizer, config, exchange=InProcess(rank, meeting), codec=codecs[rank]
+            )
             for rank, r in enumerate(replicas)
         ]
         self.replicas = replicas
