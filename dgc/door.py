@@ -63,7 +63,7 @@ class Door:
         Raises:
             ValueError: a parameter has a door to another DGCState.
         """
-        if taken := [name for name, p in parameters.items() if _has_door(p)]:
+        if taken := [name for name, p in parameters.items() if has_door(p)]:
             raise ValueError(
                 f"register: expected parameters without a DGCState, got {', '.join(taken[:5])}, which have one that is "
                 "registered: one DGCState serves a model. Build the model anew to start again"
@@ -172,6 +172,7 @@ class Door:
             future.wait()
 
 
-def _has_door(p: Tensor) -> bool:
+def has_door(p: Tensor) -> bool:
+    """Returns whether gradients of a parameter are passed on in the backward pass."""
     hooks = getattr(p, "_post_accumulate_grad_hooks", None) or {}
     return any(isinstance(getattr(hook, "__self__", None), Door) for hook in hooks.values())

@@ -18,7 +18,8 @@ LEVELS = [
     {"memory"},
     {"step"},
     {"ddp", "door", "doors", "fsdp", "fusion", "state"},
-    {"attach", "checkpoint", "checkpoint_reader", "horovod", "horovod_elastic", "horovod_fusion", "__init__"}
+    {"round_checks", "round_saved", "local_steps"}
+    | {"attach", "checkpoint", "checkpoint_reader", "horovod", "horovod_elastic", "horovod_fusion", "__init__"}
     | {"accelerate", "lightning", "transformers"},
 ]
 """From the bottom up: each imports from those before it, and from its own level without a circle."""
