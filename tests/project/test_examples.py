@@ -93,7 +93,9 @@ def test_quickstart_checks_its_options_before_it_installs_anything(arguments, me
     assert message in result.stderr
 
 
-@pytest.mark.parametrize("script", ["quickstart.sh", "torchrun.sh", "install_horovod.sh", "horovodrun.sh", "test.sh"])
+@pytest.mark.parametrize(
+    "script", ["quickstart.sh", "local_steps.sh", "torchrun.sh", "install_horovod.sh", "horovodrun.sh", "test.sh"]
+)
 def test_launch_scripts_explain_themselves(script):
     result = run(f"launch/{script}", "--help")
     assert result.returncode == 0
