@@ -76,6 +76,7 @@ class Door:
         self._closed = self._in_step = in_step
         self._pass: int | None = None
         self._missing: list[set[Tensor]] = []
+        self._ahead = False  # whether send() was called, and collect() is still to come
         self._sent: list[Future[Tensor]] = []
         for p in parameters.values():
             if not in_step:
@@ -117,14 +118,23 @@ class Door:
             with torch.no_grad():
                 tensor.copy_(copy)
 
+    def send(self, exchange: Exchange) -> None:
+        """Starts the exchange of the present gradients, if any rank has one other than zero; collect() waits for it."""
+        mine = not all_zero(self._parameters.values())
+        if "True" in exchange.everyone(str(mine)):
+            self._begin()
+            while len(self._sent) < len(self._groups):
+                self._send()
+        self._ahead = True
+
     def collect(self, exchange: Exchange) -> None:
         """Exchanges the present gradients in place, if step() is to do that and any rank has one other than zero."""
         if not self._in_step:
             return
-        mine = not all_zero(self._parameters.values())
-        if "True" in exchange.everyone(str(mine)):
-            self._begin()
-            self._finish()
+        if not self._ahead:
+            self.send(exchange)
+        self._ahead = False
+        self._wait()
 
     def _group(self, order: Sequence[Tensor]) -> None:
         self._groups = fusion.by_size(order, BUCKET_CAP_MB)
@@ -167,6 +177,10 @@ class Door:
             self._order.update(dict.fromkeys(self._parameters))
         while len(self._sent) < len(self._groups):
             self._send()
+        self._wait()
+
+    def _wait(self) -> None:
+        """Waits for all results."""
         sent, self._sent = self._sent, []
         for future in sent:
             future.wait()

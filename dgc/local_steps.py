@@ -14,7 +14,6 @@ theta_0 - theta, and a DGCState reduces it as it reduces any gradient. docs/loca
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -32,9 +31,8 @@ from .local import local
 from .memory.names import by_name
 from .memory.refusals import unwrapped
 from .optim.sgd import SGD
+from .rounds import Rounds
 from .state import DGCState
-
-logger = logging.getLogger("dgc")
 
 Outer = Callable[[list[nn.Parameter]], Optimizer]
 """Makes the outer optimizer of theta_0."""
@@ -45,7 +43,7 @@ SPARSELOCO = DGCConfig(density=0.03, residual_decay=0.95, wire_dtype=torch.bfloa
 """The configuration of LocalSteps where none is given."""
 
 
-class LocalSteps:
+class LocalSteps(Rounds):
     """Exchanges the weights' way of H local steps by Deep Gradient Compression; the inner optimizer stays as it is.
 
     After every H-th step() of the inner optimizer, for each island r and each compressed parameter:
@@ -64,19 +62,14 @@ class LocalSteps:
         config: of the outer exchange. A step of it is a round, in warmup_steps too. None for SPARSELOCO: 3 %, bfloat16,
             residual decay 0.95.
         every: H, steps between two rounds; the same on all islands.
+        delay: steps for which a round travels while the next steps run, below H. Then weights become theta_0 plus what
+            they have moved since. 0: a round is waited for.
         outer: makes the outer optimizer. Plain averaging (default) is partial(dgc.SGD, lr=1.0); DiLoCo's Nesterov
             momentum on the mean is dgc.OuterSGD; dgc.SGD with momentum corrects and masks it on each island (paper,
             section 3).
         process_group: the ranks that exchange: one of each island. None: all ranks, each an island.
         mesh: as DGCState's: islands of several ranks, which divide e and the outer exchange among themselves.
         exchange: as DGCState's.
-
-    Attributes:
-        state: the DGCState of theta_0, with stats and density.
-        outer: the outer optimizer. A schedule may change its lr, on all islands alike.
-        every: H.
-        position: inner steps since the last round.
-        rounds: rounds held so far.
 
     Raises:
         ValueError: weights differ between islands, or every does; a DGC hook is on the model; DDP averages over ranks
@@ -91,6 +84,7 @@ class LocalSteps:
         config: DGCConfig | None = None,
         *,
         every: int,
+        delay: int = 0,
         outer: Outer = AVERAGING,
         process_group: dist.ProcessGroup | None = None,
         mesh: DeviceMesh | Literal["auto"] | None = None,
@@ -98,29 +92,28 @@ class LocalSteps:
     ) -> None:
         """Checks the arguments, copies the weights and compares them with all islands'; see the class."""
         config = config or SPARSELOCO
-        self._model, self._inner = model, unwrapped(inner_optimizer)
-        round_checks.check_arguments(model, self._inner, config, every)
-        self.every, self.position, self.rounds = int(every), 0, 0
-        self._weights = by_name(model.named_parameters())
-        round_checks.check_optimizer(self._inner, self._weights)
+        inner = unwrapped(inner_optimizer)
+        round_checks.check_arguments(model, inner, config, every, delay)
+        weights = by_name(model.named_parameters())
+        round_checks.check_optimizer(inner, weights)
         # In float32, since a round may move a weight by less than a 16-bit type can say.
-        self._start = {name: nn.Parameter(p.detach().to(torch.float32, copy=True)) for name, p in self._weights.items()}
-        self.outer = outer([*self._start.values()])
+        start = {name: nn.Parameter(p.detach().to(torch.float32, copy=True)) for name, p in weights.items()}
+        outer_optimizer = outer([*start.values()])
         # A round has time to wait for the verdict, and weights go back at once where it is bad: not late.
-        self.state = DGCState(
-            self._start.items(),
-            self.outer,
+        state = DGCState(
+            start.items(),
+            outer_optimizer,
             config,
             process_group=process_group,
             mesh=mesh,
             exchange=exchange,
             late=False,
         )
-        round_checks.check_islands(model, self.state.exchange)
-        self.state.open_door(nn.Module(), in_step=True)
-        self.state.exchange.agree({"every": self.every})
-        self._compare_weights = False
-        self._hook = self._inner.register_step_post_hook(self._stepped)
+        round_checks.check_islands(model, state.exchange)
+        state.open_door(nn.Module(), in_step=True)
+        state.exchange.agree({"every": every, "delay": delay})
+        super().__init__(model, inner, weights, start, outer_optimizer, state, int(every), int(delay))
+        self._hook = inner.register_step_post_hook(self._stepped)
 
     def __repr__(self) -> str:
         """Says where the run stands."""
@@ -129,123 +122,6 @@ class LocalSteps:
     def remove(self) -> None:
         """Removes the hook from the inner optimizer, which then takes its steps alone."""
         self._hook.remove()
-
-    def finish(self) -> None:
-        """Holds a last round, with the steps taken since the last one; a collective, at the end of training.
-
-        Islands may have taken different numbers of steps: this goes on until all of them have called it.
-
-        Raises:
-            as a round does; see `exchange_now`.
-        """
-        while not self.exchange_now(finishing=True):
-            pass
-
-    def _stepped(self, *_: object) -> None:
-        self.position += 1
-        if self.position >= self.every:
-            self.exchange_now()
-
-    @torch.no_grad()
-    def exchange_now(self, *, finishing: bool = False) -> bool:
-        """Holds a round; a collective. The inner optimizer's H-th step() does this by itself.
-
-        A round that fails is given up on this island: weights go back to theta_0, and what they had moved waits in e,
-        or, where a parameter is sent dense, stays in the weights.
-
-        Args:
-            finishing: whether this island takes no further steps.
-
-        Returns:
-            Whether all islands are finishing.
-
-        Raises:
-            FloatingPointError: a difference is not finite on some island, and config.on_nonfinite is "raise". The round
-                is left out on all islands. With "skip" that is logged.
-            RuntimeError: an island has gone; or parameters of the model were replaced.
-            ValueError: islands are at different rounds, or their theta_0 differs. Nothing has changed.
-            PayloadError: an island sent what does not fit.
-        """
-        round_checks.check_same(self._model, self._inner, self._weights)
-        if self.state.exchange.changed:
-            self.state.regroup()
-        finished = self._compare(finishing)
-        last, skipped = self.state.last_pass, self.state.stats.skipped
-        for name, start in self._start.items():
-            start.grad = self._moved(name)
-        try:
-            self.outer.step()
-        except Exception as error:
-            if self.state.last_pass is not last:  # else nothing was accumulated, and nothing has changed
-                self.state.discard(drop_gradient=False)
-                self._give_up()
-            if isinstance(error, FloatingPointError):
-                self.rounds += 1
-                raise FloatingPointError(
-                    f"LocalSteps: round {self.rounds} is left out on all islands: {error}"
-                ) from error
-            raise
-        finally:
-            for start in self._start.values():
-                start.grad = None
-        self.rounds += 1
-        if self.state.stats.skipped > skipped:
-            self._give_up()
-        else:
-            self._start_again()
-        return finished
-
-    def _compare(self, finishing: bool) -> bool:
-        """Compares this round with all islands', and returns whether all are finishing."""
-        mine: dict[str, Any] = {
-            "every": self.every,
-            "round": self.rounds,
-            "lr of outer": [float(group["lr"]) for group in self.outer.param_groups],
-        }
-        if self._compare_weights:
-            mine["checksum of theta_0"] = round_saved.checksum(self._start)
-        exchange = self.state.exchange
-        finished = round_checks.compare(mine, finishing, exchange)
-        self._compare_weights = False
-        return finished
-
-    def _moved(self, name: str) -> Tensor:
-        """Returns theta_0 - theta of a parameter, in float32."""
-        p = self._weights[name].detach()
-        return self._start[name].detach().to(p.dtype).float() - p.float()
-
-    def _start_again(self) -> None:
-        """Sets all weights to theta_0."""
-        if self._keeps_its_own():
-            # theta_0 - (theta_0 - theta) would be rounded.
-            for name, start in self._start.items():
-                start.copy_(self._weights[name])
-        for name, start in self._start.items():
-            local(self._weights[name]).copy_(local(start))
-        self.position = 0
-
-    def _keeps_its_own(self) -> bool:
-        """Returns whether a single island averages its own weights, all of them."""
-        plain = isinstance(self.outer, SGD) and all(
-            group["lr"] == 1 and not group["momentum"] and not group["weight_decay"]
-            for group in self.outer.param_groups
-        )
-        return plain and self.state.exchange.topology.rows == 1 and not self.state.stats.sent_density
-
-    def _give_up(self) -> None:
-        """Takes weights back to theta_0 where their difference is in e now, or where they are not finite."""
-        accumulated = self.state.accumulated
-        for name, p in self._weights.items():
-            weights, start = local(p), local(self._start[name]).to(p.dtype)
-            stays = torch.zeros_like(weights, dtype=torch.bool) if name in accumulated else weights.isfinite()
-            weights.copy_(torch.where(stays, weights, start))
-        self.position = 0
-        if broken := round_checks.forget_broken(self._inner, self._weights):
-            logger.warning(
-                "dgc: round %d: the inner optimizer's state of %s was not finite, and begins anew",
-                self.rounds,
-                ", ".join(broken[:5]),
-            )
 
     # Checkpoints.
 
@@ -256,8 +132,9 @@ class LocalSteps:
         optimizer and buffers beside it, of each island, since they differ. torch.load(weights_only=True) reads it back.
 
         Raises:
-            RuntimeError: a round is under way.
+            RuntimeError: a round is under way, as for `delay` steps after it was sent.
         """
+        self._check_between("state_dict")
         return {
             "version": round_saved.VERSION,
             "every": self.every,
@@ -283,7 +160,9 @@ class LocalSteps:
 
         Raises:
             ValueError: it is of another model or version, islands are missing, or values are damaged.
+            RuntimeError: a round is under way.
         """
+        self._check_between("load_state_dict")
         several = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
         found = round_saved.read(several, self._start, self.every)
         choice = self.state.choose(found.shares, allow_missing_ranks)
@@ -295,3 +174,10 @@ class LocalSteps:
             local(start).copy_(found.start[name])
             local(self._weights[name]).copy_(found.weights_of(name, topology.share, topology.shares))
         self._compare_weights = True
+
+    def _check_between(self, method: str) -> None:
+        if self.under_way:
+            raise RuntimeError(
+                f"LocalSteps.{method}: expected no round under way, got one that arrives {self.delay} steps after it "
+                "was sent: call it where local.under_way is False, on all islands at the same step"
+            )

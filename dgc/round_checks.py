@@ -21,10 +21,14 @@ from .optim.base import DGCOptimizer
 from .state import DGCState
 
 
-def check_arguments(model: nn.Module, inner: Optimizer, config: DGCConfig, every: int) -> None:
+def check_arguments(model: nn.Module, inner: Optimizer, config: DGCConfig, every: int, delay: int) -> None:
     """Checks what needs no other island; raises as LocalSteps."""
     if not isinstance(every, Integral) or isinstance(every, bool) or every < 1:
         raise ValueError(f"every: expected a number of steps >= 1, got {every!r}")
+    if not isinstance(delay, Integral) or isinstance(delay, bool) or not 0 <= delay < every:
+        raise ValueError(
+            f"delay: expected a number of steps in [0, {every}), so that a round has arrived, got {delay!r}"
+        )
     if isinstance(inner, DGCOptimizer):
         raise TypeError(
             f"inner_optimizer: expected one whose steps are an island's own, got dgc.{type(inner).__name__}, whose "

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .local import crc32, local
+from .local import local
 from .memory.share import Share, unwrap, weights
 
 VERSION = 1
-
-
-def checksum(tensors: Mapping[str, Tensor]) -> int:
-    """Returns the checksum of this rank's part of some tensors."""
-    found = 0
-    for name, tensor in tensors.items():
-        found = zlib.crc32(f"{name} {crc32(local(tensor))}".encode(), found)
-    return found
 
 
 class Saved(NamedTuple):

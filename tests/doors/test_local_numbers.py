@@ -26,6 +26,8 @@ CASES = {
     "SparseLoCo": {"decay": 0.95},
     "half an average": {"decay": 0.9, "lr": 0.5},
     "DiLoCo": {"outer": "nesterov", "lr": 0.7, "momentum": 0.9},
+    "delayed": {"decay": 0.95, "delay": 2},
+    "DiLoCo, delayed": {"outer": "nesterov", "lr": 0.7, "momentum": 0.9, "delay": 1},
     "corrected": {"outer": "corrected", "lr": 0.7, "momentum": 0.9},
     "corrected and masked": {"outer": "corrected", "lr": 0.7, "momentum": 0.9, "masking": True, "decay": 0.95},
 }
@@ -51,11 +53,13 @@ def train(rank, world_size, names, inside=None, places=1):
     results = {}
     for name in names:
         case = CASES[name]
-        run = RoundRun(config_of(case), EVERY, inside, places, scale=SCALE, lr=INNER, local={"outer": outer_of(case)})
+        local = {"outer": outer_of(case), "delay": case.get("delay", 0)}
+        run = RoundRun(config_of(case), EVERY, inside, places, scale=SCALE, lr=INNER, local=local)
         for step in range(STEPS):
             run.train(normals(SHAPES, seed_of(step, rank)))
         before = run.result()
-        assert (before["rounds"], before["position"]) == (STEPS // EVERY, STEPS % EVERY)
+        arrived = STEPS // EVERY - (STEPS % EVERY < local["delay"])
+        assert (before["rounds"], before["position"]) == (arrived, STEPS % EVERY)
         run.local.finish()
         results[name] = run.result()
     return results
@@ -68,11 +72,15 @@ def piece(array, place, places):
 
 
 def replay(name, islands, places=1):
-    """Replays a case: the way of an island is the sum of its ranks' mean gradients; each piece is selected alone."""
+    """Replays a case: the way of an island is the sum of its ranks' mean gradients; each piece is selected alone.
+
+    A delay changes nothing where gradients do not depend on weights, since what was moved since is kept.
+    """
     start = {n: p.detach().numpy() * SCALE for n, p in Given(SHAPES).named_parameters()}
     parts = {(n, i): piece(p, i, places) for n, p in start.items() for i in range(places)}
     compressed = {(n, i) for n, i in parts if n in LARGE}
-    oracle = RoundOracle(parts, islands, compressed, DENSITY, **CASES[name])
+    case = {key: value for key, value in CASES[name].items() if key != "delay"}
+    oracle = RoundOracle(parts, islands, compressed, DENSITY, **case)
     for first in range(0, STEPS, EVERY):
         moved = []
         for island in range(islands):
@@ -117,7 +125,7 @@ def test_rounds_follow_the_equations():
 
 @pytest.mark.parametrize("inside", ["ddp", "fsdp"])
 def test_islands_of_several_ranks_follow_the_equations(inside):
-    names = ["SparseLoCo", "DiLoCo", "corrected and masked"]
+    names = ["SparseLoCo", "DiLoCo", "corrected and masked", "delayed"]
     results = run_ranks(4, train, names, inside, 2)
     for name in names:
         check([r[name] for r in results], replay(name, 2, 2), 2, 2)
@@ -125,9 +133,10 @@ def test_islands_of_several_ranks_follow_the_equations(inside):
     assert sum(t.numel() for t in results[0]["DiLoCo"]["residual"].values()) == (100 * 100 + 65 * 130 + 130 * 260)
 
 
-def conserve(rank, world_size, bad, on_nonfinite):
+def conserve(rank, world_size, bad, on_nonfinite, delay=0):
     """Integer gradients; in the bad steps one island's gradient has a NaN, in a large parameter or in a dense one."""
-    run = RoundRun(dgc.DGCConfig(density=DENSITY, on_nonfinite=on_nonfinite), EVERY)
+    config = dgc.DGCConfig(density=DENSITY, on_nonfinite=on_nonfinite)
+    run = RoundRun(config, EVERY, local={"delay": delay})
     errors = []
     for step in range(STEPS):
         gradients = integers(SHAPES, seed_of(step, rank))
@@ -158,14 +167,15 @@ def assert_conserved(results, lost=()):
         assert torch.equal(moved + waiting, total), name
 
 
-def test_nothing_is_lost():
-    assert_conserved(run_ranks(2, conserve, {}, "raise"))
+@pytest.mark.parametrize("delay", [0, 2])
+def test_nothing_is_lost(delay):
+    assert_conserved(run_ranks(2, conserve, {}, "raise", delay))
 
 
-@pytest.mark.parametrize("on_nonfinite", ["skip", "raise"])
-def test_a_round_with_a_nan_is_left_out_on_all_islands(on_nonfinite):
-    results = run_ranks(2, conserve, {4: "e", 7: "b"}, on_nonfinite)
-    assert_conserved(results, [("e", (3, 4, 5)), ("b", (6, 7, 8))])
+@pytest.mark.parametrize(("on_nonfinite", "delay"), [("skip", 0), ("raise", 0), ("raise", 1)])
+def test_a_round_with_a_nan_is_left_out_on_all_islands(on_nonfinite, delay):
+    results = run_ranks(2, conserve, {4: "e", 7: "b"}, on_nonfinite, delay)
+    assert_conserved(results, [("e", range(3, 6 + delay)), ("b", range(6, 9 + delay))])
     for result in results:
         assert (result["stats"].skipped, result["rounds"]) == (2, 5)
         assert len(result["errors"]) == (2 if on_nonfinite == "raise" else 0)

@@ -22,10 +22,11 @@ from support.training import LARGE, SHAPES, assert_replicas_equal, seed_of
 CONFIG = dgc.DGCConfig(density=0.008, residual_decay=0.95)
 EVERY = 4
 HALF_WAY, STEPS = 6, 14
-OUTER = {
-    "averaging": partial(dgc.SGD, lr=1.0),
-    "DiLoCo": partial(dgc.OuterSGD, lr=0.7, momentum=0.9),
-    "corrected": partial(dgc.SGD, lr=0.7, momentum=0.9, nesterov=True),
+LOCAL = {
+    "averaging": {},
+    "DiLoCo": {"outer": partial(dgc.OuterSGD, lr=0.7, momentum=0.9)},
+    "corrected": {"outer": partial(dgc.SGD, lr=0.7, momentum=0.9, nesterov=True)},
+    "delayed": {"delay": 1},
 }
 ADAMW = {"optimizer": torch.optim.AdamW, "lr": 0.01}
 
@@ -44,8 +45,8 @@ def go_on(run, rank, steps):
 
 def resume(rank, world_size, inside, places):
     results = {}
-    for name, outer in OUTER.items():
-        make = partial(RoundRun, CONFIG, EVERY, inside, places, local={"outer": outer}, **ADAMW)
+    for name, local in LOCAL.items():
+        make = partial(RoundRun, CONFIG, EVERY, inside, places, local=local, **ADAMW)
         run = make()
         go_on(run, rank, range(HALF_WAY))
         saved = through_a_file({"local": run.local.state_dict(), "inner": run.inner.state_dict()})
@@ -77,7 +78,7 @@ def resumed():
 
 
 def test_a_run_goes_on_in_the_middle_of_a_round_with_the_same_bits(resumed):
-    for name in OUTER:
+    for name in LOCAL:
         for result in resumed:
             middle, loaded, straight, again = result[name][0]
             assert (middle["rounds"], middle["position"]) == (1, 2)
@@ -96,8 +97,8 @@ def test_so_do_islands_of_several_ranks(inside):
 
 def load_all(rank, world_size, saved):
     found = {}
-    for name, outer in OUTER.items():
-        run = RoundRun(CONFIG, EVERY, local={"outer": outer}, **ADAMW)
+    for name, local in LOCAL.items():
+        run = RoundRun(CONFIG, EVERY, local=local, **ADAMW)
         run.local.load_state_dict([one[name] for one in saved])
         found[name] = run.result()
         go_on(run, rank, range(EVERY))
@@ -108,10 +109,10 @@ def load_all(rank, world_size, saved):
 
 @pytest.mark.parametrize("islands", [1, 3])
 def test_another_number_of_islands_takes_over_what_waits_and_what_was_begun(resumed, islands):
-    saved = [{name: result[name][1]["local"] for name in OUTER} for result in resumed]
+    saved = [{name: result[name][1]["local"] for name in LOCAL} for result in resumed]
     results = run_ranks(islands, load_all, saved)
     matrix = rows(2, islands)
-    for name in OUTER:
+    for name in LOCAL:
         before = [result[name][0][0] for result in resumed]
         after = [result[name] for result in results]
         for kind, names in (("residual", LARGE), ("parameters", SHAPES)):
@@ -223,7 +224,7 @@ def refused(rank, world_size):
     found = {
         "weights": local(Given(SHAPES, seed=rank)),
         "every": local(every=EVERY + rank),
-        "outer": local(outer=OUTER["DiLoCo" if rank else "averaging"]),
+        "outer": local(**LOCAL["DiLoCo" if rank else "averaging"]),
         "DDP over islands": local(DistributedDataParallel(Given(SHAPES))),
     }
     hooked = DistributedDataParallel(Given(SHAPES))
@@ -259,7 +260,7 @@ def test_islands_that_differ_are_refused_on_all_of_them():
         "hook": "expected a model without a DGCState, got one that is registered",
         "rounds": "round: rank 0 has 0, rank 1 has 1. Nothing was exchanged",
         "lr": "lr of outer: rank 0 has [1.0], rank 1 has [0.5]",
-        "theta_0": "checksum of theta_0: rank 0 has",
+        "theta_0": "checksum of theta_0's b: rank 0 has",
     }.items():
         assert text in results[0][name], (name, results[0][name])
 
@@ -272,6 +273,7 @@ def test_wrong_arguments_say_what_to_write():
     for call, text in (
         (partial(local, every=0), "every: expected a number of steps >= 1, got 0"),
         (partial(local, every=2.0), "every: expected a number of steps >= 1, got 2.0"),
+        (partial(local, every=2, delay=2), "delay: expected a number of steps in [0, 2), so that a round has arrived"),
         (partial(local, {"density": 0.01}), "config: expected a DGCConfig or None, got dict"),
         (partial(local, dgc.DGCConfig(clip_norm=1.0)), "clip_norm: expected None for LocalSteps, got 1.0"),
         (
@@ -319,6 +321,17 @@ def test_moments_that_are_not_finite_begin_anew_and_training_goes_on():
     assert int(run.inner.state[run.net.c]["step"]) == 12
 
 
+def test_nothing_is_saved_or_loaded_while_a_round_is_under_way():
+    run = RoundRun(CONFIG, EVERY, local={"delay": 2}, **ADAMW)
+    saved = run.local.state_dict()
+    go_on(run, 0, range(EVERY + 1))
+    assert run.local.under_way
+    for call in (run.local.state_dict, partial(run.local.load_state_dict, saved)):
+        assert "got one that arrives 2 steps after it was sent" in error_of(call)
+    go_on(run, 0, range(1))
+    assert run.local.state_dict()["rounds"] == 1
+
+
 def half_precision(rank, world_size):
     """Steps too small for bfloat16 add up in theta_0."""
     net = Given({"a": (200, 100)}, dtype=torch.bfloat16)
@@ -344,7 +357,7 @@ def test_theta_0_of_16_bit_weights_is_float32():
 
 
 def bytes_of(rank, world_size):
-    """What the kernel counts on the loopback, of a model whose matrices are large."""
+    """Bytes of a step by the state's own count, of a model whose matrices are large, and those of DDP's gradient."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 1024))
     inner = torch.optim.SGD(net.parameters(), lr=0.1)

@@ -18,7 +18,7 @@ LEVELS = [
     {"memory"},
     {"step"},
     {"ddp", "door", "doors", "fsdp", "fusion", "state"},
-    {"round_checks", "round_saved", "local_steps"}
+    {"local_steps", "round_checks", "round_saved", "rounds"}
     | {"attach", "checkpoint", "checkpoint_reader", "horovod", "horovod_elastic", "horovod_fusion", "__init__"}
     | {"accelerate", "lightning", "transformers"},
 ]
