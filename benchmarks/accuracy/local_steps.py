@@ -37,7 +37,11 @@ TRAINED = ["gpt-adamw", "mnist"]
 EVERY = (1, 5, 15, 50)
 DENSE = "synchronous"
 DENSITIES = {"DiLoCo": 1.0, "3 %": 0.03, "1 %": 0.01}
-METHODS = [DENSE, *(f"H = {every}, {kind}" for every in EVERY for kind in DENSITIES)]
+
+
+def methods(every: Sequence[int]) -> list[str]:
+    """Returns what is compared, at some numbers of steps between two rounds."""
+    return [DENSE, *(f"H = {steps}, {kind}" for steps in every for kind in DENSITIES)]
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Method:
 
     @classmethod
     def of(cls, name: str) -> Method:
-        """Reads a name of METHODS."""
+        """Reads a name of methods()."""
         every, kind = name.removeprefix("H = ").split(", ")
         diloco = kind == "DiLoCo"
         config = dgc.DGCConfig(
@@ -114,13 +118,13 @@ def _inner(network: nn.Module, task: Task) -> Optimizer:
     return torch.optim.SGD(network.parameters(), lr=task.lr, momentum=task.momentum, weight_decay=task.weight_decay)
 
 
-def plan(tasks: Sequence[str], seeds: int, steps: int | None) -> list[Run]:
+def plan(tasks: Sequence[str], every: Sequence[int], seeds: int, steps: int | None) -> list[Run]:
     """Returns all runs, seed after seed."""
     return [
         Run(name, method, seed, steps or TASKS[name].steps, f"{TASKS[name].recipe}, {_settings(method)}")
         for seed in range(seeds)
         for name in tasks
-        for method in METHODS
+        for method in methods(every)
     ]
 
 
@@ -148,10 +152,10 @@ def share(task: Task, name: str) -> float:
     return share_of_dense(task.network(), method.config, 1, WORKERS) / method.every
 
 
-def rows_of(records: Sequence[Record], task: str, seeds: Sequence[int]) -> list[list[Any]]:
+def rows_of(records: Sequence[Record], task: str, every: Sequence[int], seeds: Sequence[int]) -> list[list[Any]]:
     """Returns the rows of a task's table: each method against synchronous training and against DiLoCo at the same H."""
     rows: list[list[Any]] = []
-    for method in METHODS:
+    for method in methods(every):
         own = scores(records, task, method, seeds)
         spread = f"{statistics.stdev(own):.2f}" if len(own) > 1 else "one seed"
         row: list[Any] = [method, f"{statistics.fmean(own):.2f}", spread]
@@ -185,7 +189,9 @@ HEADERS = (
 )
 
 
-def tell(tasks: Sequence[str], seeds: Sequence[int], records: Mapping[Run, Record], folder: Path) -> None:
+def tell(
+    tasks: Sequence[str], every: Sequence[int], seeds: Sequence[int], records: Mapping[Run, Record], folder: Path
+) -> None:
     """Writes tables and raw figures."""
     found = [*records.values()]
     steps = {run.task: run.steps for run in records}
@@ -193,7 +199,7 @@ def tell(tasks: Sequence[str], seeds: Sequence[int], records: Mapping[Run, Recor
         (
             f"**{name}**: {TASKS[name].about}; {TASKS[name].metric}. {TASKS[name].recipe}, {steps[name]:,} steps.",
             HEADERS,
-            rows_of(found, name, seeds),
+            rows_of(found, name, every, seeds),
         )
         for name in tasks
     ]
@@ -208,11 +214,13 @@ def tell(tasks: Sequence[str], seeds: Sequence[int], records: Mapping[Run, Recor
 
 def main() -> None:
     """Gathers the runs, and reports once they are complete."""
-    args = options(__doc__, TRAINED, RESULTS / "local_steps.jsonl").parse_args()
-    runs = plan(args.tasks, args.seeds, args.steps)
+    parser = options(__doc__, TRAINED, RESULTS / "local_steps.jsonl")
+    parser.add_argument("--every", nargs="+", type=int, default=list(EVERY), help="H; default: 1 5 15 50")
+    args = parser.parse_args()
+    runs = plan(args.tasks, args.every, args.seeds, args.steps)
     found = gather(runs, perform, args.file, args.processes, args.minutes)
     if len(found) == len(runs):
-        tell(args.tasks, range(args.seeds), found, args.file.parent)
+        tell(args.tasks, args.every, range(args.seeds), found, args.file.parent)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def test_islands_in_threads_give_the_same_bits_again_and_are_equal_at_the_end(na
 
 
 def test_a_name_says_what_is_run():
-    assert len(local_steps.METHODS) == 13
+    assert len(local_steps.methods(local_steps.EVERY)) == 13
     sparse, dense = Method.of("H = 15, 3 %"), Method.of("H = 50, DiLoCo")
     assert (sparse.every, sparse.diloco, sparse.config.density, sparse.config.residual_decay) == (15, False, 0.03, 0.95)
     assert (dense.every, dense.diloco, dense.config.density, dense.config.residual_decay) == (50, True, 1.0, 1.0)
@@ -102,10 +102,10 @@ def test_bytes_are_those_of_a_round_divided_by_its_steps():
 def test_the_table_compares_with_synchronous_training_and_with_diloco(seeds):
     records = []
     for seed in range(seeds):
-        for place, method in enumerate(local_steps.METHODS):
+        for place, method in enumerate(local_steps.methods(local_steps.EVERY)):
             run = runs.Run("gpt-adamw", method, seed, 10, "")
             records.append(runs.Record(run, [(10, 100.0 + place + 0.01 * seed)], 1.0, "abc"))
-    table = {row[0]: row[1:] for row in local_steps.rows_of(records, "gpt-adamw", range(seeds))}
+    table = {row[0]: row[1:] for row in local_steps.rows_of(records, "gpt-adamw", local_steps.EVERY, range(seeds))}
     assert table[DENSE][2:5] == ["", "", ""]
     mean, _, synchronous, diloco, within, sent = table["H = 1, 3 %"]
     assert mean == f"{102 + 0.005 * (seeds - 1):.2f}"
