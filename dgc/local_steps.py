@@ -74,7 +74,7 @@ class LocalSteps(Rounds):
     Raises:
         ValueError: weights differ between islands, or every does; a DGC hook is on the model; DDP averages over ranks
             that are to be islands; or the inner optimizer has other parameters than the model.
-        TypeError: the inner optimizer is dgc's, or none.
+        TypeError: the inner optimizer is dgc's, or none; or outer is an optimizer.
     """
 
     def __init__(
@@ -98,6 +98,11 @@ class LocalSteps(Rounds):
         round_checks.check_optimizer(inner, weights)
         # In float32, since a round may move a weight by less than a 16-bit type can say.
         start = {name: nn.Parameter(p.detach().to(torch.float32, copy=True)) for name, p in weights.items()}
+        if not callable(outer):
+            raise TypeError(
+                f"outer: expected a function that makes the outer optimizer, as partial(dgc.SGD, lr=1.0), got "
+                f"{type(outer).__name__}"
+            )
         outer_optimizer = outer([*start.values()])
         # A round has time to wait for the verdict, and weights go back at once where it is bad: not late.
         state = DGCState(
@@ -111,7 +116,7 @@ class LocalSteps(Rounds):
         )
         round_checks.check_islands(model, state.exchange)
         state.open_door(nn.Module(), in_step=True)
-        state.exchange.agree({"every": every, "delay": delay})
+        state.exchange.agree({"every": int(every), "delay": int(delay)})
         super().__init__(model, inner, weights, start, outer_optimizer, state, int(every), int(delay))
         self._hook = inner.register_step_post_hook(self._stepped)
 
@@ -128,7 +133,7 @@ class LocalSteps(Rounds):
     def state_dict(self) -> dict[str, Any]:
         """Returns this island's theta_0, e, outer optimizer and place in the round; each island saves its own.
 
-        In the middle of a round it also has the island's weights. Tensors are views, not copies. Save the inner
+        Where the weights have left theta_0 it has them too. Tensors are views, not copies. Save the inner
         optimizer and buffers beside it, of each island, since they differ. torch.load(weights_only=True) reads it back.
 
         Raises:
@@ -141,7 +146,7 @@ class LocalSteps(Rounds):
             "rounds": self.rounds,
             "position": self.position,
             "start": {name: local(p.detach()) for name, p in self._start.items()},
-            "weights": {name: local(p.detach()) for name, p in self._weights.items()} if self.position else {},
+            "weights": {name: local(p.detach()) for name, p in self._weights.items()} if self.moved else {},
             "outer": self.outer.state_dict(),
             "dgc": self.state.state_dict(),
         }

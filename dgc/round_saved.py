@@ -28,7 +28,7 @@ class Saved(NamedTuple):
     positions: Mapping[int, int]
     """Inner steps since the last round, by island."""
     weights: Mapping[int, Mapping[str, Tensor]]
-    """theta of the islands that were in the middle of a round."""
+    """theta of the islands whose weights had left theta_0, as in the middle of a round."""
 
     def position_of(self, island: int, islands: int) -> int:
         """Returns the place in the round of an island, among the present ones."""
@@ -83,13 +83,13 @@ def read(state_dicts: Sequence[Mapping[str, Any]], start: Mapping[str, Tensor], 
                 "after a round to change it"
             )
         _check(one["start"], start, "start")
-        if one["position"]:
+        if one["weights"]:
             _check(one["weights"], start, "weights")
         (about,) = map(Share.of, unwrap(one["dgc"]))
         shares += unwrap(one["dgc"])
         islands = about.world_size
         positions[about.rank] = one["position"]
-        if one["position"]:
+        if one["weights"]:
             theirs[about.rank] = one["weights"]
     first = state_dicts[0]
     for one in state_dicts:

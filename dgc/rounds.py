@@ -1,4 +1,4 @@
-"""Rounds: how islands exchange the way of H local steps; the part of LocalSteps that is neither made nor saved."""
+"""Rounds: how a round of LocalSteps goes, from the way of H inner steps to the weights that all go on from."""
 
 from __future__ import annotations
 
@@ -48,6 +48,12 @@ class Rounds:
         self._compare_weights = False
         self._finished = False  # whether all islands were finishing in the last comparison
         self._sent_at: dict[str, Tensor] | None = None  # the weights when the round under way was sent
+
+    @property
+    def moved(self) -> bool:
+        """Whether this island's weights are others than theta_0."""
+        pairs = ((local(p), local(self._start[name])) for name, p in self._weights.items())
+        return not all(torch.equal(weight, start.to(weight.dtype)) for weight, start in pairs)
 
     @property
     def under_way(self) -> bool:

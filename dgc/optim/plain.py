@@ -16,6 +16,8 @@ from .base import Rule, Work
 class Plain(Rule):
     """A rule that adds gradients to v, and keeps no other tensor."""
 
+    masked_below = 0.0
+
     @property
     def kept(self) -> tuple[str, ...]:
         """The empty tuple, since v is the only tensor."""

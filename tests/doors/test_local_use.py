@@ -291,6 +291,7 @@ def test_wrong_arguments_say_what_to_write():
         (partial(local, outer=partial(dgc.OuterSGD, momentum=1.0)), "momentum: expected a number in [0, 1), got 1.0"),
         (partial(local, outer=partial(dgc.OuterSGD, lr=-1.0)), "lr: expected a number >= 0, got -1.0"),
         (partial(local, outer=partial(torch.optim.SGD, lr=0.7, momentum=0.9)), "with momentum > 0"),
+        (partial(local, outer=inner), "outer: expected a function that makes the outer optimizer"),
     ):
         assert text in error_of(call), text
         assert not inner._optimizer_step_post_hooks
@@ -319,6 +320,20 @@ def test_moments_that_are_not_finite_begin_anew_and_training_goes_on():
     assert any("the inner optimizer's state of a was not finite, and begins anew" in line for line in messages.lines)
     assert int(run.inner.state[run.net.a]["step"]) == 4
     assert int(run.inner.state[run.net.c]["step"]) == 12
+
+
+def test_what_a_round_that_was_left_out_has_left_in_dense_weights_is_saved():
+    config = dgc.DGCConfig(density=0.008, on_nonfinite="skip")
+    run, other = RoundRun(config, 2), RoundRun(config, 2)
+    gradients = integers(SHAPES, 0)
+    gradients["a"][0, 0] = torch.nan
+    run.train(gradients)
+    run.train(integers(SHAPES, 1))
+    assert (run.local.position, run.local.state.stats.skipped) == (0, 1)
+    assert not torch.equal(run.net.b, run.local._start["b"])
+    other.local.load_state_dict(through_a_file(run.local.state_dict()))
+    assert torch.equal(other.net.b, run.net.b)
+    assert torch.equal(other.net.a, run.local._start["a"])
 
 
 def test_nothing_is_saved_or_loaded_while_a_round_is_under_way():
