@@ -39,7 +39,7 @@ Outer = Callable[[list[nn.Parameter]], Optimizer]
 
 AVERAGING: Outer = partial(SGD, lr=1.0)
 """theta_0 moves by the mean of what islands have sent: SparseLoCo."""
-SPARSELOCO = DGCConfig(density=0.03, residual_decay=0.95, wire_dtype=torch.bfloat16)
+SPARSELOCO = DGCConfig(density=0.03, residual_decay=0.95, wire_dtype="8bit")
 """The configuration of LocalSteps where none is given."""
 
 
@@ -59,8 +59,8 @@ class LocalSteps(Rounds):
             has sharded inside the island.
         inner_optimizer: torch's or any other, that holds all trainable parameters of the model. A hook counts its
             steps, so one that GradScaler leaves out is no step.
-        config: of the outer exchange. A step of it is a round, in warmup_steps too. None for SPARSELOCO: 3 %, bfloat16,
-            residual decay 0.95.
+        config: of the outer exchange. A step of it is a round, in warmup_steps too. None for SPARSELOCO: 3 %, 8 bits a
+            value, residual decay 0.95.
         every: H, steps between two rounds; the same on all islands.
         delay: steps for which a round travels while the next steps run, below H. Then weights become theta_0 plus what
             they have moved since. 0: a round is waited for.

@@ -53,7 +53,7 @@ def local_steps(
     args: argparse.Namespace, net: GPT, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, dgc.LocalSteps]:
     """Returns the model of this island and its rounds."""
-    config = dgc.DGCConfig(args.density, residual_decay=args.residual_decay, wire_dtype="bfloat16")
+    config = dgc.DGCConfig(args.density, residual_decay=args.residual_decay, wire_dtype="8bit")
     outer = partial(dgc.SGD, lr=1.0)
     if args.diloco:
         config, outer = dgc.DGCConfig(density=1.0), partial(dgc.OuterSGD, lr=0.7, momentum=0.9)

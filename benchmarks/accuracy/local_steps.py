@@ -5,8 +5,9 @@
 Four islands of one worker, simulated in one process by dgc.LocalSteps itself, with AdamW inside (a small GPT) or SGD (a
 CNN). All methods have the recipe of synchronous dense training, learning rate included, and each island clips its own
 gradients. DiLoCo sends all, with Nesterov momentum on the mean; the others are SparseLoCo: plain averaging, residual
-decay 0.95. H is the number of steps between two rounds. Finished runs are kept in results/local_steps.jsonl, so that
-the table can be gathered over several calls: --minutes says when to stop starting new ones.
+decay 0.95, 8 bits a value. H is the number of steps between two rounds. Finished runs are kept in
+results/local_steps.jsonl, so that the table can be gathered over several calls: --minutes says when to stop starting
+new ones.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Method:
             DENSITIES[kind],
             dense_below=DENSE_BELOW,
             residual_decay=1.0 if diloco else 0.95,
-            wire_dtype=torch.float32 if diloco else torch.bfloat16,
+            wire_dtype=torch.float32 if diloco else "8bit",
         )
         return cls(int(every), diloco, config)
 

@@ -17,6 +17,7 @@ from benchmarks.shapes import NETWORKS, Shapes
 from dgc.local import rows_of
 from dgc.memory.refusals import dense_reasons
 from dgc.ops import Segments
+from dgc.ops.codec import EliasFano
 from dgc.step.schedule import entries
 
 from .cost import Cluster, Link, Traffic, all_reduce, communication, ddp_buckets, dense_traffic, dgc_traffic
@@ -47,7 +48,7 @@ def island_traffic(buckets: Sequence[Shapes], places: int, config: dgc.DGCConfig
                 first, last = rows_of(shape[0], place, places)
                 parts.append((last - first) * math.prod(shape[1:]))
             rows = [(0, 0, 0, n, entries(config.density, n)) for n in parts if n]
-            payload += Segments.from_rows(rows).wire(config.wire_dtype).nbytes if rows else 0
+            payload += EliasFano(config.wire_dtype).nbytes(Segments.from_rows(rows)) if rows else 0
             sent += sum(row[4] for row in rows)
         found.append(Traffic(payload, 4 * (sum(map(math.prod, bucket.values())) - elements), elements, sent))
     return found

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import dgc
 from benchmarks.shapes import NETWORKS
+from dgc.ops.codec import EliasFano
 
 from .cost import Cluster, Link, communication, ddp_buckets, dense_traffic, dgc_traffic, step_time
 
@@ -135,7 +136,7 @@ def project(
     for n in workers:
         ours = dgc_traffic(buckets, n, config)
         compressed, entries = sum(t.compressed for t in ours), sum(t.entries for t in ours)
-        received = n * entries * (config.wire_dtype.itemsize + 2)
+        received = n * entries * EliasFano(config.wire_dtype).entry_bytes(config.density)
         competitors = (
             (dense[4], 0.0),
             (dense[2], a.cast_bytes * parameters),

@@ -8,8 +8,8 @@ steps of one that exchanges every H, one step of the others, which at 10 Mbit/s 
 rank's, divided by the steps. Bytes are those of Ethernet frames that leave a rank, counted by the kernel.
 
 - `alone`: no exchange at all, the limit.
-- `ddp`: plain DDP, float32.          `dgc`: this package at 1 %, bfloat16 values, at every step.
-- `DiLoCo`: dgc.LocalSteps at density 1 with dgc.OuterSGD.     `3 %`, `1 %`: dgc.LocalSteps, bfloat16 values.
+- `ddp`: plain DDP, float32.          `dgc`: this package at 1 %, 8 bits a value, at every step.
+- `DiLoCo`: dgc.LocalSteps at density 1 with dgc.OuterSGD.     `3 %`, `1 %`: dgc.LocalSteps, 8 bits a value.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def competitor(name: str, net: nn.Module, loss: Callable[[nn.Module], Tensor], e
     kept: object = None
     if name == "dgc":
         optimizer = dgc.AdamW(model.parameters(), lr=LR)
-        kept = dgc.attach(model, optimizer, dgc.DGCConfig(density=0.01, wire_dtype=torch.bfloat16))
+        kept = dgc.attach(model, optimizer, dgc.DGCConfig(density=0.01, wire_dtype="8bit"))
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     if name in ROUNDS:
@@ -81,7 +81,7 @@ def competitor(name: str, net: nn.Module, loss: Callable[[nn.Module], Tensor], e
         config = dgc.DGCConfig(
             ROUNDS[name],
             residual_decay=1.0 if diloco else 0.95,
-            wire_dtype=torch.float32 if diloco else torch.bfloat16,
+            wire_dtype=torch.float32 if diloco else "8bit",
         )
         outer = partial(dgc.OuterSGD, lr=0.7, momentum=0.9) if diloco else partial(dgc.SGD, lr=1.0)
         kept = dgc.LocalSteps(model, optimizer, config, every=every, outer=outer)

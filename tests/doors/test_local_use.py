@@ -19,7 +19,7 @@ from support.round_run import RoundRun
 from support.shares import rows
 from support.training import LARGE, SHAPES, assert_replicas_equal, seed_of
 
-CONFIG = dgc.DGCConfig(density=0.008, residual_decay=0.95)
+CONFIG = dgc.DGCConfig(density=0.008, residual_decay=0.95, wire_dtype="8bit")
 EVERY = 4
 HALF_WAY, STEPS = 6, 14
 LOCAL = {
@@ -371,12 +371,12 @@ def test_theta_0_of_16_bit_weights_is_float32():
         assert torch.equal(weights, start.bfloat16())
 
 
-def bytes_of(rank, world_size):
+def bytes_of(rank, world_size, wire_dtype):
     """Bytes of a step by the state's own count, of a model whose matrices are large, and those of DDP's gradient."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 1024))
     inner = torch.optim.SGD(net.parameters(), lr=0.1)
-    config = dgc.DGCConfig(density=0.01, wire_dtype="bfloat16")
+    config = dgc.DGCConfig(density=0.01, wire_dtype=wire_dtype)
     local = dgc.LocalSteps(net, inner, config, every=15)
     for _ in range(30):
         for p in net.parameters():
@@ -385,9 +385,10 @@ def bytes_of(rank, world_size):
     return local.state.stats.total_bytes_sent / 30, local.state.stats.bytes_dense
 
 
-def test_a_step_sends_a_thousandth_of_ddp():
-    for sent, dense in run_ranks(2, bytes_of):
-        assert sent < dense / 1000
+@pytest.mark.parametrize(("wire_dtype", "times"), [("bfloat16", 1000), ("8bit", 2000)])
+def test_a_step_sends_a_thousandth_of_ddp(wire_dtype, times):
+    for sent, dense in run_ranks(2, bytes_of, wire_dtype):
+        assert sent < dense / times
 
 
 def apart(rank, world_size):
