@@ -148,6 +148,16 @@ class Registered(Saved):
             )
         return self._door.shut()
 
+    def send(self) -> None:
+        """Starts the exchange of the gradients in .grad, which step() then waits for; a collective.
+
+        Raises:
+            RuntimeError: step() is not to exchange.
+        """
+        if self._door is None:
+            raise RuntimeError("DGCState.send: expected a state registered with in_step=True, got another")
+        self._door.send(self.exchange)
+
     def collect(self) -> None:
         """Exchanges the gradients in .grad, where step() is to do it; a collective then.
 

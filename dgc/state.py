@@ -24,6 +24,7 @@ from .memory.parameters import Parameters
 from .ops.codec import Codec, EliasFano
 from .stats import Stats
 from .step import advice, log
+from .step.lifecycle import Pass
 from .step.standing import Standing
 
 
@@ -115,6 +116,21 @@ class DGCState(Registered):
     def residual_norm(self) -> float:
         """Euclidean norm of the residual v. It reads all of v, so it is too slow for every step."""
         return float(torch.linalg.vector_norm(self.memory.residual, dtype=torch.float64))
+
+    # The last pass, for LocalSteps, which takes weights back where a round fails.
+
+    @property
+    def last_pass(self) -> Pass:
+        """The last pass that has begun; it may be over."""
+        return self._pass
+
+    @property
+    def accumulated(self) -> set[str]:
+        """Names of the parameters whose gradients the last pass has put into memory, whatever became of its step."""
+        parameters = self._standing.parameters
+        # A rank without rows of a divided parameter sends none of it, but others of its node do.
+        kept = {name for name, slot in parameters.slots.items() if slot.numel or name in parameters.never_compressed}
+        return self._pass.reduced - (self._standing.layouts.phase.dense.keys() & kept)
 
     # Copies of the whole object.
 

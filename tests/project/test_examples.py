@@ -77,6 +77,16 @@ def test_gpt():
     assert "bytes sent in the run: " in output
 
 
+@pytest.mark.parametrize(("processes", "islands"), [(2, []), (4, ["--nodes", "2"])])
+def test_local_steps_gpt(processes, islands):
+    small = ["--width", "32", "--depth", "1", "--heads", "2", "--batch-size", "1"]
+    script = ["examples/local_steps_gpt.py", "--steps", "5", "--every", "2", *small, *islands]
+    output = output_of("launch/torchrun.sh", "--nproc-per-node", str(processes), *script)
+    assert "validation perplexity" in output
+    assert f"{processes} ranks, weights equal on all: True" in output
+    assert "3 rounds; bytes a step to other islands: " in output
+
+
 @pytest.mark.parametrize("dense", [[], ["--dense"]])
 def test_fsdp2_gpt(dense):
     small = ["--width", "32", "--depth", "1", "--batch-size", "1"]
@@ -102,7 +112,9 @@ def test_quickstart_checks_its_options_before_it_installs_anything(arguments, me
     assert message in result.stderr
 
 
-@pytest.mark.parametrize("script", ["quickstart.sh", "torchrun.sh", "install_horovod.sh", "horovodrun.sh", "test.sh"])
+@pytest.mark.parametrize(
+    "script", ["quickstart.sh", "local_steps.sh", "torchrun.sh", "install_horovod.sh", "horovodrun.sh", "test.sh"]
+)
 def test_launch_scripts_explain_themselves(script):
     result = run(f"launch/{script}", "--help")
     assert result.returncode == 0

@@ -18,7 +18,8 @@ LEVELS = [
     {"memory"},
     {"step"},
     {"ddp", "door", "doors", "fsdp", "fusion", "state"},
-    {"attach", "checkpoint", "checkpoint_reader", "horovod", "horovod_elastic", "horovod_fusion", "__init__"}
+    {"local_steps", "round_checks", "round_saved", "rounds"}
+    | {"attach", "checkpoint", "checkpoint_reader", "horovod", "horovod_elastic", "horovod_fusion", "__init__"}
     | {"accelerate", "lightning", "torchft", "transformers"},
 ]
 """From the bottom up: each imports from those before it, and from its own level without a circle."""
