@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import pytest
 
 from benchmarks.harness import ROOT
-from benchmarks.shapes import NETWORKS
+from dgc.cli.shapes import NETWORKS
 
 
 def name_of(path):
