@@ -156,7 +156,7 @@ class Speeds:
     all_reduce: Seconds
     """Of float32."""
     all_reduce_16: Seconds
-    """Of bfloat16."""
+    """Of 16 bits."""
     all_gather: Seconds
     node: Node | None = None
     """None where each node has one rank, or all are on one."""
