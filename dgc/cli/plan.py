@@ -15,7 +15,7 @@ from dgc.exchange.distributed import everyone_of
 
 from . import report
 from .checks import bytes_a_second, check_arguments, check_memory
-from .cost import Cluster, Link, Speeds, speeds_of
+from .cost import Cluster, Link, speeds_of
 from .forecast import (
     HALF,
     Forecast,
@@ -31,15 +31,15 @@ from .ranks import UsageError, everywhere, join, machine_name, places_of, starte
 from .traffic import ddp_buckets
 
 
-def on_paper(args: argparse.Namespace, setting: Setting) -> tuple[Speeds, list[Forecast]]:
-    """Returns speeds and forecasts for a link that is only described."""
+def on_paper(args: argparse.Namespace, setting: Setting) -> list[Forecast]:
+    """Returns the forecasts for a link that is only described."""
     step, backward = times(setting)
     network = Link(args.share * bytes_a_second(args.link), 1e-6 * args.latency_us)
     inside = Link(bytes_a_second(args.inside), 3.4e-6)  # NCCL's tuning table: ring, Simple, NVLink
     speeds = speeds_of(Cluster(args.ranks, args.ranks_per_node or 1, network, inside))
     buckets = ddp_buckets(setting.model.shapes)
     local = local_steps(buckets, args.ranks, step, backward, 1e9 * args.memory_gbytes)
-    return speeds, forecasts(buckets, args.ranks, speeds, local, step)
+    return forecasts(buckets, args.ranks, speeds, local, step)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.link is not None:
         setting = setting_of(load(args.model))
-        _, found = on_paper(args, setting)
+        found = on_paper(args, setting)
         places = args.ranks_per_node or 1
         where = f"{args.ranks} ranks, {places} a node, {args.link} a node; arithmetic, not measured"
         _show(args, setting.model, found, args.ranks, where, [], "bf16")

@@ -79,7 +79,7 @@ def draw(picture: Path, title: str, found: Sequence[Forecast], chosen: Forecast)
     names = [f"{f.name}\nrecommended" if f is chosen else f.name for f in found]
     least = min(f.local for f in found)
     parts: Mapping[str, tuple[list[float], str]] = {
-        "step without exchange, about": ([1e3 * min(least, f.local) for f in found], "tab:gray"),
+        "the step itself": ([1e3 * min(least, f.local) for f in found], "tab:gray"),
         "casting or compressing": ([1e3 * max(f.local - least, 0.0) for f in found], "tab:orange"),
         "waiting for the network": ([1e3 * f.waiting for f in found], "tab:red"),
     }
@@ -95,6 +95,6 @@ def draw(picture: Path, title: str, found: Sequence[Forecast], chosen: Forecast)
     axes.set_xlabel("milliseconds of a step, predicted")
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
     figure.savefig(picture, dpi=130)
     pyplot.close(figure)
