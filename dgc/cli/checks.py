@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from .models import Model
 from .ranks import UsageError, started
@@ -70,7 +69,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.price and not args.steps:
         raise UsageError("--price: expected --steps too, the length of the run, got none: add --steps 100000")
     if args.link is None:
-        if started(os.environ) is None and not dist.is_initialized():
+        if started(os.environ) is None:
             raise UsageError(
                 "expected a process group or --link, got neither: start it on your machines, torchrun "
                 "--nproc-per-node 2 -m dgc plan --model train.py:make_model (or horovodrun, srun), or answer without "

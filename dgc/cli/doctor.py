@@ -233,7 +233,6 @@ def run(args: argparse.Namespace) -> int:
         _show(found, args.json)
     if process is not None:
         dist.barrier()
-        dist.destroy_process_group()
     return 1 if wrong else 0
 
 

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch.distributed as dist
+
 from .models import FORMS
 from .ranks import UsageError
 
@@ -77,5 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return doctor.run(args)
     except UsageError as error:
-        print(f"python -m dgc {args.command}: {error}", file=sys.stderr)
+        if not dist.is_initialized() or dist.get_rank() == 0:  # all ranks raise it
+            print(f"python -m dgc {args.command}: {error}", file=sys.stderr)
         return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

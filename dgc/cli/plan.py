@@ -63,10 +63,8 @@ def run(args: argparse.Namespace) -> int:
         _show(args, setting.model, found, args.ranks, where, [], "bf16")
         return 0
     process = started(os.environ)
-    if process is not None and not dist.is_initialized():
-        device = join(process)
-    else:
-        device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    assert process is not None  # check_arguments
+    device = join(process)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     if ranks < 2:
         raise UsageError("expected two ranks or more, got one, which has nobody to exchange with: start more")
@@ -106,7 +104,6 @@ def run(args: argparse.Namespace) -> int:
         if line := unsteady(measured.links.probes):
             print(f"\nplan: {line}", file=sys.stderr if args.json else sys.stdout)
     dist.barrier()
-    dist.destroy_process_group()
     return 0
 
 
