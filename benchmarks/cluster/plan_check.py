@@ -4,7 +4,7 @@
 
 The models, the rates, the ranks and the links are those of benchmarks/training/network.py. In each setting plan
 measures first, in less than 30 seconds, as on a user's machines; then DDP, DDP with fp16_compress_hook and dgc at 1 %
-and 0.1 % train, each a block of steps of its own. A step begins with a barrier that is not in its time, and its time is
+and 0.1 % train, in turns of several steps each. A step begins with a barrier that is not in its time, and its time is
 the slowest rank's. The last settings have nodes of two ranks that share a limited link, where nodes are the workers of
 one more dgc at 0.1 %.
 
@@ -18,6 +18,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,8 @@ from dgc.cli.models import Model
 
 NODES, NODE_RATES, NODE_MODELS = (2, 2), ("1gbit", "100mbit"), ("mlp", "gpt")
 """Nodes and their ranks, and in which settings."""
-FEWEST, MOST = 3, 15
-"""Timed steps of a competitor in a setting."""
+FEWEST, MOST, PASSES = 2, 10, 2
+"""Timed steps of a competitor in a turn, and turns."""
 WITHIN, MEDIAN, PATIENCE = 0.2, 0.08, 30.0
 """What is aimed at: errors of all, their median, and seconds of measuring."""
 NAMES = {
@@ -80,6 +81,22 @@ def steps_of(one: Competitor, seconds: float) -> list[float]:
     return slowest([timed(one.step) for _ in range(count)])
 
 
+def busy() -> float:
+    """Returns the seconds that all processors together have worked since the machine started."""
+    user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+
+
+def others(began: tuple[float, float, float]) -> float:
+    """Returns how many processors other processes have kept busy since (busy(), own, clock) were read; a collective.
+
+    The kernel's work for our own network is among it.
+    """
+    own = torch.tensor(time.process_time() - began[1], dtype=torch.float64)
+    dist.all_reduce(own)
+    return (busy() - began[0] - own.item()) / (time.monotonic() - began[2])
+
+
 def worker(rank: int, ranks: int, places: int, model: str, rates: Sequence[str], seconds: float, folder: str) -> None:
     """Predicts and measures at all rates on one rank, whose node has so many places."""
     torch.set_num_threads(1)
@@ -94,12 +111,16 @@ def worker(rank: int, ranks: int, places: int, model: str, rates: Sequence[str],
         if link:
             link.limit(limit_of(rate))
         dist.barrier()
+        began = busy(), time.process_time(), time.monotonic()
         module, loss = task(model, torch.Generator().manual_seed(rank))
         shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
         setting = Setting(Model(model, shapes, module, loss), "sgd", None, None)
         planned = measure(setting, torch.device("cpu"), places, lambda _: None)
         del module, loss
-        measured = {name: steps_of(one, seconds / len(trained)) for name, one in trained.items()}
+        measured: dict[str, list[float]] = {name: [] for name in trained}
+        for _ in range(PASSES):
+            for name, one in trained.items():
+                measured[name] += steps_of(one, seconds / len(trained) / PASSES)
         probes = {name: {str(n): s for n, s in probe.seconds.items()} for name, probe in planned.links.probes.items()}
         found.append(
             {
@@ -108,6 +129,7 @@ def worker(rank: int, ranks: int, places: int, model: str, rates: Sequence[str],
                 "ranks": ranks,
                 "places": places,
                 "took": planned.took,
+                "others": others(began),
                 "overlap": planned.links.speeds.overlap,
                 "alone": planned.alone,
                 "forecast": [tuple(vars(f).values()) for f in planned.found],
@@ -181,8 +203,8 @@ def choices(runs: Sequence[Run]) -> list[list[str]]:
         chosen = recommended([f for f in forecasts_of(one) if f.name in medians]).name
         best = min(medians, key=medians.__getitem__)
         loss = medians[chosen] / medians[best] - 1
-        overlap = f"{100 * one['overlap']:.0f} %"
-        rows.append([*label(one), NAMES[chosen], NAMES[best], f"{100 * loss:.0f} %", overlap, f"{one['took']:.0f}"])
+        about = [f"{100 * one['overlap']:.0f} %", f"{one['took']:.0f}", f"{one['others']:.1f}"]
+        rows.append([*label(one), NAMES[chosen], NAMES[best], f"{100 * loss:.0f} %", *about])
     return rows
 
 
@@ -247,8 +269,18 @@ def main() -> None:
             (
                 "What plan recommends among the four or five that were trained, which of them was the fastest, and how "
                 "much slower the recommended one was. Overlap: the share of an exchange that goes on while a rank "
-                "computes, as plan measured it.",
-                ["ranks", "model", "rate", "recommended", "fastest", "slower by", "overlap", "measured in, s"],
+                "computes, as plan measured it. Others: processors that other processes of the machine kept busy.",
+                [
+                    "ranks",
+                    "model",
+                    "rate",
+                    "recommended",
+                    "fastest",
+                    "slower by",
+                    "overlap",
+                    "measured in, s",
+                    "others",
+                ],
                 choices(runs),
             ),
             (

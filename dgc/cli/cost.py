@@ -162,6 +162,15 @@ class Speeds:
     """None where each node has one rank, or all are on one."""
     overlap: float = 1.0
     """Share of an exchange that goes on while a rank computes; 0 where both need the same processor."""
+    at_once: bool = False
+    """Whether the two collectives of a bucket wait at the same time (gloo), or one after the other (NCCL)."""
+
+    def together(self, gathered: float, reduced: float) -> float:
+        """Returns the seconds of an all-gather and a float32 all-reduce that are started together, by their bytes."""
+        both = self.all_gather(gathered) + self.all_reduce(reduced)
+        if self.at_once and gathered and reduced:
+            both -= min(self.all_gather(1), self.all_reduce(1))
+        return both
 
 
 def speeds_of(cluster: Cluster, trees: bool = True) -> Speeds:
@@ -179,9 +188,16 @@ def speeds_of(cluster: Cluster, trees: bool = True) -> Speeds:
 
 
 def flat_seconds(traffic: Sequence[Traffic], speeds: Speeds, itemsize: int = 4) -> list[float]:
-    """Returns the seconds of each bucket's collectives where each rank is a worker; dense values of so many bytes."""
-    dense = speeds.all_reduce if itemsize == 4 else speeds.all_reduce_16
-    return [speeds.all_gather(t.payload) + dense(t.dense) for t in traffic]
+    """Returns the seconds of each bucket's collectives where each rank is a worker.
+
+    Args:
+        traffic: of a rank.
+        speeds: of all ranks.
+        itemsize: bytes of a value that is sent dense; with 2, all are.
+    """
+    if itemsize == 2:
+        return [speeds.all_reduce_16(t.dense) for t in traffic]
+    return [speeds.together(t.payload, t.dense) for t in traffic]
 
 
 def node_seconds(traffic: Sequence[Traffic], speeds: Speeds, node: Node) -> list[float]:

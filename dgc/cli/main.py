@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--price", type=float, metavar="P", help="of a rank for an hour, in any currency; needs --steps")
     plan.add_argument("--picture", type=Path, metavar="FILE", help="draws the step times, as .png, .svg or .pdf")
     plan.add_argument("--json", action="store_true", help="prints JSON in place of tables")
-    plan.add_argument("--seconds", type=float, default=20, metavar="S", help="for measuring, about (20)")
+    plan.add_argument("--seconds", type=float, default=15, metavar="S", help="for measuring, about (15)")
     paper = plan.add_argument_group("without machines")
     paper.add_argument("--link", metavar="RATE", help="of a node, each way: 1gbit, 100mbit, ...")
     paper.add_argument("--ranks", type=int, metavar="N", help="number of workers")

@@ -18,8 +18,8 @@ from .rehearsal import ALONE, Rehearsal, Rehearsed
 from .shapes import Shapes
 from .traffic import ddp_buckets
 
-SAMPLES = 3
-"""Times that each collective is measured, before the rehearsals and after."""
+SAMPLES, PASSES = 3, 2
+"""Times that each collective is measured, before the rehearsals and after; and turns that ways to exchange take."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Setting:
     """Seconds of a step without exchange; None to measure it."""
     backward: float | None
     """Seconds of the backward pass; None for BACKWARD of the step, or what is measured."""
-    seconds: float = 20.0
+    seconds: float = 15.0
     """For measuring, about."""
 
 
@@ -71,10 +71,12 @@ def measure(setting: Setting, device: torch.device, places: int, say: Callable[[
     rehearsal = Rehearsal(module, loss, device, setting.optimizer, list(model.shapes))
     left = max(setting.seconds - (time.monotonic() - began), setting.seconds / 3) * 0.85
     ways = (ALONE, FLOAT32, HALF, *DENSITIES)
-    rehearsed = {}
-    for way in ways:
-        say(f"step without network: {way if isinstance(way, str) else f'dgc {100 * way:g} %'}")
-        rehearsed[way] = rehearsal.rehearse(way, left / len(ways))
+    for turn in range(PASSES):
+        for way in ways:
+            name = way if isinstance(way, str) else f"dgc {100 * way:g} %"
+            say(f"step without network, {turn + 1} of {PASSES}: {name}")
+            rehearsal.rehearse(way, left / len(ways) / PASSES)
+    rehearsed = rehearsal.found
     say("link: again")
     links.sample(SAMPLES)
     buckets, none = rehearsal.buckets, rehearsed[ALONE].seconds

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -30,8 +30,8 @@ from .shapes import Shapes
 
 WARM_UP = 3
 """Steps until DDP has built its buckets again, and memory is there."""
-FEWEST, MOST = 3, 25
-"""Timed steps of an exchange."""
+FEWEST, MOST = 2, 12
+"""Timed steps of an exchange at a time."""
 
 Mark = float | torch.cuda.Event
 
@@ -75,16 +75,24 @@ class Silent(DistributedExchange):
         return DistributedTransfer([], self._stream)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rehearsed:
-    """One way to exchange, without the network."""
+    """Steps of one way to exchange, without the network."""
 
-    seconds: float
-    """Of a whole step, of the slowest rank; the median."""
-    ready: tuple[float, ...]
-    """When each bucket's exchange could begin, in seconds before the last one's: negative, then 0."""
-    spread: tuple[float, float]
-    """Seconds of the shortest and of the longest step."""
+    durations: list[float] = field(default_factory=list)
+    """Seconds of each step, of the slowest rank."""
+    starts: list[list[float]] = field(default_factory=list)
+    """When each bucket's exchange could begin, step by step, in seconds before the last one's: negative, then 0."""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of a step; the median."""
+        return statistics.median(self.durations)
+
+    @property
+    def ready(self) -> list[float]:
+        """When each bucket's exchange can begin; the medians."""
+        return [statistics.median(bucket) for bucket in zip(*self.starts, strict=True)]
 
 
 @dataclass
@@ -146,11 +154,13 @@ class Rehearsal:
         self._group = dist.new_subgroups(1)[0]
         trainable = [p for p in module.parameters() if p.requires_grad]
         self._names = dict(zip(trainable, names, strict=True))
+        self.found: dict[Way, Rehearsed] = {}
+        """What each way took."""
         self.buckets: list[Shapes] = []
         """DDP's, in the order in which it sends them; known once FLOAT32 has been rehearsed."""
 
-    def rehearse(self, way: Way, seconds: float) -> Rehearsed:
-        """Takes steps for about so many seconds; a collective.
+    def rehearse(self, way: Way, seconds: float) -> None:
+        """Takes steps for about so many seconds, and adds them to those taken before; a collective.
 
         Args:
             way: of exchanging.
@@ -172,28 +182,24 @@ class Rehearsal:
                 self._loss(model).backward()
             optimizer.step()
 
-        durations, ready = self._timed(step, seconds, marks)
+        found = self.found.setdefault(way, Rehearsed())
+        self._time(step, seconds, marks, found)
         if way == FLOAT32:
-            latest = hook.buckets[-len(ready) :]
+            latest = hook.buckets[-len(found.ready) :]
             self.buckets = [{self._names[p]: tuple(p.shape) for p in bucket} for bucket in latest]
         optimizer.zero_grad()
-        return Rehearsed(statistics.median(durations), ready, (min(durations), max(durations)))
 
-    def _timed(
-        self, step: Callable[[], object], seconds: float, marks: list[Mark]
-    ) -> tuple[list[float], tuple[float, ...]]:
-        """Returns the seconds of each step, and when each bucket was ready before the last one, as the median step."""
+    def _time(self, step: Callable[[], object], seconds: float, marks: list[Mark], found: Rehearsed) -> None:
         for _ in range(WARM_UP):
             [one] = slowest([timed(step)])
         count = min(max(int(seconds / one) - WARM_UP, FEWEST), MOST)
         own: list[float] = []
-        offsets: list[list[float]] = []
         for _ in range(count):
             marks.clear()
             own.append(timed(step))
             wait_for_device()
-            offsets.append([_between(marks[-1], mark) for mark in marks])
-        return slowest(own), tuple(map(statistics.median, zip(*offsets, strict=True)))
+            found.starts.append([_between(marks[-1], mark) for mark in marks])
+        found.durations += slowest(own)
 
     def _made(self, ours: bool) -> torch.optim.Optimizer:
         parameters = [p for p in self._module.parameters() if p.requires_grad]

@@ -53,6 +53,9 @@ def test_nodes_by_hand():
     assert node_seconds(sent, speeds, node) == [pytest.approx(13 + 41 + 12 + 4.3), 13]
     assert flat_seconds(sent, speeds) == [13 + 66, 13]
     assert flat_seconds([Traffic(0, 10, 0, 0)], speeds, itemsize=2) == [0]
+    # Started together, gloo waits for both at once: the lesser wait, of 8.5 for a byte, does not count.
+    at_once = Speeds(Line(8, 0.5), Line(0, 0), Line(16, 0.25), at_once=True)
+    assert flat_seconds(sent, at_once) == [13 + 66 - 8.5, 13]
 
 
 def test_the_formulas_as_speeds():
