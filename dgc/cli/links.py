@@ -194,7 +194,12 @@ class Links:
                 inside=lines["all-gather inside a node"],
             )
         return Speeds(
-            lines["all-reduce"], lines["all-reduce, 16 bits"], lines["all-gather"], node, overlap=self._overlap
+            all_reduce=lines["all-reduce"],
+            all_reduce_16=lines["all-reduce, 16 bits"],
+            all_gather=lines["all-gather"],
+            node=node,
+            overlap=self._overlap,
+            at_once=dist.get_backend() == "gloo",
         )
 
     def _all_reduce(self, dtype: torch.dtype) -> Prepared:
