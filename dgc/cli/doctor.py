@@ -241,7 +241,8 @@ def _said(findings: Sequence[Finding]) -> set[tuple[str, str]]:
 
 
 def _tested(device: torch.device | None, several: bool) -> list[Finding]:
-    print("doctor: self-test of some seconds", file=sys.stderr, flush=True)
+    if device is None or dist.get_rank() == 0:
+        print("doctor: self-test of some seconds", file=sys.stderr, flush=True)
     try:
         if device is None:
             return judged(selftest.alone())
