@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import dgc
 from benchmarks.harness import report
-from benchmarks.shapes import NETWORKS, Shapes
+from dgc.cli.shapes import NETWORKS, Shapes
 from dgc.exchange.base import Exchange
 from dgc.memory.slots import Gradients
 from dgc.stats import traffic

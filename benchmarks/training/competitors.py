@@ -101,13 +101,16 @@ class Competitor:
         self.optimizer.step()
 
 
-def competitor(name: str, module: nn.Module, loss: Callable[[nn.Module], Tensor], **options: bool) -> Competitor:
+def competitor(
+    name: str, module: nn.Module, loss: Callable[[nn.Module], Tensor], density: float = DENSITY, **options: bool
+) -> Competitor:
     """Returns a competitor that trains this module.
 
     Args:
         name: one of NAMES, DOOR or WITH_ADAMW.
         module: its own; equal on all ranks.
         loss: runs the model that it is given on this rank's data.
+        density: of dgc.
         options: DDP's, the same for all competitors.
     """
     if name not in (known := (*NAMES, DOOR, *WITH_ADAMW)):
@@ -125,7 +128,7 @@ def competitor(name: str, module: nn.Module, loss: Callable[[nn.Module], Tensor]
             optimizer = dgc.AdamW(model.parameters(), lr=ADAM_LR)
         else:
             optimizer = dgc.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
-        state = dgc.DGCState(model.named_parameters(), optimizer, dgc.DGCConfig(density=DENSITY))
+        state = dgc.DGCState(model.named_parameters(), optimizer, dgc.DGCConfig(density=density))
         state.register(model)
     elif name == "no_sync adamw":
         optimizer = torch.optim.AdamW(model.parameters(), lr=ADAM_LR, fused=True)

@@ -13,20 +13,10 @@ import torch.distributed as dist
 import dgc
 from benchmarks.cluster import islands, scaling
 from benchmarks.cluster.calibration import Constants, Measured, calibrate, points
-from benchmarks.cluster.cost import (
-    Cluster,
-    Link,
-    Traffic,
-    all_gather,
-    all_reduce,
-    communication,
-    ddp_buckets,
-    dense_traffic,
-    dgc_traffic,
-    step_time,
-)
 from benchmarks.cluster.projection import WORKLOADS, Assumptions, Projected, losses, project
-from benchmarks.shapes import NETWORKS
+from dgc.cli.cost import Cluster, Link, all_gather, all_reduce, communication, step_time
+from dgc.cli.shapes import NETWORKS
+from dgc.cli.traffic import Traffic, ddp_buckets, dense_traffic, dgc_traffic, node_traffic
 from support.programs import run_program
 
 FLAT = Cluster(workers=4, per_node=1, network=Link(100.0, 0.5), inside=Link(math.inf, 0.0))
@@ -176,7 +166,7 @@ def test_a_projection_by_hand():
 
 def test_what_nodes_as_workers_carry_by_hand():
     buckets = [{"bias": (7,), "small": (10, 10)}, {"matrix": (300, 400)}, {"wide": (4, 20_000)}]
-    first, matrix, wide = islands.island_traffic(buckets, 8, dgc.DGCConfig())
+    first, matrix, wide = node_traffic(buckets, 8, dgc.DGCConfig())
     assert first == Traffic(0, 428, 0, 0)
     # 38 rows for each of 7 ranks and 34 for the last: 15,200 elements and 16 entries, 13,600 and 14, of one tile each.
     # Header 32, used 16, tile ends 16, indices of 2 bytes to the next 16, values of 4.
