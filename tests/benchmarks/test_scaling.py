@@ -78,7 +78,7 @@ def test_buckets_are_ddps(name):
 def test_traffic_is_what_the_package_sends():
     buckets = [{"bias": (7,), "small": (10, 10)}, {"matrix": (300, 400)}]
     assert dense_traffic(buckets, 2) == [Traffic(0, 214, 0, 0), Traffic(0, 240_000, 0, 0)]
-    # 120 entries: header 32, used 16, upper bits 120 + 119,999 / 512, low bits 120 * 9, each in whole words, values 480.
+    # 120 entries: header 32, used 16, 120 + 119,999 / 512 upper bits, 120 * 9 low ones, in whole words, values 480.
     assert dgc_traffic(buckets, 8, dgc.DGCConfig()) == [
         Traffic(0, 428, 0, 0),
         Traffic(32 + 16 + 48 + 144 + 480, 0, 120_000, 120),
