@@ -19,7 +19,7 @@ from .exchange.base import Exchange
 from .exchange.distributed import DistributedExchange
 from .exchange.islands import IslandExchange, nodes_of
 from .memory.parameters import Parameters
-from .ops.codec import Codec, codec_of
+from .ops.codec import Codec, EliasFano
 from .stats import Stats
 from .step import advice, log
 from .step.standing import Standing
@@ -48,7 +48,7 @@ class DGCState(Registered):
             and results are scaled again, so that scaler.step(optimizer) and scaler.update() work as always.
         exchange: the collectives of another framework; None for torch.distributed.
         average: whether the update is the mean of the ranks' gradients. False: their sum (Horovod's op=Sum).
-        codec: turns entries into bytes; None for values of config.wire_dtype and 16 bits an index.
+        codec: turns entries into bytes; None for the wire format of docs/wire.md.
         late: whether the verdict on a step is read in the next backward pass. Results are the same, and an error comes
             one step later. None: True on a GPU, since waiting for the verdict would stall the host.
 
@@ -84,7 +84,7 @@ class DGCState(Registered):
         parameters = Parameters(named_parameters, optimizer, config, scaler is not None, *place)
         device = parameters.device
         exchange = exchange or _exchange(parameters, process_group, nodes)
-        codec = codec or codec_of(config.wire_dtype)
+        codec = codec or EliasFano(config.wire_dtype)
         standing = Standing(config, parameters, exchange, codec, scaler is not None)
         super().__init__(standing, scaler, average, device.type == "cuda" if late is None else late)
         if device.type != "cpu" and exchange.rank == 0:

@@ -34,6 +34,11 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "DGC 0.1 %, no warm-up": {"density": 0.001, "warmup": 0.0},
 }
 """Arguments of DGCConfig, besides those that all have; warmup: the part of the run over which density falls."""
+OF_TASK = {
+    "encoder-adamw": ["dense", "DGC 1 %", "DGC 1 %, no warm-up"],
+    "gpt2-adamw": ["dense", "DGC 1 %, no warm-up", "DGC 0.1 %"],
+}
+"""The methods of a task; of the others all."""
 
 
 def config(method: str, task: Task, steps: int) -> dgc.DGCConfig | None:
@@ -58,7 +63,8 @@ def plan(tasks: Sequence[str], seeds: int, steps: int | None) -> list[Run]:
             task = TASKS[name]
             length = steps or task.steps
             runs += [
-                Run(name, method, seed, length, f"{task.recipe}, {config(method, task, length)}") for method in METHODS
+                Run(name, method, seed, length, f"{task.recipe}, {config(method, task, length)}")
+                for method in OF_TASK.get(name, METHODS)
             ]
     return runs
 
@@ -83,7 +89,7 @@ def tell(tasks: Sequence[str], seeds: Sequence[int], records: Sequence[Record], 
     steps = {r.run.task: r.run.steps for r in records}
     for name in tasks:
         task = TASKS[name]
-        rows, found[name] = table(records, name, METHODS, "dense", seeds)
+        rows, found[name] = table(records, name, OF_TASK.get(name, METHODS), "dense", seeds)
         for row in rows:
             method = row[0]
             within = "" if method == "dense" else "yes" if reaches(name, found[name][method]) else "no"

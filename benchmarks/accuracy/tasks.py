@@ -175,6 +175,7 @@ TASKS = {
     "gpt2-adamw": _adamw(
         "GPT of two blocks of width 128 on the King James Bible",
         lambda: GPT(VOCABULARY, 128, depth=2, heads=4, context=LENGTH),
+        lr=2e-3,
     ),
     "encoder-adamw": _adamw(
         f"encoder like BERT's, two blocks of width 96, on the King James Bible with {MASKED} of {LENGTH} words masked",
@@ -182,6 +183,8 @@ TASKS = {
         metric="accuracy",
         load=masked_bible,
         batch_size=8,
+        lr=2e-3,
+        steps=2500,
     ),
 }
 """By name. The accuracy of the encoder is that of the masked words."""

@@ -9,6 +9,7 @@ import dgc
 from dgc.cli.cost import CAST_BYTES, COMPRESS_BYTES, Cluster, Link, communication, step_time
 from dgc.cli.shapes import NETWORKS
 from dgc.cli.traffic import ddp_buckets, dense_traffic, dgc_traffic
+from dgc.ops.codec import EliasFano
 
 NODES = (8, 1)
 """Workers a node: a machine of eight GPUs, or a rented machine of one."""
@@ -133,7 +134,7 @@ def project(
     for n in workers:
         ours = dgc_traffic(buckets, n, config)
         compressed, entries = sum(t.compressed for t in ours), sum(t.entries for t in ours)
-        received = n * entries * (config.wire_dtype.itemsize + 2)
+        received = n * entries * EliasFano(config.wire_dtype).entry_bytes(config.density)
         competitors = (
             (dense[4], 0.0),
             (dense[2], a.cast_bytes * parameters),

@@ -13,7 +13,7 @@ from dgc.local import rows_of
 from dgc.memory.refusals import dense_reasons
 from dgc.memory.slots import lay_out
 from dgc.ops import Segments
-from dgc.ops.codec import Plain
+from dgc.ops.codec import EliasFano
 from dgc.optim.base import MASKED_BELOW
 from dgc.step.phase import phase_at
 from dgc.step.schedule import entries
@@ -62,14 +62,14 @@ def dgc_traffic(buckets: Sequence[Shapes], workers: int, config: DGCConfig) -> l
     parameters = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     never = dense_reasons(parameters, config)
     slots = lay_out(parameters, [name for name in parameters if name not in never])
-    entry_bytes = Plain(config.wire_dtype).entry_bytes
+    codec = EliasFano(config.wire_dtype)
     phase = phase_at(
         config.density,
         config,
         slots,
         never,
         rows=workers,
-        entry_bytes=entry_bytes,
+        entry_bytes=codec.entry_bytes(config.density),
         switched_off=False,
         divided=False,
         masked_below=MASKED_BELOW,
@@ -78,7 +78,7 @@ def dgc_traffic(buckets: Sequence[Shapes], workers: int, config: DGCConfig) -> l
     for bucket in buckets:
         numel = {name: math.prod(shape) for name, shape in bucket.items()}
         rows = [(0, 0, 0, n, entries(phase.density, n)) for name, n in numel.items() if name not in phase.dense]
-        payload = Segments.from_rows(rows).wire(config.wire_dtype).nbytes if rows else 0
+        payload = codec.nbytes(Segments.from_rows(rows)) if rows else 0
         compressed = sum(row[3] for row in rows)
         dense = 4 * (sum(numel.values()) - compressed)
         found.append(Traffic(payload, dense, compressed, sum(row[4] for row in rows)))
@@ -103,7 +103,7 @@ def node_traffic(buckets: Sequence[Shapes], places: int, config: DGCConfig) -> l
                 first, last = rows_of(shape[0], place, places)
                 parts.append((last - first) * math.prod(shape[1:]))
             rows = [(0, 0, 0, n, entries(config.density, n)) for n in parts if n]
-            payload += Segments.from_rows(rows).wire(config.wire_dtype).nbytes if rows else 0
+            payload += EliasFano(config.wire_dtype).nbytes(Segments.from_rows(rows)) if rows else 0
             sent += sum(row[4] for row in rows)
         found.append(Traffic(payload, 4 * (sum(map(math.prod, bucket.values())) - elements), elements, sent))
     return found

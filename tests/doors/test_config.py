@@ -74,6 +74,8 @@ OTHER = {
         ("wire_dtype", torch.int8),
         ("wire_dtype", "float64"),
         ("wire_dtype", "torch.half"),
+        ("wire_dtype", "2bit"),
+        ("wire_dtype", 8),
         ("wire_dtype", "torch.torch.float16"),
         ("wire_dtype", np.dtype("float32")),
         ("wire_dtype", ["float32"]),
