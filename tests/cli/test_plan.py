@@ -119,6 +119,10 @@ def trained():
     return nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256)), lambda model: model(x).square().mean()
 
 
+def breaks():
+    return nn.Linear(4, 4), lambda model: model(torch.zeros(1, 5)).sum()
+
+
 def differs():
     return nn.Linear(4 + int(os.environ["SLURM_PROCID"]), 4)
 
@@ -176,10 +180,11 @@ def test_two_ranks_measure_and_agree(tmp_path):
         [*plan, "--model", "models.py:fails", "--step-ms", "9"],
         [*plan, "--model", "100000x100000x100", "--step-ms", "9"],
         [*plan, "--model", "9x9"],
+        [*plan, "--model", "models.py:breaks"],
         ["doctor", "--json"],
     ]
     first, second = on_two_ranks(tmp_path, calls)
-    assert [status for status, *_ in first] == [status for status, *_ in second] == [0, 0, 2, 2, 2, 2, 0]
+    assert [status for status, *_ in first] == [status for status, *_ in second] == [0, 0, 2, 2, 2, 2, 2, 0]
     assert all(not text for _, text, _ in second)  # rank 0 speaks for all
 
     _, text, err = first[0]
@@ -198,15 +203,16 @@ def test_two_ranks_measure_and_agree(tmp_path):
     by_name = {f["name"]: f for f in json.loads(first[1][1])["forecast"]}
     assert all(f["seconds"] >= 0.06 + f["waiting"] - 1e-9 for f in by_name.values())  # 1.5 times the backward pass
 
-    said = [error.strip().splitlines()[-1] for _, _, error in first[2:6]]
+    said = [error.strip().splitlines()[-1] for _, _, error in first[2:7]]
     assert "got 2 parameters of 20 elements" in said[0]
     assert "on rank 0 and 2 parameters of 24 elements" in said[0]
     assert "plan: rank 1: --model: expected a function" in said[1]
     assert "got ValueError from models.py:fails: no data on this rank" in said[1]
     assert "expected one that fits into memory" in said[2]
     assert "give --step-ms, or --backward-ms" in said[3]
+    assert "expected a model that takes a training step under DDP, got RuntimeError: mat1 and mat2" in said[4]
 
-    found = {f["name"]: f for f in json.loads(first[6][1])}
+    found = {f["name"]: f for f in json.loads(first[7][1])}
     assert found["ranks agree"]["value"] == "yes, 2 of them"
     assert found["replicas are identical"]["value"] == "yes, bit by bit"
     assert found["checkpoint goes on alike"]["value"] == "yes"
