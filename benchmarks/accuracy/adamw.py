@@ -35,8 +35,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
 }
 """Arguments of DGCConfig, besides those that all have; warmup: the part of the run over which density falls."""
 OF_TASK = {
-    "encoder-adamw": ["dense", "DGC 1 %", "DGC 1 %, no warm-up"],
-    "gpt2-adamw": ["dense", "DGC 1 %, no warm-up", "DGC 0.1 %"],
+    "encoder-adamw": ["dense", "DGC 1 %, no warm-up"],
+    "gpt2-adamw": ["dense", "DGC 1 %, no warm-up"],
 }
 """The methods of a task; of the others all."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
+
 REGISTER = (
     "    state = dgc.DGCState(model.named_parameters(), optimizer, config)\n"
     "    state.register(model)  # with Horovod: dgc.horovod.DistributedOptimizer in place of both"
@@ -185,6 +187,15 @@ def no_dense() -> str:
         "DGCState.dense: expected False where the ranks of a node divide momentum and residual (mesh=), since no rank "
         "has the momentum that a dense step needs. For a dense phase use a density of 1, state.set_density(1.0), which "
         "sends every entry with its index; or leave mesh out"
+    )
+
+
+def dense_in_16_bits(dtype: torch.dtype) -> str:
+    """Says that dense gradients travel in float32 where nodes are the workers under DDP."""
+    return (
+        "DGCState: expected DGCConfig(dense_wire_dtype=torch.float32) where the ranks of a node divide momentum and "
+        f"residual (mesh=), got {dtype}: what rounding takes would be one rank's, and memory is the node's. Set "
+        "float32, leave mesh out, or shard the model by fully_shard"
     )
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
+
 from dgc.config import DGCConfig
 from dgc.exchange.base import Exchange
 from dgc.exchange.distributed import DistributedExchange
@@ -43,10 +45,13 @@ class Standing:
         self.made_with = self.config = config
         self.parameters = parameters
         self.own_exchange = exchange
-        self.memory = Memory(parameters.slots, parameters.compressed, parameters.device)
+        rounded = config.dense_wire_dtype != torch.float32
+        self.memory = Memory(parameters.slots, parameters.compressed, parameters.device, rounded=rounded)
         self.memory.allocate(parameters.rule.kept)
         inside = exchange if isinstance(exchange, IslandExchange) and parameters.mesh is None else None
         self.divided = inside is not None
+        if self.divided and rounded:
+            raise ValueError(advice.dense_in_16_bits(config.dense_wire_dtype))
         self.layouts = Layouts(config, parameters, self.memory, exchange, codec, inside)
         self.step, self.dense, self.joined = 0, False, False
         self.dropped = 0

@@ -23,6 +23,7 @@ OTHER = {
     "dense_below": 0,
     "dense_parameters": ("fc.weight", "1.0"),
     "wire_dtype": torch.bfloat16,
+    "dense_wire_dtype": torch.float16,
     "on_nonfinite": "skip",
     "droppable": True,
     "on_changed_gradient": "ignore",
@@ -80,6 +81,8 @@ OTHER = {
         ("wire_dtype", np.dtype("float32")),
         ("wire_dtype", ["float32"]),
         ("wire_dtype", None),
+        ("dense_wire_dtype", "8bit"),
+        ("dense_wire_dtype", None),
         ("on_nonfinite", "ignore"),
         ("on_nonfinite", True),
         ("droppable", 1),
@@ -194,6 +197,7 @@ def test_as_dict_is_made_of_what_files_have():
         "warmup_densities": [0.1, 1e-05],
         "dense_parameters": ["fc.weight", "1.0"],
         "wire_dtype": "bfloat16",
+        "dense_wire_dtype": "float16",
     }
 
 
