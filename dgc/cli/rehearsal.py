@@ -29,8 +29,8 @@ from .models import Loss
 from .ranks import UsageError
 from .shapes import Shapes
 
-WARM_UP = 2
-"""Further steps until DDP has built its buckets again, and memory is there."""
+WARM_UP = 1
+"""Steps after the first, until DDP has built its buckets again, and memory is there."""
 FEWEST, MOST = 2, 12
 """Timed steps of an exchange at a time."""
 
