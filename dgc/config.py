@@ -45,6 +45,10 @@ class DGCConfig:
     overshooting, but at high densities it removes most of the momentum. "auto" masks in steps whose density is
     below 1 %, during warm-up and after it. What dgc.AdamW sends has no momentum that could be masked."""
 
+    residual_decay: float = 1.0
+    """Factor of the residual at each step, in (0, 1]: v <- residual_decay * v + what is added. Smaller: what has waited
+    long counts less, and is lost in part. 1: nothing is lost. SparseLoCo takes 0.95 for the rounds of LocalSteps."""
+
     clip_norm: float | None = None
     """Local gradient clipping (section 3.2): the gradient norm at which a single worker would clip. Each rank clips its
     own gradient at sqrt(world size) * clip_norm before accumulating it. None: no clipping."""
@@ -101,6 +105,7 @@ class DGCConfig:
             isinstance(self.momentum_masking, bool) or _is_one_of(self.momentum_masking, "auto"),
             'True, False (without quotes) or "auto"',
         )
+        self._expect("residual_decay", _in_unit_interval(self.residual_decay), "a number in (0, 1]", float)
         self._expect(
             "clip_norm",
             self.clip_norm is None or (_is_number(self.clip_norm) and 0 < self.clip_norm < math.inf),
@@ -134,6 +139,7 @@ class DGCConfig:
             "density": float(self.density),
             "warmup_steps": int(self.warmup_steps),
             "warmup_densities": tuple(float(d) for d in self.warmup_densities),
+            "residual_decay": float(self.residual_decay),
             "clip_norm": None if self.clip_norm is None else float(self.clip_norm),
             "dense_below": int(self.dense_below),
             "dense_parameters": tuple(self.dense_parameters),

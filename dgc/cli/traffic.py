@@ -80,7 +80,7 @@ def dgc_traffic(buckets: Sequence[Shapes], workers: int, config: DGCConfig) -> l
         rows = [(0, 0, 0, n, entries(phase.density, n)) for name, n in numel.items() if name not in phase.dense]
         payload = codec.nbytes(Segments.from_rows(rows)) if rows else 0
         compressed = sum(row[3] for row in rows)
-        dense = 4 * (sum(numel.values()) - compressed)
+        dense = config.dense_wire_dtype.itemsize * (sum(numel.values()) - compressed)
         found.append(Traffic(payload, dense, compressed, sum(row[4] for row in rows)))
     return found
 
@@ -105,5 +105,6 @@ def node_traffic(buckets: Sequence[Shapes], places: int, config: DGCConfig) -> l
             rows = [(0, 0, 0, n, entries(config.density, n)) for n in parts if n]
             payload += EliasFano(config.wire_dtype).nbytes(Segments.from_rows(rows)) if rows else 0
             sent += sum(row[4] for row in rows)
-        found.append(Traffic(payload, 4 * (sum(map(math.prod, bucket.values())) - elements), elements, sent))
+        dense = config.dense_wire_dtype.itemsize * (sum(map(math.prod, bucket.values())) - elements)
+        found.append(Traffic(payload, dense, elements, sent))
     return found

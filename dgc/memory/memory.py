@@ -60,6 +60,11 @@ class Memory:
             if kind not in self.kinds:
                 self.kinds[kind] = torch.zeros(self.numel, dtype=torch.float32, device=self.device)
 
+    def release(self) -> None:
+        """Frees all tensors."""
+        self.residual = self.residual.new_empty(0)
+        self.kinds, self._copies = {}, {}
+
     def lay_out_again(self, slots: Mapping[str, Slot]) -> None:
         """Goes by other strides for some parameters: values keep their index, and move in memory.
 

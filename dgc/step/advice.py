@@ -230,6 +230,43 @@ def changed(which: Sequence[str]) -> str:
     )
 
 
+def replaced(which: Sequence[str]) -> str:
+    """Says that the model has other parameters than the optimizer and its DGCState."""
+    return (
+        f"DGCState: expected the model to have the parameters that the optimizer holds, got others for {names(which)}, "
+        "which have been replaced since: by load_state_dict(assign=True), an assignment, or a swap of weights. Nobody "
+        "would train the new ones. Replace them first, and make optimizer and DGCState after; or copy values into the "
+        "old ones, load_state_dict() without assign"
+    )
+
+
+def wrapped(how: str) -> str:
+    """Says that DDP exchanges the gradients of a module that was attached as a plain one."""
+    return (
+        f"attach: expected a module whose gradients nobody exchanges, or the DDP module itself, got one, and {how}: "
+        "gradients would be averaged twice. Pass what DistributedDataParallel returned: "
+        "dgc.attach(ddp_model, optimizer, config); or leave DDP out"
+    )
+
+
+def detached() -> str:
+    """Says that a DGCState was used after detach()."""
+    return (
+        "DGCState: expected one that is attached, got one after detach(), which has given its memory away. Make "
+        "another, optimizer = dgc.attach(model, optimizer, config), and give it what detach() returned: "
+        "optimizer.dgc.load_state_dict(waiting)"
+    )
+
+
+def unsaved() -> str:
+    """Says that the optimizer was saved, and what waits was not."""
+    return (
+        "dgc: optimizer.state_dict() was called, and what waits on each rank was not saved: a run that is resumed from "
+        "there loses it. Save it too, between step() and the next backward(): dgc.checkpoint.save(state, dir) on all "
+        "ranks; or, where rank 0 writes one file, state.full_state_dict(), called on all ranks"
+    )
+
+
 def residual_missing(steps: int) -> str:
     """Says that the optimizer continues a run, while its DGCState is new."""
     return (

@@ -99,6 +99,7 @@ class Bucket:
                 topology,
                 masking=masking,
                 droppable=config.droppable,
+                decay=config.residual_decay,
                 agreed=repr(asdict(config)),
             )
         dense = [index for index, k in enumerate(entries) if k is None]

@@ -92,7 +92,7 @@ for name in sys.argv[1:]:
 
 
 def test_every_program_answers_help_with_its_command():
-    assert len(PROGRAMS) == 15
+    assert len(PROGRAMS) == 19
     horovod = importlib.util.find_spec("horovod") is not None
     programs = [name for name in PROGRAMS if horovod or "horovod" not in name]
     command = [sys.executable, "-W", "ignore::RuntimeWarning", "-c", HELP, *programs]  # one has imported the other

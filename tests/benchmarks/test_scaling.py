@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import subprocess
 import sys
 from dataclasses import astuple, replace
 
@@ -15,10 +14,10 @@ import dgc
 from benchmarks.cluster import islands, scaling
 from benchmarks.cluster.calibration import Constants, Measured, calibrate, points
 from benchmarks.cluster.projection import WORKLOADS, Assumptions, Projected, losses, project
-from benchmarks.harness import ROOT
 from dgc.cli.cost import Cluster, Link, all_gather, all_reduce, communication, step_time
 from dgc.cli.shapes import NETWORKS
 from dgc.cli.traffic import Traffic, ddp_buckets, dense_traffic, dgc_traffic, node_traffic
+from support.programs import run_program
 
 FLAT = Cluster(workers=4, per_node=1, network=Link(100.0, 0.5), inside=Link(math.inf, 0.0))
 NODES = Cluster(workers=32, per_node=8, network=Link(100.0, 0.5), inside=Link(1000.0, 0.01))
@@ -79,9 +78,12 @@ def test_buckets_are_ddps(name):
 def test_traffic_is_what_the_package_sends():
     buckets = [{"bias": (7,), "small": (10, 10)}, {"matrix": (300, 400)}]
     assert dense_traffic(buckets, 2) == [Traffic(0, 214, 0, 0), Traffic(0, 240_000, 0, 0)]
-    # 120 entries: header 32, used 16, 120 + 119,999 / 512 upper bits 48, 9 low bits each 144, values 480.
-    assert dgc_traffic(buckets, 8, dgc.DGCConfig()) == [Traffic(0, 428, 0, 0), Traffic(720, 0, 120_000, 120)]
-    # An entry has 32 + 9 + 1 + 1.95 bits: from 8 / (0.001 * 5.494) = 1,456.1 workers on the package itself sends dense.
+    # 120 entries: header 32, used 16, 120 + 119,999 / 512 upper bits, 120 * 9 low ones, in whole words, values 480.
+    assert dgc_traffic(buckets, 8, dgc.DGCConfig()) == [
+        Traffic(0, 428, 0, 0),
+        Traffic(32 + 16 + 48 + 144 + 480, 0, 120_000, 120),
+    ]
+    # From 8 / (0.001 * 5.494) = 1,456.1 workers on the package itself sends dense.
     assert dgc_traffic(buckets, 1456, dgc.DGCConfig())[1].compressed == 120_000
     assert dgc_traffic(buckets, 1457, dgc.DGCConfig())[1] == Traffic(0, 480_000, 0, 0)
     flat = communication([Traffic(200, 200, 1, 1)], FLAT, trees=False)
@@ -126,10 +128,10 @@ def test_a_measured_step_by_hand():
     assert runs[0].predict(TRUE) == pytest.approx(0.1 + 0.7e-9 * elements + exposed)
     assert runs[0].bytes_sent == 4 * elements
     k = 20_480 + 4195
-    # Of the last bucket: 20,480 + 39,999 upper bits and 9 * 20,480 low ones, each to the next 16 bytes.
-    payload = 48 + 7568 + 23_040 + 4 * 20_480
+    # The embedding's payload: head, 20,480 + 39,999 upper bits, 9 low bits and 32 of value each.
+    payload = 48 + (20_480 + 39_999) / 8 + 20_480 * (9 + 32) / 8
     assert runs[1].predict(TRUE) == pytest.approx(
-        *(0.1 + 1.3e-9 * (elements - 4096) + 6e-9 * 2 * k + payload / 8e8 + 2e-4,), rel=1e-4
+        0.1 + 1.3e-9 * (elements - 4096) + 6e-9 * 2 * k + payload / 8e8 + 2e-4, rel=1e-5
     )
 
 
@@ -160,7 +162,7 @@ def test_a_projection_by_hand():
     last = dgc_traffic(ddp_buckets(NETWORKS["ResNet-50"]()), 8, dgc.DGCConfig())[-1]
     exposed = 7 * last.payload / 120e9 + 2 * 7 / 8 * last.dense / 120e9
     assert only_entries.dgc - 1 - exposed == pytest.approx(5.494 * 8 * 25_513 / 720e9, rel=1e-3)
-    # With more than 1,333 workers DGC sends float32 dense: as plain DDP, half as fast as 16 bits at best.
+    # With more than 1,456 workers DGC sends float32 dense: as plain DDP, half as fast as 16 bits at best.
     assert at[2048, 8, 1].all_dense
     assert at[2048, 8, 1].dgc == at[2048, 8, 1].fp32
     # Within a node there is nothing to win, and the rate of the network does not matter.
@@ -172,9 +174,9 @@ def test_what_nodes_as_workers_carry_by_hand():
     first, matrix, wide = node_traffic(buckets, 8, dgc.DGCConfig())
     assert first == Traffic(0, 428, 0, 0)
     # 38 rows for each of 7 ranks and 34 for the last: 15,200 elements and 16 entries, 13,600 and 14.
-    # Header 32, used 16; 45 and 40 upper bits, 144 and 126 low ones, values of 4, each to the next 16 bytes.
+    # Header 32, used 16, upper bits 16, 9 low bits an entry to the next 16 bytes, values of 4.
     assert matrix == Traffic(7 * (48 + 16 + 32 + 64) + 48 + 16 + 16 + 64, 0, 120_000, 7 * 16 + 14)
-    # A row of 20,000 for each of 4 ranks, and none for the others: 20 entries, 59 upper bits and 180 low ones.
+    # A row of 20,000 for each of 4 ranks, and none for the others: 20 entries, 180 low bits.
     assert wide == Traffic(4 * (48 + 16 + 32 + 80), 0, 80_000, 80)
 
     sent = islands.Exchanges([Traffic(0, 400, 0, 0)], [Traffic(50, 40, 100, 5)], [Traffic(80, 40, 100, 8)])
@@ -242,15 +244,15 @@ def written(measured):
 
 def test_the_script_reads_what_it_documents_and_says_what_is_missing(tmp_path):
     path = tmp_path / "network.json"
-    command = [sys.executable, "-m", "benchmarks.cluster.scaling", "--network", str(path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = ["benchmarks.cluster.scaling", "--network", str(path)]
+    result = run_program(*command)
     assert result.returncode == 2
     assert "Run `python -m benchmarks.training.network` first" in result.stderr
     runs = made_up()
     loopback = json.loads(written(runs))
     loopback["runs"][-1]["reached"] = {}
     path.write_text(json.dumps(loopback))
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = run_program(*command)
     assert result.returncode == 2
     assert "expected runs with limits, got some on a loopback: run network.py as root" in result.stderr
     assert "Traceback" not in result.stderr
