@@ -36,11 +36,19 @@ def interleave(
     rounds: int,
     prepare: Callable[[], object],
     progress: Callable[[], object] = lambda: None,
+    before: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, list[float]]:
     """Times every competitor once a round, in turn, so that a machine that slows down slows all of them.
 
     Each runs twice in a row, prepared each time, and the second run is timed: what the one before it did to caches and
     to pages of memory is not its doing. The first round is not counted.
+
+    Args:
+        competitors: by name.
+        rounds: that are counted.
+        prepare: is called in front of every run.
+        progress: is called after every round.
+        before: what comes right before a competitor in a real step, and is not timed; by the competitor's name.
 
     Returns:
         Seconds of each competitor, by round.
@@ -48,9 +56,12 @@ def interleave(
     seconds: dict[str, list[float]] = {name: [] for name in competitors}
     for round_index in range(rounds + 1):
         for name, run in competitors.items():
+            first = (before or {}).get(name, lambda: None)
             prepare()
+            first()
             run()
             prepare()
+            first()
             begin = time.perf_counter()
             run()
             if round_index:

@@ -24,6 +24,7 @@ void Bucket::check_apart(const F& place) const {
 }
 
 Bucket::Bucket(const Segment* rows, size_t count) : segments(rows, rows + count) {
+  int64_t uppers = 0, lowers = 0;
   constexpr int64_t limit = int64_t{1} << 47;  // the sum of two cannot overflow
   for (const Segment& s : segments) {
     STD_TORCH_CHECK(s.source >= 0 && s.offset >= 0 && s.offset < limit && s.state >= 0 && s.state < limit &&
@@ -35,6 +36,10 @@ Bucket::Bucket(const Segment* rows, size_t count) : segments(rows, rows + count)
                     s.unit, ", entries ", s.entries, ", numel ", s.numel);
     first_tile.push_back(tiles);
     first_entry.push_back(entries);
+    first_upper.push_back(uppers);
+    first_lower.push_back(lowers);
+    uppers += upper_words(s.numel, s.entries);
+    lowers += lower_words(s.numel, s.entries);
     tiles += div_up(s.numel, kTile);
     entries += s.entries;
     STD_TORCH_CHECK(entries < (int64_t{1} << 32), "segments: expected fewer than 2^32 entries a bucket, got ", entries,
@@ -43,6 +48,8 @@ Bucket::Bucket(const Segment* rows, size_t count) : segments(rows, rows + count)
   }
   first_tile.push_back(tiles);
   first_entry.push_back(entries);
+  first_upper.push_back(uppers);
+  first_lower.push_back(lowers);
   // Two segments on the same elements would race, and change them after their largest were found.
   check_apart([](const Segment& s) { return std::make_pair(int64_t{0}, s.state); });
   check_apart([](const Segment& s) { return std::make_pair(s.source, s.offset); });
@@ -100,6 +107,13 @@ WireLayout Bucket::wire(ScalarType dtype) const {
   return WireLayout(segments.size(), tiles, entries, dtype == ScalarType::Float ? 4 : 2);
 }
 
+PayloadLayout Bucket::payload(ScalarType dtype, int64_t value_bits) const {
+  const int64_t own = dtype == ScalarType::Float ? 32 : 16;
+  STD_TORCH_CHECK(value_bits == own || (own == 32 && (value_bits == 8 || value_bits == 4)), "value_bits: expected ",
+                  own, own == 32 ? ", 8 or 4" : "", " for this wire_dtype, got ", value_bits);
+  return PayloadLayout(segments.size(), entries, first_upper.back(), first_lower.back(), value_bits);
+}
+
 namespace {
 
 const char* name_of(DeviceType device) { return device == DeviceType::CPU ? "CPU" : "CUDA"; }
@@ -119,6 +133,13 @@ void check_aligned(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kAlign == 0, name,
                   ": expected memory aligned to ", kAlign,
                   " bytes; a view that starts in the middle of a tensor is not");
+}
+
+void check_rows(const Tensor& tensor, const char* name, int64_t bytes, DeviceType device) {
+  check_tensor(tensor, name, device, ScalarType::Byte, 0);
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(1) == bytes, name, ": expected a row of ", bytes,
+                  " bytes for each rank, got ", tensor.dim() == 2 ? tensor.size(1) : tensor.numel());
+  check_aligned(tensor, name);
 }
 
 void check_sources(const std::vector<Tensor>& sources, const char* name, DeviceType device, const Bucket& bucket) {

@@ -22,11 +22,17 @@ using torch::stable::Tensor;
 struct Bucket {
   Bucket(const Segment* rows, size_t count);
 
+  // Where everything stands in a selection with values of this type.
   WireLayout wire(ScalarType dtype) const;
+  // Where everything stands in a payload of such a selection, with values of so many bits: the type's own, or, of
+  // float32, 8 or 4.
+  PayloadLayout payload(ScalarType dtype, int64_t value_bits) const;
 
   std::vector<Segment> segments;
   std::vector<int64_t> first_tile;   // of each segment, and one past the last
   std::vector<int64_t> first_entry;  // likewise, in the payload
+  std::vector<int64_t> first_upper;  // likewise, of the words with the upper bits of its indices
+  std::vector<int64_t> first_lower;  // likewise, with the low bits
   int64_t tiles = 0;
   int64_t entries = 0;
   int64_t state = 0;  // elements that the residual and what a rule keeps have at least
@@ -44,6 +50,8 @@ std::shared_ptr<const Bucket> bucket_of(const Tensor& table);
 void check_tensor(const Tensor& tensor, const char* name, DeviceType device, ScalarType dtype, int64_t min_numel);
 // Throws unless the tensor's memory starts at a multiple of kAlign, as the sections of a payload do.
 void check_aligned(const Tensor& tensor, const char* name);
+// Throws unless the tensor holds rows of so many bytes, contiguous and aligned, on this device.
+void check_rows(const Tensor& tensor, const char* name, int64_t bytes, DeviceType device);
 // Throws unless the segments lie inside the tensors that their `source` names: contiguous, float32, bfloat16 or
 // float16.
 void check_sources(const std::vector<Tensor>& sources, const char* name, DeviceType device, const Bucket& bucket);

@@ -28,8 +28,8 @@ step() { printf '\n== %s\n' "$*"; }
 
 step "install"
 # torch first and pinned: left to itself, pip would choose a build with gigabytes of CUDA.
-"$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools wheel
-"$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test,examples]'
+"$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+"$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,examples]'
 
 step "horovod"
 if "$python" -c 'import sys, horovod.torch; sys.exit(horovod.__version__ != "0.28.1")' 2>/dev/null; then
@@ -50,6 +50,9 @@ PYTHON=$python ./launch/docs.sh
 
 step "clang-format"
 find csrc benchmarks tests -regex '.*\.\(cpp\|h\|cu\|cuh\)' -print0 | xargs -0 "$venv/bin/clang-format" --dry-run --Werror
+
+step "workflow"
+"$venv/bin/check-jsonschema" --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 step "shell syntax"
 for script in launch/*.sh launch/*.sbatch .ci/run; do bash -n "$script"; done

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
+from threading import Lock
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from torch.optim.optimizer import Optimizer
 import dgc
 from dgc.exchange.base import Exchange
 from dgc.memory.slots import Gradients
+from dgc.ops.codec import Codec
 from dgc.optim.base import DGCOptimizer
 
 from .tasks import Task, loss_of, measure, schedule_of
@@ -147,7 +149,7 @@ class Dense(Replicated):
                     replica.parameters(), lr=task.lr, momentum=task.momentum, weight_decay=task.weight_decay
                 ),
             )
-            for replica in _copies(network)
+            for replica in copies_of(network)
         ]
 
     def reduce(self) -> None:
@@ -164,12 +166,16 @@ class Dense(Replicated):
 class DGC(Replicated):
     """The project's core: one DGCState for each worker."""
 
-    def __init__(self, network: nn.Module, task: Task, config: dgc.DGCConfig) -> None:
-        """Makes the replicas and their states."""
+    def __init__(
+        self, network: nn.Module, task: Task, config: dgc.DGCConfig, codecs: Sequence[Codec | None] = (None,) * WORKERS
+    ) -> None:
+        """Makes the replicas and their states, with a codec for each where that is not to be DGCState's own."""
         replicas = dgc_replicas(network, task)
         meeting = Meeting()
         self.states = [
-            dgc.DGCState(r.network.named_parameters(), r.optimizer, config, exchange=InProcess(rank, meeting))
+            dgc.DGCState(
+                r.network.named_parameters(), r.optimizer, config, exchange=InProcess(rank, meeting), codec=codecs[rank]
+            )
             for rank, r in enumerate(replicas)
         ]
         self.replicas = replicas
@@ -194,7 +200,7 @@ class DGC(Replicated):
 
 def dgc_replicas(network: nn.Module, task: Task) -> list[Replica[DGCOptimizer]]:
     """Returns replicas with dgc.SGD or dgc.AdamW."""
-    return [Replica(replica, _dgc_optimizer(replica.parameters(), task)) for replica in _copies(network)]
+    return [Replica(replica, _dgc_optimizer(replica.parameters(), task)) for replica in copies_of(network)]
 
 
 def _dgc_optimizer(parameters: Iterable[nn.Parameter], task: Task) -> DGCOptimizer:
@@ -211,7 +217,8 @@ def gradients(network: nn.Module) -> list[Tensor]:
     return [p.grad for p in network.parameters() if p.grad is not None]
 
 
-def _copies(network: nn.Module) -> list[nn.Module]:
+def copies_of(network: nn.Module) -> list[nn.Module]:
+    """Returns a replica for each worker."""
     return [copy.deepcopy(network) for _ in range(WORKERS)]
 
 
@@ -220,14 +227,18 @@ class Meeting:
 
     def __init__(self) -> None:
         """Starts empty."""
-        self.transfers: list[_Transfer] = []
+        self._come: dict[str, dict[int, _Transfer]] = {}
+        self._lock = Lock()
 
-    def join(self, transfer: _Transfer) -> None:
-        """Completes all transfers if this is the last one."""
-        self.transfers.append(transfer)
-        if len(self.transfers) < WORKERS:
-            return
-        transfers, self.transfers = self.transfers, []
+    def join(self, name: str, rank: int, transfer: _Transfer) -> None:
+        """Completes all transfers of a bucket if this is the last one. Workers may come in threads, in any order."""
+        with self._lock:
+            come = self._come.setdefault(name, {})
+            come[rank] = transfer
+            if len(come) < WORKERS:
+                return
+            del self._come[name]
+        transfers = [come[rank] for rank in range(WORKERS)]
         if transfers[0].payload is not None:
             everything = torch.stack([t.payload for t in transfers if t.payload is not None])
             for t in transfers:
@@ -268,7 +279,7 @@ class InProcess(Exchange):
     def start(self, name: str, payload: Tensor | None, gathered: Tensor | None, dense: Tensor | None) -> _Transfer:
         """Hands over this worker's part."""
         transfer = _Transfer(payload, gathered, dense)
-        self.meeting.join(transfer)
+        self.meeting.join(name, self.rank, transfer)
         return transfer
 
     def everyone(self, text: str) -> list[str]:

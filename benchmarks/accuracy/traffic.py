@@ -9,7 +9,7 @@ from itertools import accumulate
 from torch import nn
 
 import dgc
-from dgc.ops.codec import codec_of
+from dgc.ops.codec import EliasFano
 from dgc.ops.segments import Segment, Segments
 from dgc.stats import traffic
 from dgc.step.schedule import DensitySchedule, dense_is_cheaper, entries
@@ -22,7 +22,7 @@ def is_compressed(parameter: nn.Parameter, dense_below: int) -> bool:
 
 def is_sparse(density: float, config: dgc.DGCConfig, workers: int) -> bool:
     """Returns whether the steps of a density send entries; else a float32 all-reduce carries no more."""
-    return not dense_is_cheaper(density, workers, 4, codec_of(config.wire_dtype).entry_bytes)
+    return not dense_is_cheaper(density, workers, 4, EliasFano(config.wire_dtype).entry_bytes(density))
 
 
 def share_of_dense(network: nn.Module, config: dgc.DGCConfig, steps: int, workers: int) -> float:
@@ -60,4 +60,4 @@ def payload_bytes(numels: Sequence[int], density: float, config: dgc.DGCConfig) 
     rows = [
         Segment(0, begin, begin, numel, entries(density, numel)) for begin, numel in zip(begins, numels, strict=False)
     ]
-    return Segments.from_rows(rows).wire(config.wire_dtype).nbytes
+    return EliasFano(config.wire_dtype).nbytes(Segments.from_rows(rows))

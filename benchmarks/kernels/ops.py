@@ -9,6 +9,10 @@ exact`, the same step in six PyTorch calls; `topk`, torch.topk of |v| alone; `sa
 as the official code estimates it, without its refinement loop (so it sends more or fewer than k). `floor Adam` and `dgc
 Adam` are the first two by Adam's rule, on the same m, s and v. And unpack of 8 ranks against filling the gradient with
 zeros, which the fused op does on its way.
+
+A second table has what the wire formats add: encode and decode of one payload to the fused op, decode of 8 ranks to
+their unpack. Encoding comes right behind the fused op, as in a step, with the selection still in cache; decoding and
+unpacking come after all gradients have passed through the cache, as those of other buckets do.
 """
 
 from __future__ import annotations
@@ -19,21 +23,30 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils import cpp_extension
 from tqdm import tqdm
 
-from benchmarks.harness import interleave, ratio, report, shown
+from benchmarks.harness import RESULTS, interleave, ratio, report, shown
 from dgc import ops
 from dgc.ops import Accumulation
+from dgc.ops.codec import EliasFano
+from dgc.ops.segments import segments_of
 from dgc.step.schedule import entries
 
 from . import ops_cuda
 from .steps import ADAM, MU, EagerExact, Floor, Fused, Step
+
+FORMATS: Mapping[str, torch.dtype | str] = {"float32": torch.float32, "8bit": "8bit", "4bit": "4bit"}
+"""The types of values on the wire whose cost is measured."""
+RANKS = 8
+Seconds = Mapping[str, Sequence[float]]
+"""Of each competitor, by round."""
 
 
 def compile_floors() -> list[Callable[..., None]]:
@@ -71,8 +84,43 @@ class EagerSampled(Step):
         self.u.index_fill_(0, indices, 0)
 
 
-def compare(n: int, density: float, rounds: int, floors: list[Callable[..., None]]) -> dict[str, list[float]]:
-    """Times every competitor on n elements."""
+class Coded:
+    """One wire format: the payload that one rank makes of a selection, and the selections made of all ranks' payloads.
+
+    Attributes:
+        received: uint8 [ranks, bytes], the payloads of all ranks.
+        selections: uint8 [ranks, bytes], what was read of them.
+    """
+
+    def __init__(self, fused: Fused, values: torch.dtype | str) -> None:
+        """Takes the op whose selections are encoded, and the type of the values."""
+        self.fused, self.codec = fused, EliasFano(values)
+        self.segments = segments_of(fused.segments)
+        self.payload = torch.zeros(self.codec.nbytes(self.segments), dtype=torch.uint8)
+        self.received = self.payload.repeat(RANKS, 1)
+        self.selections = fused.payload.repeat(RANKS, 1)
+
+    @property
+    def entry_bytes(self) -> float:
+        """The bytes of a payload over its entries."""
+        return self.payload.numel() / self.fused.k
+
+    def encode(self) -> None:
+        """Makes the payload of what the op has selected last."""
+        fused = self.fused
+        self.codec.encode(fused.payload, self.segments, fused.workspace, fused.v, self.payload)
+
+    def decode(self, ranks: int = RANKS) -> None:
+        """Reads the payloads of the first ranks."""
+        self.codec.decode(self.received[:ranks], self.segments, self.fused.workspace, self.selections[:ranks])
+
+
+def compare(n: int, density: float, rounds: int, floors: list[Callable[..., None]]) -> tuple[Seconds, dict[str, float]]:
+    """Times every competitor on n elements.
+
+    Returns:
+        Their seconds, and the bytes of an entry in each wire format.
+    """
     k = entries(density, n)
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randn(n, generator=generator) for _ in range(2)]
@@ -83,8 +131,17 @@ def compare(n: int, density: float, rounds: int, floors: list[Callable[..., None
     segments = torch.tensor([[0, 0, 0, n, k, 1]])
     fused = Fused(gradients, [u], v, segments)
     adam = Fused(gradients, [m, s], v_of_adam, segments, Accumulation.ADAM)
-    payloads = torch.zeros(8, fused.payload.numel(), dtype=torch.uint8)
-    out, status = torch.zeros(n), torch.zeros(9, dtype=torch.int32)
+    selections = fused.payload.repeat(RANKS, 1)
+    out, status = torch.zeros(n), torch.zeros(RANKS + 1, dtype=torch.int32)
+    coded = {name: Coded(fused, values) for name, values in FORMATS.items()}
+
+    def unpack(selections: Tensor) -> None:
+        ops.unpack(selections, 0, segments, fused.workspace, fused.one, torch.float32, [out], status)
+
+    def receive(one: Coded) -> None:
+        one.decode()
+        unpack(one.selections)
+
     competitors: dict[str, Callable[[], object]] = {
         "floor": Floor(gradients, [u], v, floors[0]),
         "dgc": fused,
@@ -95,19 +152,55 @@ def compare(n: int, density: float, rounds: int, floors: list[Callable[..., None
         "sampled": EagerSampled(gradients, u, v, k),
         "topk": lambda: v.abs().topk(k, sorted=False),
         "zero fill": out.zero_,
-        "unpack 8": lambda: ops.unpack(payloads, 0, segments, fused.workspace, fused.one, torch.float32, [out], status),
+        "unpack 8": partial(unpack, selections),
     }
+    for name, one in coded.items():
+        competitors[f"encode {name}"] = one.encode
+        competitors[f"decode {name}"] = partial(one.decode, 1)
+        competitors[f"decode and unpack 8 {name}"] = partial(receive, one)
     # DGC cuts v off just above the threshold: time it on what it leaves behind, not on fresh noise.
     for step in (fused, adam):
         for _ in range(20):
             refill()
             step()
-    for rank in range(8):
-        refill()
-        fused()
-        payloads[rank] = fused.payload
+    for rank in range(RANKS):
+        for one in coded.values():
+            refill()
+            fused()
+            selections[rank] = fused.payload
+            one.encode()
+            one.received[rank] = one.payload
+    before = {f"encode {name}": fused for name in coded}
     with tqdm(total=rounds + 1, desc=f"{n:,} elements", file=sys.stderr) as bar:
-        return interleave(competitors, rounds, refill, bar.update)
+        seconds = interleave(competitors, rounds, refill, bar.update, before)
+    if int(status.abs().max()):
+        raise RuntimeError(f"unpack: expected payloads without an error, got the status {status.tolist()}")
+    return seconds, {name: one.entry_bytes for name, one in coded.items()}
+
+
+WIRE_HEADERS = (
+    "elements",
+    "values",
+    "bytes an entry",
+    "(dgc + encode + decode) / dgc",
+    "(decode + unpack 8) / unpack 8",
+)
+
+
+def wire_rows(n: int, seconds: Seconds, entry_bytes: Mapping[str, float]) -> list[list[str]]:
+    """Returns what each wire format adds at n elements, a row under WIRE_HEADERS each."""
+    rows = []
+    for name, nbytes in entry_bytes.items():
+        added = [seconds[key] for key in ("dgc", f"encode {name}", f"decode {name}")]
+        with_wire = {"all": [sum(times) for times in zip(*added, strict=True)], "dgc": seconds["dgc"]}
+        received = ratio(seconds, f"decode and unpack 8 {name}", "unpack 8")
+        rows.append([f"{n:,}", name, f"{nbytes:.2f}", _fine(*ratio(with_wire, "all", "dgc")), shown(*received)])
+    return rows
+
+
+def _fine(median: float, low: float, high: float) -> str:
+    """Returns a ratio near 1 with its spread."""
+    return f"{median:.3f} ({low:.3f} to {high:.3f})"
 
 
 def main() -> None:
@@ -118,6 +211,7 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.001)
     parser.add_argument("--rounds", type=int, help="timed rounds at each size: 15, on a GPU 20")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help=f"of the report of the CPU; default: {RESULTS}")
     args = parser.parse_args()
     if args.device == "cuda":
         ops_cuda.main(args.sizes or ops_cuda.SIZES, args.density, args.rounds or ops_cuda.ROUNDS)
@@ -125,10 +219,11 @@ def main() -> None:
     args.sizes, args.rounds = args.sizes or [1_000_000, 25_000_000, 100_000_000], args.rounds or 15
     torch.set_num_threads(args.threads)
     floors = compile_floors()
-    rows, raw = [], {}
+    rows, rows_of_wire, raw = [], [], {}
     for n in args.sizes:
-        seconds = compare(n, args.density, args.rounds, floors)
+        seconds, entry_bytes = compare(n, args.density, args.rounds, floors)
         raw[str(n)] = seconds
+        rows_of_wire += wire_rows(n, seconds, entry_bytes)
         rows.append(
             [
                 f"{n:,}",
@@ -155,6 +250,8 @@ def main() -> None:
         ],
         rows,
         {"density": args.density, "threads": args.threads, "seconds": raw},
+        [("What the wire formats add, in the same run.", WIRE_HEADERS, rows_of_wire)],
+        args.folder,
     )
 
 

@@ -120,15 +120,17 @@ def worker(runs: int, steps: int) -> dict[str, Any]:
 def formula(name: str, ranks: int) -> int:
     """Returns the bytes of tensors that a rank has to send at a step.
 
-    dgc's payload goes to all others: a header with a byte for each parameter, a 32-bit count for each tile of 65,536
-    entries, and for each of the k sent entries a 16-bit index and a 32-bit value; each part padded to 16 bytes. Here
-    each weight has a payload of its own. What is not compressed goes round a ring, twice.
+    dgc's payload, docs/wire.md, goes to all others: a header with a byte for each parameter; the indices of the k sent
+    entries, low bits of each and the rest in unary; a 32-bit value for each; each part padded to 16 bytes. Here each
+    weight has a payload of its own. What is not compressed goes round a ring, twice.
     """
     weight, bias = WIDTH * WIDTH, WIDTH
     if name != "dgc":
         return 2 * (ranks - 1) * LAYERS * (weight + bias) * (2 if name == "horovod fp16" else 4) // ranks
     k = math.ceil(DENSITY * weight)
-    payload = sum(-(-n // 16) * 16 for n in (32 + 1, 4 * -(-weight // 65536), 2 * k, 4 * k))
+    low = int(math.log2(weight // k))
+    upper, lower = (4 * -(-bits // 32) for bits in (k + (weight - 1 >> low), k * low))
+    payload = sum(-(-n // 16) * 16 for n in (32 + 1, upper, lower, 4 * k))
     return (ranks - 1) * LAYERS * payload + 2 * (ranks - 1) * LAYERS * bias * 4 // ranks
 
 

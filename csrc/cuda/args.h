@@ -34,8 +34,8 @@ struct Sources {
 };
 static_assert(sizeof(Sources) == 2304);
 
-// A segment as the device knows it: its row of the table, without the unit, which is 1 here, and where its tiles and
-// entries start in the bucket.
+// A segment as the device knows it: its row of the table, without the unit, which is 1 here, and where its tiles, its
+// entries and the words of its indices start in the bucket.
 struct DeviceSegment {
   int64_t source;
   int64_t offset;
@@ -45,8 +45,10 @@ struct DeviceSegment {
   int64_t first_tile;
   int64_t tiles;
   int64_t first_entry;
+  int64_t first_upper;
+  int64_t first_lower;
 };
-static_assert(sizeof(DeviceSegment) == 64);
+static_assert(sizeof(DeviceSegment) == 80);
 
 // The state of the selection in a segment. Blocks of one kernel write it for the next kernel.
 struct SegmentState {
@@ -58,8 +60,10 @@ struct SegmentState {
   uint32_t nonfinite;  // whether compress_ left entries out; 0 between calls
   int64_t rank;        // of the wanted magnitude among those that share the prefix; 0: there is none
   int64_t ties;        // entries at the threshold that are sent
+  uint32_t far;        // encode_: kMagnitude less the least magnitude that is not zero; 0 between calls
+  uint32_t largest;    // encode_: the largest magnitude; 0 between calls
 };
-static_assert(sizeof(SegmentState) == 40);
+static_assert(sizeof(SegmentState) == 48);
 
 struct TileState {
   int64_t above;  // candidates above the threshold; after the scan, in the segment's tiles before this one
@@ -168,6 +172,23 @@ struct RestoreArgs {
   float* residual;
 };
 static_assert(sizeof(RestoreArgs) == 80);
+
+// Of encode_, for one rank, and of decode, for all: where a rank's selection and its payload stand.
+struct CodecArgs {
+  BucketArgs bucket;
+  uint8_t* selections;
+  uint8_t* payloads;
+  float* residual;  // encode_ only
+  int64_t ranks;
+  int64_t uppers;  // words of upper bits in a payload
+  int64_t lowers;  // words of low bits
+  int64_t value_bits;
+
+  DGC_BOTH PayloadLayout layout() const {
+    return PayloadLayout(bucket.segments, bucket.entries, uppers, lowers, value_bits);
+  }
+};
+static_assert(sizeof(CodecArgs) == 96);
 
 struct Pair {
   float* parameter;

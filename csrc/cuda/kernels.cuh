@@ -3,6 +3,7 @@
 // dgc/ops/launch.py says the same.
 #pragma once
 
+#include "codec.cuh"
 #include "compress.cuh"
 #include "restore.cuh"
 #include "subtract.cuh"
@@ -21,8 +22,14 @@
   X(dgc_average, (tiles * kChunksPerTile), 1)
 #define DGC_RESTORE_KERNELS(X) X(dgc_restore, tiles, 1)
 #define DGC_SUBTRACT_KERNELS(X) X(dgc_subtract, blocks, 1)
+#define DGC_ENCODE_KERNELS(X) \
+  X(dgc_scale, tiles, 1)      \
+  X(dgc_encode, tiles, 1)
+#define DGC_DECODE_KERNELS(X) X(dgc_decode, tiles, ranks)
 #define DGC_KERNELS(X)    \
   DGC_COMPRESS_KERNELS(X) \
   DGC_UNPACK_KERNELS(X)   \
   DGC_RESTORE_KERNELS(X)  \
-  DGC_SUBTRACT_KERNELS(X)
+  DGC_SUBTRACT_KERNELS(X) \
+  DGC_ENCODE_KERNELS(X)   \
+  DGC_DECODE_KERNELS(X)

@@ -80,6 +80,24 @@ int dgc_cuda_subtract(const SubtractArgs* args, int64_t blocks, int device, void
   return code;
 }
 
+int dgc_cuda_encode(const CodecArgs* args, int device, void* stream) {
+  const OnDevice on(device);
+  cudaError_t code = on.code();
+  const int64_t tiles = args->bucket.tiles;
+  if (code == cudaSuccess)
+    code = cudaMemsetAsync(args->payloads, 0, args->layout().bytes, static_cast<cudaStream_t>(stream));
+  DGC_ENCODE_KERNELS(DGC_LAUNCH)
+  return code;
+}
+
+int dgc_cuda_decode(const CodecArgs* args, int device, void* stream) {
+  const OnDevice on(device);
+  cudaError_t code = on.code();
+  const int64_t tiles = args->bucket.tiles, ranks = args->ranks;
+  DGC_DECODE_KERNELS(DGC_LAUNCH)
+  return code;
+}
+
 const char* dgc_cuda_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 
 void dgc_cuda_versions(int device, int* runtime, int* driver, int* capability) {

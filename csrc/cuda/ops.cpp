@@ -77,7 +77,7 @@ void check_launch(int code, int device) {
                   driver / 1000, ".", driver % 1000 / 10, ", device ", device, " has compute capability ",
                   capability / 10, ".", capability % 10,
                   ". If they do not fit, rebuild with an nvcc that the driver supports, or without: "
-                  "DGC_CUDA=0 pip install --no-build-isolation .");
+                  "DGC_CUDA=0 pip install .");
 }
 
 void compress_cuda(std::vector<Tensor> gradients, int64_t rule, std::vector<Tensor> kept, Tensor residual,
@@ -158,6 +158,53 @@ void restore_cuda(Tensor payload, Tensor which, Tensor segments, Tensor workspac
   if (bucket.tiles != 0) check_launch(dgc_cuda_restore(&args, device, current_stream(device)), device);
 }
 
+CodecArgs codec_args(const Bucket& bucket, const Tensor& workspace, ScalarType wire_dtype, int64_t value_bits) {
+  bucket.payload(wire_dtype, value_bits);  // throws where there is no such format
+  CodecArgs args{};
+  args.bucket = bucket_args(bucket, workspace, wire_dtype);
+  args.uppers = bucket.first_upper.back();
+  args.lowers = bucket.first_lower.back();
+  args.value_bits = value_bits;
+  args.ranks = 1;
+  return args;
+}
+
+void encode_cuda(Tensor selection, Tensor segments, Tensor workspace, Tensor residual, ScalarType wire_dtype,
+                 int64_t value_bits, Tensor payload) {
+  const auto known = bucket_of(segments);
+  const Bucket& bucket = *known;
+  CodecArgs args = codec_args(bucket, workspace, wire_dtype, value_bits);
+  check(selection, "selection", ScalarType::Byte, bucket.wire(wire_dtype).bytes, workspace);
+  check_aligned(selection, "selection");
+  check(residual, "residual", ScalarType::Float, bucket.state, workspace);
+  check(payload, "payload", ScalarType::Byte, args.layout().bytes, workspace);
+  check_aligned(payload, "payload");
+  args.selections = data<uint8_t>(selection);
+  args.payloads = data<uint8_t>(payload);
+  args.residual = data<float>(residual);
+  const int device = workspace.get_device_index();
+  if (bucket.tiles != 0) check_launch(dgc_cuda_encode(&args, device, current_stream(device)), device);
+}
+
+void decode_cuda(Tensor payloads, Tensor segments, Tensor workspace, ScalarType wire_dtype, int64_t value_bits,
+                 Tensor selections) {
+  const auto known = bucket_of(segments);
+  const Bucket& bucket = *known;
+  CodecArgs args = codec_args(bucket, workspace, wire_dtype, value_bits);
+  check(payloads, "payloads", ScalarType::Byte, 0, workspace);
+  check(selections, "selections", ScalarType::Byte, 0, workspace);
+  check_rows(payloads, "payloads", args.layout().bytes, kDevice);
+  check_rows(selections, "selections", bucket.wire(wire_dtype).bytes, kDevice);
+  STD_TORCH_CHECK(payloads.size(0) == selections.size(0) && payloads.size(0) < 65536,
+                  "selections: expected a row for each payload, fewer than 65536, got ", selections.size(0), " and ",
+                  payloads.size(0));
+  args.selections = data<uint8_t>(selections);
+  args.payloads = data<uint8_t>(payloads);
+  args.ranks = payloads.size(0);
+  const int device = workspace.get_device_index();
+  if (bucket.tiles != 0) check_launch(dgc_cuda_decode(&args, device, current_stream(device)), device);
+}
+
 void subtract_cuda(std::vector<Tensor> parameters, std::vector<Tensor> updates, double lr, double shrink,
                    std::optional<Tensor> skip) {
   STD_TORCH_CHECK(parameters.size() == updates.size(), "updates: expected one for each of ", parameters.size(),
@@ -195,4 +242,6 @@ STABLE_TORCH_LIBRARY_IMPL(dgc, CUDA, m) {
   m.impl("unpack", TORCH_BOX(&dgc::unpack_cuda));
   m.impl("restore_", TORCH_BOX(&dgc::restore_cuda));
   m.impl("subtract_", TORCH_BOX(&dgc::subtract_cuda));
+  m.impl("encode_", TORCH_BOX(&dgc::encode_cuda));
+  m.impl("decode", TORCH_BOX(&dgc::decode_cuda));
 }

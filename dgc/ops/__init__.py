@@ -3,6 +3,7 @@
 from .accumulation import Accumulation
 from .choice import backend, workspace
 from .schema import compress_, restore_, subtract_, unpack
+from .schema_wire import decode, encode_
 from .segments import Segments, wire_layout
 from .wire import PayloadError, WireLayout
 
@@ -13,6 +14,8 @@ __all__ = [
     "WireLayout",
     "backend",
     "compress_",
+    "decode",
+    "encode_",
     "restore_",
     "subtract_",
     "unpack",

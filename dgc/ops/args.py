@@ -76,6 +76,21 @@ class RestoreArgs(ctypes.Structure):
     )
 
 
+class CodecArgs(ctypes.Structure):
+    """The argument of the kernels of encode_ and decode."""
+
+    _fields_ = (
+        ("bucket", BucketArgs),
+        ("selections", ctypes.c_void_p),
+        ("payloads", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
+        ("ranks", ctypes.c_int64),
+        ("uppers", ctypes.c_int64),
+        ("lowers", ctypes.c_int64),
+        ("value_bits", ctypes.c_int64),
+    )
+
+
 class Pair(ctypes.Structure):
     """A parameter and its update."""
 

@@ -5,8 +5,8 @@ import logging
 import torch
 from torch import Tensor
 
-from . import cuda, cupy, native, reference
-from .schema import LIBRARY, OPS
+from . import cuda, cupy, native, reference, schema, schema_wire  # noqa: F401 the last two define the ops
+from .library import LIBRARY, OPS
 from .segments import Segments, segments_of
 from .wire import GROUP, div_up
 

@@ -16,7 +16,7 @@ THREADS = 256
 CHUNK = 8192
 CHUNKS_PER_TILE = TILE // CHUNK
 BINS = 2048
-STRUCT_BYTES = {"DeviceSegment": 64, "SegmentState": 40, "TileState": 16, "ChunkState": 24, "BucketState": 16}
+STRUCT_BYTES = {"DeviceSegment": 80, "SegmentState": 48, "TileState": 16, "ChunkState": 24, "BucketState": 16}
 """Sizes of the structs of csrc/cuda/args.h that lie in a workspace."""
 ROW_COLUMNS = 5
 """The columns of the segment table that a device knows: all but the unit, which is 1 there."""
@@ -53,7 +53,9 @@ def workspace(segments: Tensor | Segments, device: torch.device) -> Tensor:
     """
     known = segments_of(segments)
     check_units(known)
-    starts = torch.stack([known.first_tile, known.tiles, known.first_entry], dim=1)
+    starts = torch.stack(
+        [known.first_tile, known.tiles, known.first_entry, known.first_upper, known.first_lower], dim=1
+    )
     tables = torch.cat([known.table[:, :ROW_COLUMNS], starts], dim=1), known.segment_of_tile.int()
     sizes = workspace_sizes(len(known), known.n_tiles, known.n_entries)
     buffer = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
@@ -83,7 +85,7 @@ def check_capability(device: torch.device, backend: str) -> None:
     """
     found, needed = torch.cuda.get_device_capability(device), MIN_CAPABILITY[backend]
     if found < needed:
-        way_out = "build without them, DGC_CUDA=0 pip install --no-build-isolation ." if backend == "native" else ""
+        way_out = "build without them, DGC_CUDA=0 pip install ." if backend == "native" else ""
         raise RuntimeError(
             f"dgc: expected compute capability {needed[0]}.{needed[1]} or later for the {backend} CUDA kernels, got "
             f"{found[0]}.{found[1]} ({torch.cuda.get_device_name(device)}): "

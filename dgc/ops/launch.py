@@ -18,6 +18,7 @@ from .args import (
     MAX_PAIRS,
     MAX_SOURCES,
     BucketArgs,
+    CodecArgs,
     CompressArgs,
     Pair,
     RestoreArgs,
@@ -27,7 +28,7 @@ from .args import (
 )
 from .cuda import CHUNK, CHUNKS_PER_TILE, THREADS, check_units, workspace_sizes
 from .segments import Segments, checked
-from .wire import GROUP, div_up
+from .wire import GROUP, check_value_bits, div_up
 
 Launch = Callable[[str, int, int, ctypes.Structure], None]
 """Queues a kernel: its name, blocks in x and y, and its argument."""
@@ -131,6 +132,65 @@ class Kernels:
             _address(residual, "residual", torch.float32, known.n_state, workspace),
         )
         self.launch("dgc_restore", args.bucket.tiles, 1, args)
+
+    def encode_(
+        self,
+        selection: Tensor,
+        segments: Tensor,
+        workspace: Tensor,
+        residual: Tensor,
+        wire_dtype: torch.dtype,
+        value_bits: int,
+        payload: Tensor,
+    ) -> None:
+        """Makes a payload of a selection: see dgc.ops.encode_."""
+        known = _sound(segments)
+        check_value_bits(wire_dtype, value_bits)
+        args = CodecArgs(
+            _bucket_args(known, workspace, wire_dtype),
+            _address(selection, "selection", torch.uint8, known.wire(wire_dtype).nbytes, workspace, aligned=True),
+            _address(payload, "payload", torch.uint8, known.payload(value_bits).nbytes, workspace, aligned=True),
+            _address(residual, "residual", torch.float32, known.n_state, workspace),
+            1,
+            int(known.upper_words.sum()),
+            int(known.lower_words.sum()),
+            value_bits,
+        )
+        payload.zero_()
+        self.launch("dgc_scale", args.bucket.tiles, 1, args)
+        self.launch("dgc_encode", args.bucket.tiles, 1, args)
+
+    def decode(
+        self,
+        payloads: Tensor,
+        segments: Tensor,
+        workspace: Tensor,
+        wire_dtype: torch.dtype,
+        value_bits: int,
+        selections: Tensor,
+    ) -> None:
+        """Makes selections of payloads: see dgc.ops.decode."""
+        known = _sound(segments)
+        check_value_bits(wire_dtype, value_bits)
+        ranks = len(payloads)
+        rows = (("payloads", payloads, known.payload(value_bits)), ("selections", selections, known.wire(wire_dtype)))
+        for name, tensor, at in rows:
+            if tensor.shape != (ranks, at.nbytes) or ranks >= 65536:
+                raise RuntimeError(
+                    f"{name}: expected a row of {at.nbytes} bytes for each rank, fewer than 65536, got "
+                    f"{tuple(tensor.shape)}"
+                )
+        args = CodecArgs(
+            _bucket_args(known, workspace, wire_dtype),
+            _address(selections, "selections", torch.uint8, 0, workspace, aligned=True),
+            _address(payloads, "payloads", torch.uint8, 0, workspace, aligned=True),
+            None,
+            ranks,
+            int(known.upper_words.sum()),
+            int(known.lower_words.sum()),
+            value_bits,
+        )
+        self.launch("dgc_decode", args.bucket.tiles, ranks, args)
 
     def subtract_(
         self, parameters: list[Tensor], updates: list[Tensor], lr: float, shrink: float, skip: Tensor | None

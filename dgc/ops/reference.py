@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from .accumulation import Accumulation, check_rule
+from .reference_wire import decode, encode_
 from .segments import Segments, checked
 from .wire import LEFT_OUT, MAGIC, NON_FINITE, NON_FINITE_STATUS, TILE, USED, header
+
+__all__ = ["compress_", "decode", "encode_", "restore_", "subtract_", "unpack"]
 
 
 def compress_(

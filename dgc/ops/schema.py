@@ -1,68 +1,13 @@
-"""The ops. Each has a block: its function with the documentation, its schema, and its fake, which checks arguments.
+"""The ops of a step. Each has a block: its function with the documentation, its schema, and its fake, which checks.
 
 Kernels are in csrc/, the same in plain PyTorch in dgc/ops/reference.py; dgc/ops/choice.py registers them.
 """
-
-from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .accumulation import check_rule
-from .segments import COLUMNS
-from .wire import layout_of
-
-LIBRARY = torch.library.Library("dgc", "DEF")
-OPS: list[str] = []
-"""The names of all ops. Everything that is made for each of them is made from this list."""
-
-
-def _op(schema: str) -> Callable[[Callable[..., None]], None]:
-    """Defines an op, and registers the decorated function as its fake, for tensors that have shapes and no contents."""
-
-    def register(fake: Callable[..., None]) -> None:
-        name = LIBRARY.define(schema)
-        # The same as register_fake(), which takes milliseconds at import to look for the caller's source.
-        LIBRARY.impl(name, fake, "Meta")
-        OPS.append(name)
-
-    return register
-
-
-def _check(tensor: Tensor | None, name: str, dtype: torch.dtype, least: int) -> None:
-    """Checks the type of a tensor, and that it has so many elements."""
-    if tensor is not None:
-        torch._check(tensor.dtype == dtype, lambda: f"{name}: expected {dtype}, got {tensor.dtype}")
-        torch._check(
-            tensor.numel() >= least, lambda: f"{name}: expected at least {least} elements, got {tensor.numel()}"
-        )
-
-
-def _check_floats(tensors: Sequence[Tensor], name: str) -> None:
-    """Checks that gradients have types that the kernels know."""
-    for tensor in tensors:
-        _check_float(tensor.dtype, name)
-
-
-def _check_float(dtype: torch.dtype, name: str) -> None:
-    """Checks that the kernels know a type."""
-    floats = torch.float32, torch.bfloat16, torch.float16
-    torch._check(dtype in floats, lambda: f"{name}: expected float32, bfloat16 or float16, got {dtype}")
-
-
-def _check_segments(segments: Tensor) -> int:
-    """Checks the form of a segment table, and returns its rows."""
-    torch._check(
-        segments.dtype == torch.int64 and segments.dim() == 2 and segments.size(1) == len(COLUMNS),
-        lambda: f"segments: expected int64 [segments, {len(COLUMNS)}], got {segments.dtype} {tuple(segments.shape)}",
-    )
-    return segments.size(0)
-
-
-def _least_bytes(rows: int, wire_dtype: torch.dtype) -> int:
-    """Returns the bytes of the smallest payload: every parameter has a tile and an entry."""
-    _check_float(wire_dtype, "wire_dtype")
-    return layout_of(rows, rows, rows, wire_dtype.itemsize).nbytes
+from .library import check, check_floats, check_segments, least_bytes, op
 
 
 def compress_(
@@ -120,7 +65,7 @@ def compress_(
     )
 
 
-@_op(
+@op(
     "compress_(Tensor(a!)[] gradients, int rule, Tensor(b!)[] kept, Tensor(c!) residual, Tensor segments, "
     "Tensor numbers, Tensor scale, Tensor(d!) payload, Tensor(e!) workspace, Tensor(f!)? sent, ScalarType wire_dtype) "
     "-> ()"
@@ -138,17 +83,17 @@ def _(
     sent: Tensor | None,
     wire_dtype: torch.dtype,
 ) -> None:
-    rows = _check_segments(segments)
-    _check_floats(gradients, "gradients")
+    rows = check_segments(segments)
+    check_floats(gradients, "gradients")
     check_rule(rule, kept, numbers, sent, rows)
     for tensor in kept:
-        _check(tensor, "kept", torch.float32, rows)
-    _check(residual, "residual", torch.float32, rows)
-    _check(numbers, "numbers", torch.float32, 0)
-    _check(scale, "scale", torch.float32, 1)
-    _check(payload, "payload", torch.uint8, _least_bytes(rows, wire_dtype))
-    _check(workspace, "workspace", torch.uint8, 4 * rows)
-    _check(sent, "sent", torch.float32, rows)
+        check(tensor, "kept", torch.float32, rows)
+    check(residual, "residual", torch.float32, rows)
+    check(numbers, "numbers", torch.float32, 0)
+    check(scale, "scale", torch.float32, 1)
+    check(payload, "payload", torch.uint8, least_bytes(rows, wire_dtype))
+    check(workspace, "workspace", torch.uint8, 4 * rows)
+    check(sent, "sent", torch.float32, rows)
 
 
 def unpack(
@@ -183,7 +128,7 @@ def unpack(
     torch.ops.dgc.unpack(payloads, rank, segments, workspace, scale, wire_dtype, out, status)
 
 
-@_op(
+@op(
     "unpack(Tensor payloads, int rank, Tensor segments, Tensor(a!) workspace, Tensor scale, ScalarType wire_dtype, "
     "Tensor(b!)[] out, Tensor(c!) status) -> ()"
 )
@@ -197,8 +142,8 @@ def _(
     out: list[Tensor],
     status: Tensor,
 ) -> None:
-    rows = _check_segments(segments)
-    least = _least_bytes(rows, wire_dtype)
+    rows = check_segments(segments)
+    least = least_bytes(rows, wire_dtype)
     torch._check(
         payloads.dim() == 2 and payloads.size(1) >= least and 0 <= rank < payloads.size(0),
         lambda: (
@@ -206,11 +151,11 @@ def _(
             f"got {tuple(payloads.shape)}"
         ),
     )
-    _check(payloads, "payloads", torch.uint8, 0)
-    _check(workspace, "workspace", torch.uint8, 4 * rows)
-    _check(scale, "scale", torch.float32, 1)
-    _check_floats(out, "out")
-    _check(status, "status", torch.int32, payloads.size(0) + 1)
+    check(payloads, "payloads", torch.uint8, 0)
+    check(workspace, "workspace", torch.uint8, 4 * rows)
+    check(scale, "scale", torch.float32, 1)
+    check_floats(out, "out")
+    check(status, "status", torch.int32, payloads.size(0) + 1)
 
 
 def restore_(
@@ -240,7 +185,7 @@ def restore_(
     torch.ops.dgc.restore_(payload, which, segments, workspace, sent, momentum, residual, wire_dtype)
 
 
-@_op(
+@op(
     "restore_(Tensor payload, Tensor which, Tensor segments, Tensor workspace, Tensor? sent, "
     "Tensor(a!)? momentum, Tensor(b!) residual, ScalarType wire_dtype) -> ()"
 )
@@ -254,14 +199,14 @@ def _(
     residual: Tensor,
     wire_dtype: torch.dtype,
 ) -> None:
-    rows = _check_segments(segments)
-    _check(payload, "payload", torch.uint8, _least_bytes(rows, wire_dtype))
-    _check(which, "which", torch.uint8, rows)
-    _check(workspace, "workspace", torch.uint8, 4 * rows)
+    rows = check_segments(segments)
+    check(payload, "payload", torch.uint8, least_bytes(rows, wire_dtype))
+    check(which, "which", torch.uint8, rows)
+    check(workspace, "workspace", torch.uint8, 4 * rows)
     torch._check(sent is None or momentum is not None, lambda: "sent: expected None where momentum is None")
-    _check(sent, "sent", torch.float32, rows)
-    _check(momentum, "momentum", torch.float32, rows)
-    _check(residual, "residual", torch.float32, rows)
+    check(sent, "sent", torch.float32, rows)
+    check(momentum, "momentum", torch.float32, rows)
+    check(residual, "residual", torch.float32, rows)
 
 
 def subtract_(
@@ -284,13 +229,13 @@ def subtract_(
     torch.autograd.graph.increment_version(parameters)
 
 
-@_op("subtract_(Tensor(a!)[] parameters, Tensor[] updates, float lr, float shrink, Tensor? skip) -> ()")
+@op("subtract_(Tensor(a!)[] parameters, Tensor[] updates, float lr, float shrink, Tensor? skip) -> ()")
 def _(parameters: list[Tensor], updates: list[Tensor], lr: float, shrink: float, skip: Tensor | None) -> None:
     torch._check(
         len(parameters) == len(updates),
         lambda: f"updates: expected one for each of {len(parameters)} parameters, got {len(updates)} of them",
     )
-    _check(skip, "skip", torch.uint8, 1)
+    check(skip, "skip", torch.uint8, 1)
     for parameter, update in zip(parameters, updates, strict=True):
-        _check(parameter, "parameters", torch.float32, 0)
-        _check(update, "updates", torch.float32, parameter.numel())
+        check(parameter, "parameters", torch.float32, 0)
+        check(update, "updates", torch.float32, parameter.numel())

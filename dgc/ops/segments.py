@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .wire import GROUP, TILE, WireLayout, div_up, layout_of
+from .wire import GROUP, TILE, PayloadLayout, WireLayout, div_up, layout_of, low_bits, payload_layout, upper_bits
 
 
 class Segment(NamedTuple):
@@ -137,6 +137,28 @@ class Segments:
         return self.entries.cumsum(0) - self.entries
 
     @cached_property
+    def upper_words(self) -> Tensor:
+        """The 32-bit words with the upper bits of each parameter's indices: int64 [segments]."""
+        words = [div_up(upper_bits(row.numel, row.entries), 32) for row in self.rows]
+        return torch.tensor(words, dtype=torch.int64, device="cpu")
+
+    @cached_property
+    def lower_words(self) -> Tensor:
+        """The 32-bit words with the low bits of each parameter's indices: int64 [segments]."""
+        words = [div_up(row.entries * low_bits(row.numel, row.entries), 32) for row in self.rows]
+        return torch.tensor(words, dtype=torch.int64, device="cpu")
+
+    @cached_property
+    def first_upper(self) -> Tensor:
+        """The first word with upper bits of each parameter, counted in the payload's section: int64 [segments]."""
+        return self.upper_words.cumsum(0) - self.upper_words
+
+    @cached_property
+    def first_lower(self) -> Tensor:
+        """The first word with low bits of each parameter, counted likewise: int64 [segments]."""
+        return self.lower_words.cumsum(0) - self.lower_words
+
+    @cached_property
     def segment_of_tile(self) -> Tensor:
         """The parameter that each tile belongs to: int64 [tiles]."""
         return torch.repeat_interleave(torch.arange(len(self), dtype=torch.int64, device="cpu"), self.tiles)
@@ -200,8 +222,13 @@ class Segments:
             for before, after in pairwise(spans)
         )
 
+    def payload(self, value_bits: int) -> PayloadLayout:
+        """Returns where the sections of a payload start, with values of 32, 16, 8 or 4 bits."""
+        uppers, lowers = int(self.upper_words.sum()), int(self.lower_words.sum())
+        return payload_layout(len(self), self.n_entries, uppers, lowers, value_bits)
+
     def wire(self, wire_dtype: torch.dtype) -> WireLayout:
-        """Returns where the sections of a payload start, with values of this type."""
+        """Returns where the sections of a selection start, with values of this type."""
         if wire_dtype not in self._layouts:
             layout = layout_of(len(self), self.n_tiles, self.n_entries, wire_dtype.itemsize)
             self._layouts[wire_dtype] = layout
@@ -230,7 +257,7 @@ def checked(table: Tensor) -> Segments:
 
 
 def wire_layout(segments: Tensor | Segments, wire_dtype: torch.dtype) -> WireLayout:
-    """Returns where the sections of a bucket's payload start.
+    """Returns where the sections of a bucket's selection start.
 
     Args:
         segments: the table, or what is known of it.

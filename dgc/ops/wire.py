@@ -1,11 +1,14 @@
-"""The wire format of the bytes that one rank sends for one bucket. csrc/wire.h is its twin.
+"""Where everything stands in the bytes of one rank and one bucket. csrc/wire.h is its twin, docs/wire.md explains it.
 
-    header (32) | used (1 a parameter) | tile ends (4 a tile) | indices (2 an entry) | values (4 or 2 an entry)
+A payload travels, dgc::encode_ makes it of a selection, which compress_ writes and unpack reads:
 
-Each section starts at a multiple of 16 bytes. A tile is a stretch of 65,536 elements of one parameter; an index is
-16 bits, counted inside its tile; a tile's end is the number of entries of the bucket up to and including it. Entries
-are sorted by parameter, then by index. How many entries a parameter has is fixed by density, so all ranks' payloads
-have the same size and one all-gather without a size exchange carries them.
+    selection: header (32) | used (1 a parameter) | tile ends (4 a tile) | indices (2 an entry) | values (4 or 2)
+    payload:   header (32) | used (1 a parameter) | scales | upper bits of the indices | low bits of them | values
+
+Each section starts at a multiple of 16 bytes. A tile is a stretch of 65,536 elements of one parameter; a selection's
+index is 16 bits, counted inside its tile; a tile's end is the number of entries of the bucket up to and including it.
+Entries are sorted by parameter, then by index. How many entries a parameter has is fixed by density, so all ranks'
+payloads have the same size and one all-gather without a size exchange carries them.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ TILE = 65536
 GROUP = 32
 HEADER_BYTES = 32
 ALIGN = 16
-MAGIC = int.from_bytes(b"DGCWIRE1", "little")
+MAGIC = int.from_bytes(b"DGCWIRE2", "little")
 NON_FINITE = 1
 """A flag of the header: this rank left entries out because they were not finite."""
 USED, LEFT_OUT = 1, 2
@@ -32,7 +35,7 @@ STATUS = {
     2: "it is at another step: a rank skipped a backward pass or ran one more",
     3: "its parameters, their order, its DGC configuration or its loss scale differ, or it alone has thrown a "
     "gradient away before its last step",
-    4: "its tile table contradicts itself",
+    4: "its indices are not those of so many entries",
     5: "an index is out of bounds or out of order",
     6: "a value is not finite",
 }
@@ -60,6 +63,57 @@ class WireLayout(NamedTuple):
     indices: int
     values: int
     nbytes: int
+
+
+class PayloadLayout(NamedTuple):
+    """Byte offsets of a payload's sections, and its size."""
+
+    scales: int
+    upper: int
+    lower: int
+    values: int
+    nbytes: int
+
+
+def payload_layout(segments: int, entries: int, uppers: int, lowers: int, value_bits: int) -> PayloadLayout:
+    """Returns where the sections of a payload start.
+
+    Args:
+        segments: parameters of the bucket.
+        entries: of all its parameters.
+        uppers: 32-bit words with the upper bits of indices.
+        lowers: 32-bit words with their low bits.
+        value_bits: 32, 16, 8 or 4, of one value.
+    """
+    scales = align_up(HEADER_BYTES + segments)
+    upper = align_up(scales + (8 * segments if value_bits < 16 else 0))
+    lower = align_up(upper + 4 * uppers)
+    values = align_up(lower + 4 * lowers)
+    nbytes = (entries + segments + 1) // 2 if value_bits == 4 else entries * value_bits // 8
+    return PayloadLayout(scales, upper, lower, values, align_up(values + nbytes))
+
+
+def check_value_bits(wire_dtype: torch.dtype, value_bits: int) -> None:
+    """Checks that values of a selection's type can travel in so many bits: its own, or, of float32, 8 or 4.
+
+    Raises:
+        RuntimeError: they cannot.
+    """
+    own = 8 * wire_dtype.itemsize
+    if value_bits != own and not (own == 32 and value_bits in (8, 4)):
+        raise RuntimeError(
+            f"value_bits: expected {own}{', 8 or 4' if own == 32 else ''} for {wire_dtype}, got {value_bits}"
+        )
+
+
+def low_bits(numel: int, entries: int) -> int:
+    """Returns how many low bits of each index stand as they are: log2(numel / entries) rounded down, at most 16."""
+    return min((numel // entries).bit_length() - 1, 16)
+
+
+def upper_bits(numel: int, entries: int) -> int:
+    """Returns the bits that say the high parts of a parameter's indices in unary: a one for each, and zeros."""
+    return entries + ((numel - 1) >> low_bits(numel, entries))
 
 
 def layout_of(segments: int, tiles: int, entries: int, value_bytes: int) -> WireLayout:

@@ -80,7 +80,7 @@ class Layouts:
                 parameters.slots,
                 parameters.never_compressed,
                 rows=rows,
-                entry_bytes=self._codec.entry_bytes,
+                entry_bytes=self._codec.entry_bytes(density),
                 switched_off=dense,
                 divided=self._inside is not None,
                 masked_below=parameters.rule.masked_below,

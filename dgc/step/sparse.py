@@ -15,9 +15,9 @@ from dgc.exchange.base import Topology
 from dgc.memory.memory import Memory
 from dgc.memory.slots import Gradients, Slot
 from dgc.ops import wire
-from dgc.ops.codec import Codec, Plain
+from dgc.ops.codec import Codec
 from dgc.ops.segments import Segment, Segments
-from dgc.ops.selection import entries_of, first_indices, positions
+from dgc.ops.selection import first_indices
 from dgc.optim.base import Rule, Work
 
 from .undo import Undo
@@ -36,8 +36,8 @@ class Member(NamedTuple):
 class Sparse:
     """The compressed parameters of one bucket in one phase: segment tables, buffers and the undo log.
 
-    `selection` holds the entries that the op has chosen, with the values that receivers will read. With the codec Plain
-    it is the payload; another codec writes a payload of its own.
+    `selection` holds the entries that the op has chosen, with the values that receivers will read; the codec makes the
+    payload of it.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Sparse:
         *,
         masking: bool,
         droppable: bool,
+        decay: float,
         agreed: str,
     ) -> None:
         """Allocates the buffers of a pass.
@@ -64,12 +65,13 @@ class Sparse:
             topology: for the number of payloads.
             masking: whether the rule's tensors become 0 where an entry is sent.
             droppable: whether a pass can be dropped (DGCConfig).
+            decay: factor of v in each pass (DGCConfig.residual_decay).
             agreed: a text that has to be equal on all ranks; it enters the header's fingerprint.
         """
         device = gradients.buffers[0].device
         self.members = members
-        self._codec, self._plain = codec, isinstance(codec, Plain)
-        self._row = topology.row
+        self._codec = codec
+        self._row, self._decay = topology.row, decay
         # Types and devices are written out everywhere, since users change torch's defaults.
         rows = [Segment(*gradients.places[m.position], m.slot.offset, m.slot.numel, m.entries) for m in members]
         self.receiving = Segments.from_rows(rows)
@@ -89,11 +91,9 @@ class Sparse:
         self.selection = torch.zeros(self._layout.nbytes, dtype=torch.uint8, device=device)
         self.selections = torch.zeros(topology.rows, self._layout.nbytes, dtype=torch.uint8, device=device)
         """uint8 [rows, bytes]: the selections of all ranks, as received."""
-        self.payload, self.gathered = self.selection, self.selections
-        if not self._plain:
-            nbytes = wire.align_up(self._layout.ends + codec.nbytes(self.receiving))
-            self.payload = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-            self.gathered = torch.zeros(topology.rows, nbytes, dtype=torch.uint8, device=device)
+        nbytes = codec.nbytes(self.receiving)
+        self.payload = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        self.gathered = torch.zeros(topology.rows, nbytes, dtype=torch.uint8, device=device)
 
         layout = [(m.slot.name, m.slot.numel, m.entries) for m in members]
         text = repr((layout, topology.rows, codec.name, agreed))
@@ -166,8 +166,7 @@ class Sparse:
         if memory.kinds:
             memory.diverged.update(m.slot.name for m in self.members)
         self.undo.taken.fill_(1)
-        if not self._plain:
-            self._encode(memory)
+        self._codec.encode(self.selection, self.sending, self._sending_workspace, memory.residual, self.payload)
         return self.payload
 
     def _write_numbers(self, factors: list[tuple[float, ...]]) -> None:
@@ -175,7 +174,7 @@ class Sparse:
 
         By fill_, which passes each as an argument: a copy from the host would wait for the GPU.
         """
-        columns = [(1.0,) * len(factors), *zip(*factors, strict=True)]
+        columns = [(self._decay,) * len(factors), *zip(*factors, strict=True)]
         if len(columns) != len(self._numbers):
             self._numbers = self._numbers.new_empty(len(columns), len(factors))
         if len(columns) != len(self._columns):
@@ -190,16 +189,6 @@ class Sparse:
                     row[i].fill_(number)
         self._columns = columns
 
-    def _encode(self, memory: Memory) -> None:
-        """Encodes the selection as the payload, and adds the codec's error to v."""
-        entries = entries_of(self.selection, self.sending, self._codec.dtype)
-        before = entries.values.to(torch.float32, copy=True)
-        head = self._layout.ends
-        self.payload[:head].copy_(self.selection[:head])
-        self._codec.encode(entries, self.sending, self.payload[head:])
-        where, _ = positions(self.selection, self.sending, self._codec.dtype)
-        memory.residual[where] += before - entries.values.float()
-
     def decompress(self, gradients: Gradients, loss_scale: Tensor | None, report: Tensor) -> None:
         """Writes the average of the sent entries into the gradients, times the loss scale; reports each row's status.
 
@@ -208,12 +197,7 @@ class Sparse:
             loss_scale: float32 [1]; None for 1.
             report: int32 [rows + 1], receives dgc::unpack's status.
         """
-        if not self._plain:
-            head = self._layout.ends
-            self.selections[:, :head].copy_(self.gathered[:, :head])
-            for payload, selection in zip(self.gathered, self.selections, strict=True):
-                entries = entries_of(selection, self.receiving, self._codec.dtype)
-                self._codec.decode(payload[head:], self.receiving, entries)
+        self._codec.decode(self.gathered, self.receiving, self._workspace, self.selections)
         ops.unpack(
             payloads=self.selections,
             rank=self._row,

@@ -109,6 +109,10 @@ T atomicAdd(T* p, T x) {
   return __atomic_fetch_add(p, x, __ATOMIC_RELAXED);
 }
 template <class T>
+T atomicOr(T* p, T x) {
+  return __atomic_fetch_or(p, x, __ATOMIC_RELAXED);
+}
+template <class T>
 T atomicMax(T* p, T x) {
   T before = __atomic_load_n(p, __ATOMIC_RELAXED);
   while (before < x && !__atomic_compare_exchange_n(p, &before, x, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {

@@ -7,9 +7,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import dgc
-from dgc.ops.codec import Codec, Plain
+from dgc.ops.codec import Codec, EliasFano
 from dgc.ops.segments import Segments
-from dgc.ops.selection import Entries
+from dgc.ops.selection import Entries, entries_of, positions
 from support.alone import reduce
 from support.models import Given, integers, normals
 from support.ranks import run_ranks
@@ -22,30 +22,42 @@ class Halves(Codec):
 
     name = "two bfloat16"
     dtype = torch.float32
-    entry_bytes = 6
 
-    def _sections(self, body, segments):
+    def entry_bytes(self, density):
+        return 6
+
+    def _sections(self, payload, segments):
+        at = segments.wire(torch.float32).ends
         ends, n = 4 * segments.n_tiles, segments.n_entries
-        return body[:ends], body[ends : ends + 2 * n], body[ends + 2 * n : ends + 6 * n]
+        return payload[at:].split([ends, 2 * n, 4 * n, len(payload) - at - ends - 6 * n])[:3]
 
     def nbytes(self, segments):
-        return 4 * segments.n_tiles + 6 * segments.n_entries
+        return -(-(segments.wire(torch.float32).ends + 4 * segments.n_tiles + 6 * segments.n_entries) // 16) * 16
 
-    def encode(self, entries, segments, body):
+    def encode(self, selection, segments, workspace, residual, payload):
+        head = segments.wire(torch.float32).ends
+        payload[:head].copy_(selection[:head])
+        entries = entries_of(selection, segments, torch.float32)
         high = entries.values.bfloat16()
         low = (entries.values - high.float()).bfloat16()
-        ends, indices, values = self._sections(body, segments)
+        ends, indices, values = self._sections(payload, segments)
         ends.copy_(entries.ends.view(torch.uint8))
         indices.copy_(entries.indices.view(torch.uint8))
         values.copy_(torch.cat([high, low]).view(torch.uint8))
+        where, before = positions(selection, segments, torch.float32)
+        residual[where] += before - (high.float() + low.float())
         entries.values.copy_(high.float() + low.float())
 
-    def decode(self, body, segments, entries):
-        ends, indices, values = self._sections(body, segments)
-        entries.ends.copy_(ends.clone().view(torch.int32))
-        entries.indices.copy_(indices.clone().view(torch.int16))
-        high, low = values.clone().view(torch.bfloat16).float().chunk(2)
-        entries.values.copy_(high + low)
+    def decode(self, payloads, segments, workspace, selections):
+        head = segments.wire(torch.float32).ends
+        for payload, selection in zip(payloads, selections, strict=True):
+            selection[:head].copy_(payload[:head])
+            entries = entries_of(selection, segments, torch.float32)
+            ends, indices, values = self._sections(payload, segments)
+            entries.ends.copy_(ends.clone().view(torch.int32))
+            entries.indices.copy_(indices.clone().view(torch.int16))
+            high, low = values.clone().view(torch.bfloat16).float().chunk(2)
+            entries.values.copy_(high + low)
 
 
 class Run:
@@ -62,8 +74,8 @@ class Run:
         self.optimizer.step()
 
 
-def test_where_nothing_is_rounded_the_bits_are_plain_s():
-    plain, halves = Run(Plain()), Run(Halves())
+def test_where_nothing_is_rounded_the_bits_are_those_of_the_wire_format():
+    plain, halves = Run(EliasFano()), Run(Halves())
     for step in range(6):
         gradients = integers(SHAPES, step)
         plain.train(gradients)
@@ -102,7 +114,7 @@ def test_discard_gives_back_what_was_sent():
 def train(rank, world_size, corrupt):
     model = DistributedDataParallel(Given(SHAPES))
     optimizer = dgc.SGD(model.parameters(), lr=0.25, momentum=0.5)
-    codec = Plain() if corrupt == "codec" and rank else Halves()
+    codec = EliasFano() if corrupt == "codec" and rank else Halves()
     state = dgc.DGCState(model.named_parameters(), optimizer, dgc.DGCConfig(density=0.01), codec=codec)
     if corrupt == "codec":
         with pytest.raises(ValueError, match="codec: rank 0 has 'two bfloat16', rank 1 has 'float32'"):
@@ -134,12 +146,10 @@ def test_two_ranks_agree_and_wrong_bytes_are_refused(corrupt):
     if not corrupt:
         assert all(torch.equal(one[0][n], other[0][n]) for n in SHAPES)
         segments = Segments.from_rows([(0, 0, 0, 90000, 900), (0, 90000, 90016, 80000, 800)])
-        assert one[1] == -(-(48 + Halves().nbytes(segments)) // 16) * 16 + 4 * 300
+        assert one[1] == Halves().nbytes(segments) + 4 * 300
 
 
 def test_a_selection_s_sections_are_views():
-    from dgc.ops.selection import entries_of
-
     segments = Segments.from_rows([(0, 0, 0, 70000, 3)])
     selection = torch.zeros(segments.wire(torch.float32).nbytes, dtype=torch.uint8)
     entries = entries_of(selection, segments, torch.float32)

@@ -6,12 +6,18 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dgc import ops
+from dgc.ops import Segments
 from support.buckets import make
 
 
 def calls():
     """Returns sound arguments of every op, by name."""
     args = make([70_000, 64], 0.01)
+    chosen = make([70_000, 64], 0.01)
+    ops.compress_(*chosen.list())
+    sizes = [Segments(args.segments).payload(bits).nbytes for bits in (8, 4)]
+    coded, codeds = (torch.zeros(*shape, dtype=torch.uint8) for shape in ((sizes[0],), (2, sizes[1])))
     status = torch.zeros(3, dtype=torch.int32)
     which = torch.ones(2, dtype=torch.uint8)
     payloads = torch.stack([args.payload] * 2)
@@ -20,6 +26,8 @@ def calls():
         "compress_": args.list(),
         "unpack": [payloads, 1, args.segments, args.workspace, args.scale, torch.float32, args.gradients, status],
         "restore_": [args.payload, which, args.segments, args.workspace, *state, torch.float32],
+        "encode_": [chosen.payload, args.segments, args.workspace, args.residual, torch.float32, 8, coded],
+        "decode": [codeds, args.segments, args.workspace, torch.float32, 4, payloads],
         "subtract_": [[torch.zeros(5), torch.zeros(2, 3)], [torch.zeros(5), torch.zeros(2, 3)], 0.1, 0.5, which[:1]],
     }
 
@@ -37,7 +45,7 @@ def run(name, arguments):
         getattr(torch.ops.dgc, name)(*[fake(x) for x in arguments])
 
 
-@pytest.mark.parametrize("name", ["compress_", "unpack", "restore_", "subtract_"])
+@pytest.mark.parametrize("name", ["compress_", "unpack", "restore_", "encode_", "decode", "subtract_"])
 def test_what_the_op_takes_its_fake_takes(name):
     run(name, calls()[name])
     torch.library.opcheck(
@@ -82,6 +90,12 @@ U8, I64 = torch.uint8, torch.int64
         ("restore_", 0, torch.zeros(95, dtype=U8), "payload: expected at least 96"),
         ("restore_", 1, torch.zeros(1, dtype=U8), "which: expected at least 2"),
         ("restore_", 5, None, "sent: expected None where momentum is None"),
+        ("encode_", 0, torch.zeros(95, dtype=U8), "selection: expected at least 96"),
+        ("encode_", 5, 5, r"value_bits: expected 32, 8 or 4 for torch\.float32, got 5"),
+        ("encode_", 6, torch.zeros(3), r"payload: expected torch\.uint8"),
+        ("decode", 0, torch.zeros(99, dtype=U8), "payloads: expected a row for each rank"),
+        ("decode", 4, 16, "value_bits: expected 32, 8 or 4"),
+        ("decode", 5, torch.zeros(3, 800, dtype=U8), "selections: expected 2 rows"),
         ("subtract_", 1, [torch.zeros(5)], "updates: expected one for each of 2 parameters, got 1"),
         ("subtract_", 1, [torch.zeros(5), torch.zeros(5)], "updates: expected at least 6 elements, got 5"),
         ("subtract_", 4, torch.zeros(0, dtype=U8), "skip: expected at least 1"),

@@ -11,7 +11,7 @@ import torch
 from dgc import ops
 from dgc.ops import Accumulation, args, cuda, reference, segments, wire
 from dgc.ops.launch import Kernels
-from dgc.ops.schema import OPS
+from dgc.ops.library import OPS
 from support.buckets import make
 from support.roads import cuda_workspace
 
@@ -120,6 +120,23 @@ def test_launches_are_those_of_the_list(op):
             rows.wire_dtype,
         ],
         "subtract_": [[torch.zeros(20_000)], [torch.zeros(20_000)], 0.1, 1.0, None],
+        "encode_": [
+            rows.payload,
+            rows.segments,
+            cuda_workspace(rows.segments),
+            rows.residual,
+            rows.wire_dtype,
+            8,
+            torch.zeros(segments.Segments(rows.segments).payload(8).nbytes, dtype=torch.uint8),
+        ],
+        "decode": [
+            torch.zeros(ranks, segments.Segments(rows.segments).payload(8).nbytes, dtype=torch.uint8),
+            rows.segments,
+            cuda_workspace(rows.segments),
+            rows.wire_dtype,
+            8,
+            rows.payload.repeat(ranks, 1),
+        ],
     }[op]
     if op == "compress_":
         call[8] = cuda_workspace(rows.segments)
@@ -131,7 +148,7 @@ def test_launches_are_those_of_the_list(op):
 
 
 def test_every_op_is_everywhere():
-    assert len(OPS) == len(set(OPS)) == 4
+    assert len(OPS) == len(set(OPS)) == 6
     launched = {name for name, value in vars(Kernels).items() if inspect.isfunction(value) and name[0] != "_"}
     assert launched == set(OPS)
     for name in OPS:

@@ -27,7 +27,7 @@ def test_the_header_is_what_was_stamped():
     payload = torch.zeros(64, dtype=torch.uint8)
     wire.stamp(payload, fingerprint=2**55 + 1).fill_(2**40 + 3)
     assert wire.header(payload).tolist() == [wire.MAGIC, 2**40 + 3, 2**55 + 1, 0]
-    assert bytes(payload[:8].tolist()) == b"DGCWIRE1"
+    assert bytes(payload[:8].tolist()) == b"DGCWIRE2"
 
 
 @pytest.mark.parametrize("code", sorted(wire.STATUS))

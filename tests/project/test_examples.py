@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -80,6 +81,16 @@ def test_gpt():
     assert "bytes sent in the run: " in output
 
 
+@pytest.mark.parametrize(("processes", "islands"), [(2, []), (4, ["--nodes", "2"])])
+def test_local_steps_gpt(processes, islands):
+    small = ["--width", "32", "--depth", "1", "--heads", "2", "--batch-size", "1"]
+    script = ["examples/local_steps_gpt.py", "--steps", "5", "--every", "2", *small, *islands]
+    output = output_of("launch/torchrun.sh", "--nproc-per-node", str(processes), *script)
+    assert "validation perplexity" in output
+    assert f"{processes} ranks, weights equal on all: True" in output
+    assert "3 rounds; bytes a step to other islands: " in output
+
+
 @pytest.mark.parametrize("dense", [[], ["--dense"]])
 def test_fsdp2_gpt(dense):
     small = ["--width", "32", "--depth", "1", "--batch-size", "1"]
@@ -105,7 +116,9 @@ def test_quickstart_checks_its_options_before_it_installs_anything(arguments, me
     assert message in result.stderr
 
 
-@pytest.mark.parametrize("script", ["quickstart.sh", "torchrun.sh", "install_horovod.sh", "horovodrun.sh", "test.sh"])
+@pytest.mark.parametrize(
+    "script", ["quickstart.sh", "local_steps.sh", "torchrun.sh", "install_horovod.sh", "horovodrun.sh", "test.sh"]
+)
 def test_launch_scripts_explain_themselves(script):
     result = run(f"launch/{script}", "--help")
     assert result.returncode == 0
@@ -186,7 +199,7 @@ def framework(name):
 def test_accelerate_mlp(tmp_path):
     framework("accelerate")
     output = forked("examples/accelerate_mlp.py", "--epochs", "1", "--folder", str(tmp_path))
-    assert "step 32, compressed " in output
+    assert re.search(r"test loss \d\.\d+, step 32, \d+ bytes a step", output)
 
 
 def test_lightning_mlp(tmp_path):
@@ -194,6 +207,7 @@ def test_lightning_mlp(tmp_path):
     folder = ["--folder", str(tmp_path)]
     output = output_of(sys.executable, "examples/lightning_mlp.py", "--devices", "2", "--epochs", "1", *folder)
     assert "2 of 6 parameters compressed, density 0.01, step 32" in output
+    assert " bytes a step" in output
 
 
 def test_transformers_gpt2(tmp_path):
@@ -201,4 +215,14 @@ def test_transformers_gpt2(tmp_path):
     output = forked("examples/transformers_gpt2.py", "--steps", "10", "--folder", str(tmp_path))
     assert "dgc: clip_norm=1, and max_grad_norm, which was 1, is 0" in output
     assert "9 of 28 parameters compressed" in output
-    assert "'train_loss': " in output
+    assert re.search(r"test loss \d\.\d+, \d+ bytes a step", output)
+
+
+def test_framework_examples_are_short():
+    long = {
+        path.name: lines
+        for name in ("accelerate", "lightning", "ray", "transformers")
+        for path in (ROOT / "examples").glob(f"{name}_*.py")
+        if (lines := len(path.read_text().splitlines())) > 60
+    }
+    assert long == {}

@@ -19,8 +19,8 @@ def test_stats_are_the_bytes_of_the_payload():
     one = alone()
     one.train(normals(SHAPES, 0))
     stats = one.state.stats
-    # header 32, used 16, ends of two tiles 16, 900 indices, 900 values, sections at multiples of 16
-    payload = 32 + 16 + 16 + 1808 + 3600
+    # header 32, used 16, 900 + 89,999 / 64 upper bits, 900 times 6 low bits, 900 values, each at a multiple of 16 bytes
+    payload = 32 + 16 + 304 + 688 + 3600
     dense = 4 * (400 + 300)
     assert stats.steps == 1
     assert stats.sent_density == 0.01

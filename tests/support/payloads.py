@@ -101,7 +101,7 @@ def as_float64(raw: np.ndarray, wire_dtype: torch.dtype) -> np.ndarray:
 def decode(row: np.ndarray, own: np.ndarray, segments: Tensor, wire_dtype: torch.dtype):
     """Returns the code of a payload and, where it is sound, each parameter's (used, positions, values)."""
     header, used, ends, indices, raw = sections(row, segments, wire_dtype)
-    expected = (int.from_bytes(b"DGCWIRE1", "little"), own[1], own[2])
+    expected = (int.from_bytes(b"DGCWIRE2", "little"), own[1], own[2])
     for code, (mine, theirs) in enumerate(zip(header[:3], expected, strict=True), start=1):
         if mine != theirs:
             return code, None

@@ -26,7 +26,7 @@ from torch.utils import cpp_extension
 from dgc import ops as dgc_ops
 from dgc.ops import cuda
 from dgc.ops import launch as kernels
-from dgc.ops.schema import OPS
+from dgc.ops.library import OPS
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

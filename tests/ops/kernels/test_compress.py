@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from dgc.ops import Accumulation, cuda, wire, wire_layout
+from dgc.ops import Accumulation, Segments, cuda, wire, wire_layout
 from support.buckets import FLOATS, compress_both, make, unpack_both
 from support.roads import AVAILABLE, ops
 
@@ -214,13 +214,16 @@ def test_the_workspace_is_left_as_the_next_call_expects_it(road):
     args.gradients[0][5] = float("inf")
     compress_both(args)
     unpack_both(args, args.payload.view(1, -1))
+    payload = torch.zeros(Segments(args.segments).payload(4).nbytes, dtype=torch.uint8)
+    ops.encode_(args.payload, args.segments, args.workspace, args.residual, torch.float32, 4, payload)
+    ops.decode(payload[None], args.segments, args.workspace, torch.float32, 4, args.payload[None])
     sizes = cuda.workspace_sizes(3, 4, int(args.segments[:, 4].sum()))
     segments, _, bucket, states, _, _, histograms, *_ = args.workspace.cpu().split(sizes)
     assert bucket.count_nonzero() == 0
     assert histograms.count_nonzero() == 0
-    states = states[: 3 * 40].view(torch.int32).view(3, 10)
-    assert states[:, [0, 1, 5]].count_nonzero() == 0  # arrived, used, nonfinite
-    assert torch.equal(segments[: 3 * 64].view(torch.int64).view(3, 8)[:, :5], args.segments[:, :5])
+    states = states[: 3 * 48].view(torch.int32).view(3, 12)
+    assert states[:, [0, 1, 5, 10, 11]].count_nonzero() == 0  # arrived, used, nonfinite, far, largest
+    assert torch.equal(segments[: 3 * 80].view(torch.int64).view(3, 10)[:, :5], args.segments[:, :5])
 
 
 def test_gradients_become_zero_where_segments_are_and_nowhere_else(road):
