@@ -79,6 +79,10 @@ class Registered(Saved):
             ranks = self.exchange.world_size
             logger.info("dgc: exchanging gradients of a plain module without DDP over %d ranks", ranks)
 
+    def exchange_in_step(self) -> None:
+        """Exchanges in step() what .grad of its parameters then holds, whatever made it; a collective."""
+        self._open(nn.Module(), in_step=True).check_weights(self.exchange)
+
     def _open(self, model: nn.Module, in_step: bool = False) -> Door:
         parameters = self._standing.parameters.by_name
         if fsdp.is_sharded(model):

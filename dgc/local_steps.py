@@ -115,7 +115,7 @@ class LocalSteps(Rounds):
             late=False,
         )
         round_checks.check_islands(model, state.exchange)
-        state.open_door(nn.Module(), in_step=True)
+        state.exchange_in_step()
         state.exchange.agree({"every": int(every), "delay": int(delay)})
         super().__init__(model, inner, weights, start, outer_optimizer, state, int(every), int(delay))
         self._hook = inner.register_step_post_hook(self._stepped)

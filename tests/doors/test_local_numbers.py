@@ -253,3 +253,23 @@ def test_islands_that_took_fewer_steps_stay_until_all_have_finished():
         moved = (start[name].detach() - results[0]["start"][name]).flatten()
         taken = [(s, r) for r in range(2) for s in range(STEPS - 5 * r)]
         assert torch.equal(moved + waiting, sum(integers(SHAPES, seed_of(*one))[name].flatten() for one in taken) / 2)
+
+
+def bytes_of(rank, world_size, wire_dtype):
+    """Bytes of a step by the state's own count, of a model whose matrices are large, and those of DDP's gradient."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 1024))
+    inner = torch.optim.SGD(net.parameters(), lr=0.1)
+    config = dgc.DGCConfig(density=0.01, wire_dtype=wire_dtype)
+    local = dgc.LocalSteps(net, inner, config, every=15)
+    for _ in range(30):
+        for p in net.parameters():
+            p.grad = torch.randn_like(p)
+        inner.step()
+    return local.state.stats.total_bytes_sent / 30, local.state.stats.bytes_dense
+
+
+@pytest.mark.parametrize(("wire_dtype", "times"), [("bfloat16", 1000), ("8bit", 2000)])
+def test_a_step_sends_a_thousandth_of_ddp(wire_dtype, times):
+    for sent, dense in run_ranks(2, bytes_of, wire_dtype):
+        assert sent < dense / times
