@@ -21,7 +21,6 @@ SECTIONS = {
     "adamw": "AdamW",
     "adam_candidates": "Rules for AdamW that were tried",
     "ablation": "What each technique does",
-    "staleness": "How long entries wait",
     "wire_ratio": "Bytes on the wire",
     "scaling": "On paper: many workers",
     "step_cpu": "A DDP step where the network costs nothing",
