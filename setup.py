@@ -1,5 +1,7 @@
 """Builds dgc/_native*.so, the kernels: one file against torch's stable ABI, for every torch from 2.10 and every Python.
 
+It takes torch's headers, and imports no torch; build_backend.py says where they are.
+
 DGC_NATIVE=0 leaves it out; so does a machine without a C++ compiler, and the plain PyTorch path, slower, is used.
 
 DGC_CUDA=auto, the default, adds the CUDA kernels where nvcc is found ($CUDA_HOME, $PATH, /usr/local/cuda), whatever
@@ -9,10 +11,14 @@ torch it is: the file loads into a torch without CUDA too. DGC_CUDA=1 insists on
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+from build_backend import builds_native, compiler, find_torch
 
 # The oldest torch and Python that the library must load in.
 ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030A0000"]
@@ -81,40 +87,46 @@ def compile_kernels(nvcc: str, folder: Path) -> str:
     return output
 
 
-def compiler() -> str:
-    """Returns the C++ compiler."""
-    return os.environ.get("CXX", "g++").split()[-1]  # "ccache g++"
-
-
 def native_extension() -> dict[str, Any]:
     """Returns setup()'s arguments for the native library; none where it cannot or shall not be built."""
     nvcc = find_nvcc()
-    native = os.environ.get("DGC_NATIVE") != "0"
-    if os.environ.get("DGC_CUDA") == "1" and not (native and shutil.which(compiler())):
+    native = builds_native()
+    if os.environ.get("DGC_CUDA") == "1" and not native:
         raise SystemExit(
             "DGC_CUDA=1: expected a C++ compiler and no DGC_NATIVE=0; the kernels are part of that library"
         )
     if not native:
+        if os.environ.get("DGC_NATIVE") != "0":
+            print(f"dgc: no C++ compiler ({compiler()}): installing without the native library; plain PyTorch is used")
         return {}
-    if shutil.which(compiler()) is None:
-        print(f"dgc: no C++ compiler ({compiler()}): installing without the native library; plain PyTorch will be used")
-        return {}
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
-
-    extension = CppExtension(
+    torch = find_torch()
+    extension = Extension(
         "dgc._native",
         CPU_SOURCES + (CUDA_SOURCES if nvcc else []),
         depends=[str(path) for suffix in ("*.h", "*.cuh", "*.cu") for path in Path("csrc").rglob(suffix)],
         # No contraction: mu*u + h is rounded twice, as torch rounds it, on every device.
+        include_dirs=[f"{torch}/include"],
+        library_dirs=[f"{torch}/lib"],
+        libraries=["torch_cpu"],
         extra_compile_args=["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", *ABI],
         py_limited_api=True,
+        language="c++",
     )
 
-    class Build(BuildExtension):
-        """torch's build, with the kernels compiled first."""
+    class Build(build_ext):
+        """setuptools' build, with the kernels compiled first."""
 
         def build_extensions(self) -> None:
-            """Compiles the CUDA source where there is nvcc, then everything else."""
+            """Compiles the CUDA source where there is nvcc, then everything else.
+
+            Raises:
+                SystemExit: there is no torch to build with, which pip sees to unless it is told not to.
+            """
+            if torch is None:
+                raise SystemExit(
+                    f"dgc: expected torch 2.10 or later in {sys.executable}, found none. Install it first, or leave "
+                    "out --no-build-isolation: pip then brings one to build with. DGC_NATIVE=0 builds without kernels"
+                )
             # What was built with another DGC_CUDA is no use, and looks up to date.
             self.force = True
             if nvcc:
@@ -124,7 +136,7 @@ def native_extension() -> dict[str, Any]:
 
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": Build.with_options(use_ninja=False)},  # type: ignore[no-untyped-call]
+        "cmdclass": {"build_ext": Build},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 

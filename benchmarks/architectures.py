@@ -1,4 +1,4 @@
-"""The networks that the benchmarks train, at any size: an MLP, a ResNet, an LSTM and a small GPT."""
+"""The networks that the benchmarks train, at any size: an MLP, a ResNet, an LSTM, a small GPT and a ViT."""
 
 from __future__ import annotations
 
@@ -91,18 +91,34 @@ class _Block(nn.Module):
 class GPT(nn.Module):
     """A language model: transformer blocks, LayerNorm in front of each part, embedding and output tied."""
 
-    def __init__(
-        self, vocabulary: int, width: int, depth: int, heads: int, context: int, *, causal: bool = True
-    ) -> None:
-        """Makes it for at most `context` words; if not causal, an encoder like BERT's, where a word sees all others."""
+    def __init__(self, vocabulary: int, width: int, depth: int, heads: int, context: int) -> None:
+        """Makes it for at most `context` words."""
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.position = nn.Parameter(torch.zeros(context, width))
         nn.init.normal_(self.embedding.weight, std=0.02)
-        self.blocks = nn.Sequential(*(_Block(width, heads, causal) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(_Block(width, heads, causal=True) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, words: Tensor) -> Tensor:
-        """Returns scores (batch, time, vocabulary) for words (batch, time): of what follows each, or stands there."""
+        """Returns scores (batch, time, vocabulary) of the words that follow words (batch, time)."""
         x = self.embedding(words) + self.position[: words.shape[1]]
         return nn.functional.linear(self.norm(self.blocks(x)), self.embedding.weight)
+
+
+class ViT(nn.Module):
+    """An encoder of images: transformer blocks on patches, each of which sees all others."""
+
+    def __init__(self, side: int, patch: int, width: int, depth: int, heads: int, classes: int) -> None:
+        """Makes it for images (batch, 1, side, side)."""
+        super().__init__()
+        self.patches = nn.Conv2d(1, width, patch, stride=patch)
+        self.position = nn.Parameter(torch.zeros((side // patch) ** 2, width))
+        self.blocks = nn.Sequential(*(_Block(width, heads, causal=False) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns scores (batch, classes)."""
+        x = self.patches(images).flatten(2).transpose(1, 2) + self.position
+        scores: Tensor = self.head(self.norm(self.blocks(x)).mean(1))
+        return scores

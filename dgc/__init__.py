@@ -7,6 +7,7 @@ Three lines go in front of an unchanged training loop, with dgc.SGD, or dgc.Adam
     state.register(model)
 
 Or one: optimizer = dgc.attach(model, optimizer), which also takes torch.optim.SGD and AdamW, and models without DDP.
+Or, where even an exchange at every step is too much: dgc.LocalSteps(model, optimizer, every=15).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,9 @@ from ._version import __version__
 from .attach import attach
 from .config import DGCConfig
 from .ddp import dgc_hook
+from .local_steps import LocalSteps
 from .ops import PayloadError, backend
-from .optim import SGD, Adam, AdamW
+from .optim import SGD, Adam, AdamW, OuterSGD
 from .state import DGCState
 from .stats import Stats
 
@@ -29,6 +31,8 @@ __all__ = [
     "AdamW",
     "DGCConfig",
     "DGCState",
+    "LocalSteps",
+    "OuterSGD",
     "PayloadError",
     "Stats",
     "__version__",

@@ -18,7 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from . import checkpoint
 from .attach import attach as _attach
 from .config import DGCConfig
+from .needs import needs
 from .state import DGCState
+
+needs("1.15", "accelerate")
 
 
 def attach(
@@ -53,8 +56,7 @@ def attach(
             f"{type(model).__name__} and {type(optimizer).__name__} under {accelerator.distributed_type.name}. Without "
             "a GPU write Accelerator(cpu=True), or TrainingArguments(use_cpu=True)"
         )
-    _attach(model, optimizer, config, mesh=mesh, grad_scaler=accelerator.scaler)
-    optimizer.__setstate__({})  # with a GradScaler the wrapper has kept step() of torch's optimizer: it looks again
+    _attach(model, optimizer, config, mesh=mesh)
     if not getattr(accelerator, "_has_dgc", False):
         accelerator._has_dgc = True
         accelerator.register_save_state_pre_hook(functools.partial(_save, accelerator))

@@ -3,12 +3,15 @@
     optimizer = dgc.attach(model, optimizer, dgc.DGCConfig(density=0.01))
 
 The model may be behind DistributedDataParallel, sharded by fully_shard (FSDP2), or a plain module: then dgc exchanges
-its gradients without DDP, and broadcasts parameters and buffers once. `optimizer.dgc` is the DGCState.
+its gradients without DDP, and broadcasts parameters and buffers once. `optimizer.dgc` is the DGCState, and
+`optimizer.dgc.detach()` undoes this.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import logging
+import os
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import nn
@@ -23,6 +26,8 @@ from .memory.refusals import unwrapped
 from .optim.convert import convert
 from .state import DGCState
 
+logger = logging.getLogger("dgc")
+
 
 def attach(
     model: nn.Module,
@@ -32,12 +37,13 @@ def attach(
     process_group: dist.ProcessGroup | None = None,
     mesh: DeviceMesh | Literal["auto"] | None = None,
     grad_scaler: GradScaler | None = None,
+    average: bool = True,
 ) -> Optimizer:
-    """Compresses the exchange of a model's gradients; a collective, before the first backward pass.
+    """Compresses the exchange of a model's gradients; a collective, between step() and the next backward().
 
     torch.optim.SGD, AdamW and Adam become dgc's of that name in place: the same object, groups and state, so that
-    schedulers go on with it. Other optimizers are taken as DGCState takes them. A second call with the same arguments
-    changes nothing.
+    schedulers go on with it, and so does a run that was dense until now. Other optimizers are taken as DGCState takes
+    them. A second call with the same arguments changes nothing.
 
     Args:
         model: a DistributedDataParallel module, a module that fully_shard has sharded, or a plain one whose ranks
@@ -46,7 +52,8 @@ def attach(
         config: the same on all ranks; None for DGCConfig().
         process_group: as DGCState's.
         mesh: as DGCState's: nodes as workers.
-        grad_scaler: as DGCState's.
+        grad_scaler: as DGCState's; None for that of Accelerate's wrapper, if it has one.
+        average: as DGCState's: False where the loss is divided by what all ranks have together, as in torchtitan.
 
     Returns:
         The optimizer that was given.
@@ -67,12 +74,39 @@ def attach(
         )
     convert(inside)
     state = DGCState(
-        model.named_parameters(), inside, config, process_group=process_group, mesh=mesh, grad_scaler=grad_scaler
+        model.named_parameters(),
+        inside,
+        config,
+        process_group=process_group,
+        mesh=mesh,
+        grad_scaler=grad_scaler or _scaler_of(optimizer),
+        average=average,
     )
     if isinstance(model, DistributedDataParallel) or fsdp.is_sharded(model):
         state.register(model)
     else:
-        state.open_door(model, broadcast=True)
+        _warn_if_alone()
+        state.register_plain(model)
     for one in {id(inside): inside, id(optimizer): optimizer}.values():
         one.dgc = state  # type: ignore[attr-defined]
+    if hasattr(optimizer, "_optimizer_original_step_method"):
+        optimizer.__setstate__({})  # Accelerate's wrapper has kept step() of torch's optimizer: it looks again
     return optimizer
+
+
+def _scaler_of(optimizer: Any) -> GradScaler | None:
+    """Returns the GradScaler that Accelerate's wrapper of an optimizer uses; None without one."""
+    scaler = getattr(optimizer, "__dict__", {}).get("scaler")
+    return scaler if isinstance(scaler, GradScaler) else None
+
+
+def _warn_if_alone() -> None:
+    """Warns where a launcher has started several ranks that are about to train apart, without a process group."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if ranks != "1" and not dist.is_initialized():
+        logger.warning(
+            "dgc: WORLD_SIZE is %s, but torch.distributed is not initialised, so each process trains alone. Call "
+            "torch.distributed.init_process_group(); a framework that has made none takes the CPU by "
+            "Accelerator(cpu=True) or TrainingArguments(use_cpu=True)",
+            ranks,
+        )

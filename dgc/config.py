@@ -10,13 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-WIRE_DTYPES: dict[str, torch.dtype | Literal["8bit", "4bit"]] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "8bit": "8bit",
-    "4bit": "4bit",
-}
+FLOATS: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+WIRE_DTYPES: dict[str, torch.dtype | Literal["8bit", "4bit"]] = {**FLOATS, "8bit": "8bit", "4bit": "4bit"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +24,7 @@ class DGCConfig:
     2018.
 
     `DGCConfig(**fields)` takes the fields as a JSON or YAML file or an argument parser gives them: lists for tuples,
-    wire_dtype by name. `as_dict()` returns them in that form.
+    types by name. `as_dict()` returns them in that form.
 
     Raises:
         ValueError: a field is out of range; the message names the field, the expected values and the given one.
@@ -50,6 +45,10 @@ class DGCConfig:
     overshooting, but at high densities it removes most of the momentum. "auto" masks in steps whose density is
     below 1 %, during warm-up and after it. What dgc.AdamW sends has no momentum that could be masked."""
 
+    residual_decay: float = 1.0
+    """Factor of the residual at each step, in (0, 1]: v <- residual_decay * v + what is added. Smaller: what has waited
+    long counts less, and is lost in part. 1: nothing is lost. SparseLoCo takes 0.95 for the rounds of LocalSteps."""
+
     clip_norm: float | None = None
     """Local gradient clipping (section 3.2): the gradient norm at which a single worker would clip. Each rank clips its
     own gradient at sqrt(world size) * clip_norm before accumulating it. None: no clipping."""
@@ -65,6 +64,12 @@ class DGCConfig:
     """Form of the values on the wire: float32, bfloat16 or float16, as the torch type or its name, or "8bit" or "4bit",
     a sign and a step on a logarithmic scale of each parameter's own. At 0.1 % an entry takes 5.5, 3.5, 2.5 or 2 bytes,
     its index included. The rounding error stays in the residual."""
+
+    dense_wire_dtype: torch.dtype = torch.float32
+    """Type in which dense gradients travel: float32, bfloat16 or float16, as the torch type or its name. The rounding
+    error of parameters that are always dense waits in their residual, 4 bytes an element, and is sent later. Where a
+    phase is dense, compressed parameters are rounded as by PyTorch's 16-bit hooks, without one. The sum is taken in
+    this type too. Gradients that have 16 bits themselves keep their type."""
 
     on_nonfinite: Literal["raise", "skip"] = "raise"
     """Reaction of the optimizer's step() to an Inf or NaN in any rank's gradient: "raise" raises FloatingPointError on
@@ -84,7 +89,7 @@ class DGCConfig:
 
     def __post_init__(self) -> None:
         """Checks every field, and stores it in its declared type."""
-        wire_type = str(self.wire_dtype).removeprefix("torch.")
+        wire_type, dense_type = (str(x).removeprefix("torch.") for x in (self.wire_dtype, self.dense_wire_dtype))
         self._expect("density", _in_unit_interval(self.density), "a number in (0, 1]", float)
         self._expect("warmup_steps", _is_count(self.warmup_steps), "an integer >= 0", int)
         self._expect(
@@ -100,6 +105,7 @@ class DGCConfig:
             isinstance(self.momentum_masking, bool) or _is_one_of(self.momentum_masking, "auto"),
             'True, False (without quotes) or "auto"',
         )
+        self._expect("residual_decay", _in_unit_interval(self.residual_decay), "a number in (0, 1]", float)
         self._expect(
             "clip_norm",
             self.clip_norm is None or (_is_number(self.clip_norm) and 0 < self.clip_norm < math.inf),
@@ -117,6 +123,11 @@ class DGCConfig:
             isinstance(self.wire_dtype, (str, torch.dtype)) and wire_type in WIRE_DTYPES,
             'float32, bfloat16 or float16 (the torch type, or its name), "8bit" or "4bit"',
         )
+        self._expect(
+            "dense_wire_dtype",
+            isinstance(self.dense_wire_dtype, (str, torch.dtype)) and dense_type in FLOATS,
+            "float32, bfloat16 or float16 (the torch type, or its name)",
+        )
         self._expect("on_nonfinite", _is_one_of(self.on_nonfinite, "raise", "skip"), '"raise" or "skip"')
         self._expect("droppable", isinstance(self.droppable, bool), "True or False (in JSON and YAML true, false)")
         self._expect(
@@ -128,10 +139,12 @@ class DGCConfig:
             "density": float(self.density),
             "warmup_steps": int(self.warmup_steps),
             "warmup_densities": tuple(float(d) for d in self.warmup_densities),
+            "residual_decay": float(self.residual_decay),
             "clip_norm": None if self.clip_norm is None else float(self.clip_norm),
             "dense_below": int(self.dense_below),
             "dense_parameters": tuple(self.dense_parameters),
             "wire_dtype": WIRE_DTYPES[wire_type],
+            "dense_wire_dtype": FLOATS[dense_type],
         }
         for name, value in stored.items():
             object.__setattr__(self, name, value)
@@ -142,9 +155,10 @@ class DGCConfig:
             raise ValueError(f"{name}: expected {expected}, got {got!r}{_way_out(got, number) if number else ''}")
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the fields as JSON and YAML can write them: tuples as lists, wire_dtype as its name."""
+        """Returns the fields as JSON and YAML can write them: tuples as lists, types as their names."""
         fields = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        return {**fields, "wire_dtype": str(self.wire_dtype).removeprefix("torch.")}
+        types = ("wire_dtype", "dense_wire_dtype")
+        return {**fields, **{name: str(fields[name]).removeprefix("torch.") for name in types}}
 
 
 def _is_number(value: object) -> bool:

@@ -8,7 +8,7 @@ import gc
 import sys
 from collections.abc import Callable, Mapping
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,13 @@ class Reducer(Protocol):
     @property
     def exchange(self) -> Exchange:
         """The collectives of the ranks."""
+
+    @property
+    def detached(self) -> bool:
+        """Whether gradients are averaged densely again."""
+
+    follower: "Reducer | None"
+    """The state that was attached after this one was detached, since DDP keeps its first hook."""
 
     @property
     def keeps_state(self) -> bool:
@@ -89,6 +96,10 @@ def _without_dynamo() -> Callable[[Reducer, dist.GradBucket], Future[Tensor]]:
 
 
 def _reduce(state: Reducer, bucket: dist.GradBucket) -> Future[Tensor]:
+    while state.follower is not None:
+        state = state.follower
+    if state.detached:
+        return _averaged(state, bucket)
     buffer = bucket.buffer()
     if buffer.layout != torch.strided:
         raise ValueError(
@@ -114,11 +125,32 @@ def _reduce(state: Reducer, bucket: dist.GradBucket) -> Future[Tensor]:
     return future
 
 
+def _averaged(state: Reducer, bucket: dist.GradBucket) -> Future[Tensor]:
+    """Averages a bucket densely, as DDP without a hook does, since it keeps its hook for good."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook  # takes long to import
+
+    # It takes the default group for None, whatever its annotation says.
+    group: Any = None if state.model is None else state.model.process_group
+    return allreduce_hook(group, bucket)
+
+
 def register(state: Reducer, model: DistributedDataParallel) -> None:
     """Registers the hook on a DDP module, once; see DGCState.register."""
     hooks = list(model._comm_hooks)
+    for _, before in hooks:
+        if before is not state and getattr(before, "detached", False):
+            cast("Reducer", before).follower = state
+            model._comm_hooks[:] = [(dgc_hook, state)]
+            return
     if all(its_state is not state for _, its_state in hooks):
-        model.register_comm_hook(state, dgc_hook)
+        try:
+            model.register_comm_hook(state, dgc_hook)
+        except RuntimeError as error:
+            model._comm_hooks[:] = hooks  # DDP lists it before it looks
+            raise ValueError(
+                f"register: expected a DDP module without a hook, got one that has one: {error}. DDP takes one hook "
+                "only: leave out _register_builtin_comm_hook(), or wrap the module in DistributedDataParallel again"
+            ) from error
         return
     # An unpickled module has the list of its hooks, and a new reducer without them.
     model._comm_hooks.clear()
@@ -153,7 +185,17 @@ def check_module(state: object, model: object, parameters: Mapping[str, Tensor])
             f"register: expected a DistributedDataParallel module, or one sharded by fully_shard, got "
             f"{type(model).__name__}. {hint}"
         )
-    if others := [hook.__qualname__ for hook, its_state in model._comm_hooks if its_state is not state]:
+    if model._use_python_reducer:
+        raise ValueError(
+            'register: expected a DDP module with buckets, got one made under optimize_ddp="python_reducer", which '
+            'exchanges single gradients. Set torch._dynamo.config.optimize_ddp to True or "ddp_optimizer" before the '
+            "model is wrapped"
+        )
+    if others := [
+        hook.__qualname__
+        for hook, its_state in model._comm_hooks
+        if its_state is not state and not getattr(its_state, "detached", False)
+    ]:
         raise ValueError(
             f"register: expected a DDP module without a hook, got one with {others[0]} and a state of its own, and DDP "
             "takes one hook only. Wrap the module in DistributedDataParallel again"
@@ -181,6 +223,19 @@ def check_module(state: object, model: object, parameters: Mapping[str, Tensor])
             "model.named_parameters(), and one optimizer that holds them all, in parameter groups where they differ"
         )
     return model
+
+
+def holding(parameters: Mapping[str, Tensor]) -> DistributedDataParallel | None:
+    """Returns a DDP module that reduces some of these parameters; None without one. It searches all objects."""
+    known = {id(p) for p in parameters.values()}
+
+    def found() -> DistributedDataParallel | None:
+        modules = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
+        return next((m for m in modules if any(id(p) in known for p in m.parameters())), None)
+
+    if found() is not None:
+        gc.collect()  # it may be one that nobody holds any more
+    return found()
 
 
 def ranks_of(model: DistributedDataParallel) -> list[int]:

@@ -63,7 +63,7 @@ class Door:
         Raises:
             ValueError: a parameter has a door to another DGCState.
         """
-        if taken := [name for name, p in parameters.items() if _has_door(p)]:
+        if taken := [name for name, p in parameters.items() if has_door(p)]:
             raise ValueError(
                 f"register: expected parameters without a DGCState, got {', '.join(taken[:5])}, which have one that is "
                 "registered: one DGCState serves a model. Build the model anew to start again"
@@ -76,10 +76,18 @@ class Door:
         self._closed = self._in_step = in_step
         self._pass: int | None = None
         self._missing: list[set[Tensor]] = []
+        self.without: frozenset[str] = frozenset()
+        """Names of the parameters that got no gradient in the last pass."""
+        self._ahead = False  # whether send() was called, and collect() is still to come
         self._sent: list[Future[Tensor]] = []
-        for p in parameters.values():
-            if not in_step:
-                p.register_post_accumulate_grad_hook(self._arrived)
+        hooked = [] if in_step else parameters.values()
+        self._hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in hooked]
+
+    def close(self) -> None:
+        """Removes the hooks: gradients of later passes stay this rank's own."""
+        self._closed = True
+        for hook in self._hooks:
+            hook.remove()
 
     @contextmanager
     def shut(self) -> Iterator[None]:
@@ -117,14 +125,23 @@ class Door:
             with torch.no_grad():
                 tensor.copy_(copy)
 
+    def send(self, exchange: Exchange) -> None:
+        """Starts the exchange of the present gradients, if any rank has one other than zero; collect() waits for it."""
+        mine = not all_zero(self._parameters.values())
+        if "True" in exchange.everyone(str(mine)):
+            self._begin()
+            while len(self._sent) < len(self._groups):
+                self._send()
+        self._ahead = True
+
     def collect(self, exchange: Exchange) -> None:
         """Exchanges the present gradients in place, if step() is to do that and any rank has one other than zero."""
         if not self._in_step:
             return
-        mine = not all_zero(self._parameters.values())
-        if "True" in exchange.everyone(str(mine)):
-            self._begin()
-            self._finish()
+        if not self._ahead:
+            self.send(exchange)
+        self._ahead = False
+        self._wait()
 
     def _group(self, order: Sequence[Tensor]) -> None:
         self._groups = fusion.by_size(order, BUCKET_CAP_MB)
@@ -165,13 +182,20 @@ class Door:
         self._pass = None
         if self._order is not None:
             self._order.update(dict.fromkeys(self._parameters))
+        late = self._missing[len(self._sent) :]
+        self.without = frozenset(self._state.slot(p).name for missing in late for p in missing)
         while len(self._sent) < len(self._groups):
             self._send()
+        self._wait()
+
+    def _wait(self) -> None:
+        """Waits for all results."""
         sent, self._sent = self._sent, []
         for future in sent:
             future.wait()
 
 
-def _has_door(p: Tensor) -> bool:
+def has_door(p: Tensor) -> bool:
+    """Returns whether gradients of a parameter are passed on in the backward pass."""
     hooks = getattr(p, "_post_accumulate_grad_hooks", None) or {}
     return any(isinstance(getattr(hook, "__self__", None), Door) for hook in hooks.values())

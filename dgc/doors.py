@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import weakref
 from contextlib import AbstractContextManager
+from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import ddp, fsdp
 from .door import Door
 from .exchange.distributed import DistributedExchange
+from .optim.convert import convert_back
 from .step import advice
 from .step.saving import Saved
+
+logger = logging.getLogger("dgc")
 
 
 class Registered(Saved):
     """A reducer of gradients that is registered on a model, which then passes them on."""
 
     _model: weakref.ref[DistributedDataParallel] | None = None
+    _plain: weakref.ref[nn.Module] | None = None
     _door: Door | None = None
+    _unused: frozenset[str] = frozenset()  # parameters of the model that a pass gave no gradient
+    _wrapped_later = False  # whether it was looked whether DDP has wrapped a plain module since
+    follower: ddp.Reducer | None = None
+    """The state that was attached to the same DDP module after this one was detached."""
 
     def register(self, model: nn.Module, *, in_step: bool = False) -> None:
         """Registers this state on a model, whose gradients it then reduces; a collective of the process group.
@@ -43,35 +55,86 @@ class Registered(Saved):
                 outstanding.
         """
         if in_step or fsdp.is_sharded(model):
-            self.open_door(model, in_step=in_step)
+            self._open(model, in_step).check_weights(self.exchange)
             return
         module = self.bind(model)
         if self.exchange.changed:
             self.regroup()
         ddp.register(self, module)
 
-    def open_door(self, model: nn.Module, *, in_step: bool = False, broadcast: bool = False) -> None:
-        """Takes gradients from .grad of the parameters, of a model without DDP; a collective.
-
-        Args:
-            model: with the parameters that the state was made of.
-            in_step: whether step() exchanges, and not the backward pass.
-            broadcast: copies parameters and buffers from rank 0; else their equality is checked.
+    def register_plain(self, model: nn.Module) -> None:
+        """Takes gradients from .grad of a model without DDP, and copies rank 0's weights to all; a collective.
 
         Raises:
-            ValueError: as register().
+            TypeError: a part of it is FSDP1's.
+            ValueError: a part of it is in DDP, which exchanges its gradients; or ranks differ.
         """
+        fsdp.check_plain(model)
+        if ddp.holding(self._standing.parameters.by_name) is not None:
+            raise ValueError(advice.wrapped("DistributedDataParallel has wrapped it"))
+        opened = self._open(model)
+        opened.broadcast(model, self.exchange)
+        self._plain = weakref.ref(model)
+        if self.exchange.rank == 0:
+            ranks = self.exchange.world_size
+            logger.info("dgc: exchanging gradients of a plain module without DDP over %d ranks", ranks)
+
+    def exchange_in_step(self) -> None:
+        """Exchanges in step() what .grad of its parameters then holds, whatever made it; a collective."""
+        self._open(nn.Module(), in_step=True).check_weights(self.exchange)
+
+    def _open(self, model: nn.Module, in_step: bool = False) -> Door:
         parameters = self._standing.parameters.by_name
         if fsdp.is_sharded(model):
             fsdp.check_module(model, parameters)
         if self.exchange.changed:
             self.regroup()
-        opened = Door(self, parameters, in_step)
-        if broadcast:
-            opened.broadcast(model, self.exchange)
-        else:
-            opened.check_weights(self.exchange)
-        self._door = opened
+        self._door = Door(self, parameters, in_step)
+        return self._door
+
+    def detach(self) -> dict[str, Any]:
+        """Ends compression, and returns what waits on this rank; a collective, between step() and the next backward().
+
+        The optimizer becomes torch's of the same name, with the mean of all ranks' momentum or moments. DDP cannot
+        remove a hook; ours averages densely from now on, as DDP would. Without DDP, nobody exchanges gradients any
+        more. A later dgc.attach() begins anew, and takes what waits by `optimizer.dgc.load_state_dict()`.
+
+        Returns:
+            The state_dict() of this rank, as copies. The residual in it is in no parameter.
+
+        Raises:
+            RuntimeError: an update is outstanding, or the ranks of a node hold memory together; or it was detached.
+        """
+        exchange, standing = self.exchange, self._standing
+        if exchange.topology.places > 1 or not isinstance(exchange, DistributedExchange):
+            raise RuntimeError(
+                "DGCState.detach: expected ranks of torch.distributed that each hold the whole model, got "
+                f"{type(exchange).__name__}: save by state.state_dict() or dgc.checkpoint.save(state, dir), and build "
+                "model and optimizer anew"
+            )
+        self.settle_between_steps("detach")
+        standing.take_what_is_added()
+        waiting = copy.deepcopy(self.state_dict())
+        norm, parameters = float(torch.linalg.vector_norm(standing.memory.residual)), standing.parameters
+        means = {kind: {parameters.by_name[n]: t for n, t in of.items()} for kind, of in standing.means().items()}
+        parameters.rule.release(self)
+        name, where = type(parameters.optimizer).__name__, "DDP averages gradients densely"
+        back = convert_back(parameters.optimizer, means)
+        if self._door is not None:
+            self._door.close()
+            where = "nobody exchanges gradients: wrap the model in DistributedDataParallel"
+        standing.release()
+        self._detached, self._door, self._plain = True, None, None
+        if exchange.rank == 0:
+            logger.info(
+                "dgc: detached after step %d: %s%s. What waits on rank 0, of norm %.3g, is in no parameter, but in "
+                "what detach() returned, for load_state_dict() of a later DGCState",
+                standing.step,
+                f"torch.optim.{name} again, with the mean of the ranks' momentum; " if back else "",
+                where,
+                norm,
+            )
+        return waiting
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Returns a context whose backward passes add up gradients without an exchange, for a model without DDP.
@@ -89,10 +152,44 @@ class Registered(Saved):
             )
         return self._door.shut()
 
+    def send(self) -> None:
+        """Starts the exchange of the gradients in .grad, which step() then waits for; a collective.
+
+        Raises:
+            RuntimeError: step() is not to exchange.
+        """
+        if self._door is None:
+            raise RuntimeError("DGCState.send: expected a state registered with in_step=True, got another")
+        self._door.send(self.exchange)
+
     def collect(self) -> None:
-        """Exchanges the gradients in .grad, where step() is to do it; a collective then."""
+        """Exchanges the gradients in .grad, where step() is to do it; a collective then.
+
+        Raises:
+            RuntimeError: the model has other parameters now.
+            ValueError: DDP has wrapped a plain module, and so exchanges its gradients too.
+        """
+        self._look_at_the_model()
         if self._door is not None:
             self._door.collect(self.exchange)
+
+    def _look_at_the_model(self) -> None:
+        model: nn.Module | None = self._plain() if self._plain is not None else self.model
+        if model is None:
+            return
+        known = self._standing.parameters.by_name
+        if self._plain is not None and not self._wrapped_later:
+            self._wrapped_later = True
+            if ddp.holding(known) is not None:
+                raise ValueError(advice.wrapped("DistributedDataParallel has wrapped it since"))
+        # Those that have been replaced get no gradient any more; others may have none either, and are looked at once.
+        without = frozenset(name for name, p in known.items() if p.grad is None)
+        without = (without if self._door is None else without | self._door.without) - self._unused
+        if without:
+            held = {id(p) for p in model.parameters()}
+            if replaced := [name for name in known if name in without and id(known[name]) not in held]:
+                raise RuntimeError(advice.replaced(replaced))
+            self._unused = self._unused | without
 
     def bind(self, model: nn.Module) -> DistributedDataParallel:
         """Checks a DDP module, takes its process group, and returns the module.
@@ -114,6 +211,13 @@ class Registered(Saved):
         return None if self._model is None else self._model()
 
     @property
+    def detached(self) -> bool:
+        """Whether detach() was called."""
+        return self._detached
+
+    @property
     def registered(self) -> bool:
         """Whether this state is registered on a model."""
+        if self._detached:
+            return False
         return self._door is not None or self.model is not None or bool(ddp.registered_on(self))

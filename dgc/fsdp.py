@@ -34,6 +34,20 @@ def is_sharded(model: object) -> bool:
     return loaded is not None and isinstance(model, loaded.FSDPModule)
 
 
+def check_plain(model: nn.Module) -> None:
+    """Checks that no part of a module belongs to FSDP1, whose gradients are averaged already, and are flat shards.
+
+    Raises:
+        TypeError: one does.
+    """
+    loaded = sys.modules.get("torch.distributed.fsdp")
+    if loaded is not None and any(isinstance(module, loaded.FullyShardedDataParallel) for module in model.modules()):
+        raise TypeError(
+            "attach: expected a module without FullyShardedDataParallel (FSDP1), which averages gradients densely "
+            "itself, got one with it. Shard it by fully_shard (FSDP2) inside the node, and pass mesh="
+        )
+
+
 def check_module(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
     """Checks that DGC can exchange all gradients of a module that fully_shard has sharded.
 

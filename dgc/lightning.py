@@ -13,12 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .attach import attach
 from .config import DGCConfig
+from .needs import needs
 from .state import DGCState
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ModuleNotFoundError:  # the same under its older name
     from pytorch_lightning import Callback, LightningModule, Trainer
+
+needs("2.6", "lightning", "pytorch-lightning")
 
 
 class DGCCallback(Callback):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,6 +24,7 @@ from .memory.parameters import Parameters
 from .ops.codec import Codec, EliasFano
 from .stats import Stats
 from .step import advice, log
+from .step.lifecycle import Pass
 from .step.standing import Standing
 
 
@@ -91,6 +94,7 @@ class DGCState(Registered):
             log.log_backend(device.type)
         # The optimizer does not own the state, so that a state that the user drops frees its memory at once.
         parameters.rule.attach(self)
+        parameters.optimizer.register_state_dict_post_hook(partial(_note_saved, weakref.ref(self)))
 
     def __repr__(self) -> str:
         """Says what is compressed, and where the run stands."""
@@ -113,6 +117,21 @@ class DGCState(Registered):
         """Euclidean norm of the residual v. It reads all of v, so it is too slow for every step."""
         return float(torch.linalg.vector_norm(self.memory.residual, dtype=torch.float64))
 
+    # The last pass, for LocalSteps, which takes weights back where a round fails.
+
+    @property
+    def last_pass(self) -> Pass:
+        """The last pass that has begun; it may be over."""
+        return self._pass
+
+    @property
+    def accumulated(self) -> set[str]:
+        """Names of the parameters whose gradients the last pass has put into memory, whatever became of its step."""
+        parameters = self._standing.parameters
+        # A rank without rows of a divided parameter sends none of it, but others of its node do.
+        kept = {name for name, slot in parameters.slots.items() if slot.numel or name in parameters.never_compressed}
+        return self._pass.reduced - (self._standing.layouts.phase.dense.keys() & kept)
+
     # Copies of the whole object.
 
     def __getstate__(self) -> dict[str, Any]:
@@ -130,6 +149,11 @@ class DGCState(Registered):
     def __deepcopy__(self, memo: dict[int, Any]) -> Copy:
         """Returns an empty Copy: a copy of a model with the hook, as for a weight average, needs no second u and v."""
         return Copy()
+
+
+def _note_saved(state: weakref.ref[DGCState], optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    if (alive := state()) is not None:
+        alive.note_saved_optimizer()
 
 
 def _exchange(

@@ -20,7 +20,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from . import accelerate, checkpoint
 from .config import DGCConfig
+from .needs import needs
 from .state import DGCState
+
+needs("5.24", "transformers")
 
 _logger = logging.getLogger("dgc")
 # The folder in a checkpoint with the residual of all ranks; trainer_state.json says by it that there is one.

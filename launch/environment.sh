@@ -37,7 +37,7 @@ make_environment() (
     source_hash=$(
         {
             echo "$root ${DGC_NATIVE:-1} ${DGC_CUDA:-auto}"
-            cat constraints.txt pyproject.toml setup.py
+            cat constraints.txt pyproject.toml setup.py build_backend.py
             find csrc -type f -print0 | sort -z | xargs -0 cat
         } | sha256sum
     )
@@ -53,9 +53,8 @@ DGC_NATIVE=0 to go on with plain PyTorch kernels, slower"
     "$1" -m venv "$venv"
     # torch first, and alone under the constraint: whatever follows finds it there and takes no other build.
     "$venv/bin/python" -m pip install -c constraints.txt torch
-    "$venv/bin/python" -m pip install --quiet -c constraints.txt "setuptools>=77" wheel
     echo "== Compiling the kernels"
-    "$venv/bin/python" -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[examples]"
+    "$venv/bin/python" -m pip install --quiet -c constraints.txt -e ".[examples]"
     echo "$source_hash" >"$stamp"
 )
 

@@ -72,7 +72,7 @@ METHODS: dict[str, Candidate | None] = {
     **{method: Candidate(**GRADIENT, warmup=share) for share, method in WARMUPS.items()},
 }
 ABOUT = (
-    f"Test perplexity (lower is better), or accuracy on masked words (%, higher is better), at the end: {WORKERS} "
+    f"Test perplexity (lower is better), or accuracy (%, higher is better), at the end: {WORKERS} "
     "workers simulated in one process, candidates in plain PyTorch. Density falls from 6.25 %, over 30 % of the run to "
     "1 % and over half to 0.1 %, unless said. Bytes: of the whole run, in parts of what DDP sends with float32 "
     "gradients. SCAPE's shared mask is that of the workers' mean, and counted as if they knew it, which is generous "

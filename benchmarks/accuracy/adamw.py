@@ -35,8 +35,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
 }
 """Arguments of DGCConfig, besides those that all have; warmup: the part of the run over which density falls."""
 OF_TASK = {
-    "encoder-adamw": ["dense", "DGC 1 %", "DGC 1 %, no warm-up"],
-    "gpt2-adamw": ["dense", "DGC 1 %, no warm-up", "DGC 0.1 %"],
+    "vit-adamw": ["dense", "DGC 1 %, no warm-up"],
+    "gpt2-adamw": ["dense", "DGC 1 %, no warm-up"],
 }
 """The methods of a task; of the others all."""
 
@@ -99,7 +99,7 @@ def tell(tasks: Sequence[str], seeds: Sequence[int], records: Sequence[Record], 
         tables.append((title, headers, rows))
     draw(found, "dense AdamW", True, folder / "adamw.png")
     about = (
-        f"Test perplexity (lower is better), and accuracy (%, higher is better) on masked words, at the end: {WORKERS} "
+        f"Test perplexity (lower is better), or accuracy (%, higher is better), at the end: {WORKERS} "
         f"workers simulated in one process, seeds {seeds[0]} to {seeds[-1]}. Density falls from 6.25 % in equal "
         "phases, over 30 % of the run to 1 %, over half to 0.1 %. Bytes: of the whole run, in parts of what DDP sends "
         "with float32 gradients."

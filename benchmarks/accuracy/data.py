@@ -17,10 +17,6 @@ from torch import Tensor, nn
 CACHE = Path.home() / ".cache" / "torch-dgc"
 VOCABULARY, LENGTH = 1000, 32
 """Of the language models: words that are told apart, and words of one sample."""
-MASKED = 5
-"""Words of each sample that the encoder has to find, about 15 %."""
-IGNORED = -100
-"""The target of words that do not count: cross_entropy's own default."""
 
 
 class Data(NamedTuple):
@@ -100,22 +96,3 @@ def bible() -> Data:
     targets = tokens[1 : count * LENGTH + 1].view(count, LENGTH)
     test = count // 20
     return Data(inputs[:-test], targets[:-test], inputs[-test:], targets[-test:])
-
-
-@cache
-def masked_bible() -> Data:
-    """Returns bible()'s samples with some words replaced by the number VOCABULARY, and those words as the targets.
-
-    All have equally many masked words, so that the mean over a batch is the mean of the means over its parts.
-    """
-    plain, generator = bible(), torch.Generator().manual_seed(0)
-    inputs, targets = masked(plain.inputs, 4, generator)
-    return Data(inputs, targets, *masked(plain.test_inputs, 2, generator))
-
-
-def masked(words: Tensor, ways: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Returns inputs and targets: all of words (samples, LENGTH), masked in several ways, one after another."""
-    words = words.repeat(ways, 1)
-    chosen = torch.rand(words.shape, generator=generator).topk(MASKED, 1).indices
-    inputs = words.scatter(1, chosen, VOCABULARY)
-    return inputs, torch.full_like(words, IGNORED).scatter(1, chosen, words.gather(1, chosen))

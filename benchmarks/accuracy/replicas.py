@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
+from threading import Lock
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -148,7 +149,7 @@ class Dense(Replicated):
                     replica.parameters(), lr=task.lr, momentum=task.momentum, weight_decay=task.weight_decay
                 ),
             )
-            for replica in _copies(network)
+            for replica in copies_of(network)
         ]
 
     def reduce(self) -> None:
@@ -199,7 +200,7 @@ class DGC(Replicated):
 
 def dgc_replicas(network: nn.Module, task: Task) -> list[Replica[DGCOptimizer]]:
     """Returns replicas with dgc.SGD or dgc.AdamW."""
-    return [Replica(replica, _dgc_optimizer(replica.parameters(), task)) for replica in _copies(network)]
+    return [Replica(replica, _dgc_optimizer(replica.parameters(), task)) for replica in copies_of(network)]
 
 
 def _dgc_optimizer(parameters: Iterable[nn.Parameter], task: Task) -> DGCOptimizer:
@@ -216,7 +217,8 @@ def gradients(network: nn.Module) -> list[Tensor]:
     return [p.grad for p in network.parameters() if p.grad is not None]
 
 
-def _copies(network: nn.Module) -> list[nn.Module]:
+def copies_of(network: nn.Module) -> list[nn.Module]:
+    """Returns a replica for each worker."""
     return [copy.deepcopy(network) for _ in range(WORKERS)]
 
 
@@ -225,14 +227,18 @@ class Meeting:
 
     def __init__(self) -> None:
         """Starts empty."""
-        self.transfers: list[_Transfer] = []
+        self._come: dict[str, dict[int, _Transfer]] = {}
+        self._lock = Lock()
 
-    def join(self, transfer: _Transfer) -> None:
-        """Completes all transfers if this is the last one."""
-        self.transfers.append(transfer)
-        if len(self.transfers) < WORKERS:
-            return
-        transfers, self.transfers = self.transfers, []
+    def join(self, name: str, rank: int, transfer: _Transfer) -> None:
+        """Completes all transfers of a bucket if this is the last one. Workers may come in threads, in any order."""
+        with self._lock:
+            come = self._come.setdefault(name, {})
+            come[rank] = transfer
+            if len(come) < WORKERS:
+                return
+            del self._come[name]
+        transfers = [come[rank] for rank in range(WORKERS)]
         if transfers[0].payload is not None:
             everything = torch.stack([t.payload for t in transfers if t.payload is not None])
             for t in transfers:
@@ -273,7 +279,7 @@ class InProcess(Exchange):
     def start(self, name: str, payload: Tensor | None, gathered: Tensor | None, dense: Tensor | None) -> _Transfer:
         """Hands over this worker's part."""
         transfer = _Transfer(payload, gathered, dense)
-        self.meeting.join(transfer)
+        self.meeting.join(name, self.rank, transfer)
         return transfer
 
     def everyone(self, text: str) -> list[str]:

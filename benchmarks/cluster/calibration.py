@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
 import dgc
-from benchmarks.shapes import Shapes
+from dgc.cli.cost import Cluster, Link, communication, step_time
+from dgc.cli.shapes import Shapes
+from dgc.cli.traffic import Traffic, ddp_buckets, dense_traffic, dgc_traffic
 from dgc.stats import traffic as bytes_carried
-
-from .cost import Cluster, Link, Traffic, communication, ddp_buckets, dense_traffic, dgc_traffic, step_time
 
 COMPETITORS = ("ddp", "ddp fp16", "dgc")
 """Those that the model knows; `no_sync` gives the compute time."""

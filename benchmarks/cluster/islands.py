@@ -6,21 +6,14 @@ Pure functions in bytes and seconds; docs/scaling.md has the formulas.
 from __future__ import annotations
 
 import bisect
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 import dgc
-from benchmarks.shapes import NETWORKS, Shapes
-from dgc.local import rows_of
-from dgc.memory.refusals import dense_reasons
-from dgc.ops import Segments
-from dgc.ops.codec import EliasFano
-from dgc.step.schedule import entries
+from dgc.cli.cost import Cluster, Link, communication, node_seconds, speeds_of
+from dgc.cli.shapes import NETWORKS
+from dgc.cli.traffic import Traffic, ddp_buckets, dense_traffic, dgc_traffic, node_traffic
 
-from .cost import Cluster, Link, Traffic, all_reduce, communication, ddp_buckets, dense_traffic, dgc_traffic
 from .projection import GBITS, WORKLOADS, Assumptions
 
 PLACES = 8
@@ -30,50 +23,10 @@ MOST = 4096
 """Nodes up to which dense_from() looks."""
 
 
-def island_traffic(buckets: Sequence[Shapes], places: int, config: dgc.DGCConfig) -> list[Traffic]:
-    """Returns what a node hands over for each bucket: its ranks' payloads together, each of the rows that it keeps.
-
-    All that may be compressed is, at any number of nodes, as under DDP.
-    """
-    parameters = {name: torch.empty(s, device="meta") for bucket in buckets for name, s in bucket.items()}
-    never = dense_reasons(parameters, config)
-    found = []
-    for bucket in buckets:
-        compressed = [shape for name, shape in bucket.items() if name not in never]
-        elements = sum(map(math.prod, compressed))
-        payload = sent = 0
-        for place in range(places):
-            parts = []
-            for shape in compressed:
-                first, last = rows_of(shape[0], place, places)
-                parts.append((last - first) * math.prod(shape[1:]))
-            rows = [(0, 0, 0, n, entries(config.density, n)) for n in parts if n]
-            payload += EliasFano(config.wire_dtype).nbytes(Segments.from_rows(rows)) if rows else 0
-            sent += sum(row[4] for row in rows)
-        found.append(Traffic(payload, 4 * (sum(map(math.prod, bucket.values())) - elements), elements, sent))
-    return found
-
-
 def island_communication(traffic: Sequence[Traffic], cluster: Cluster) -> list[float]:
-    """Returns the seconds of each bucket's collectives where nodes are the workers, one after the other.
-
-    The mean inside the node, as many rings between nodes as a node has ranks, which share its link, and an all-gather
-    inside the node of what has come. What is dense is an all-reduce by nodes.
-
-    Args:
-        traffic: of a node: Traffic.payload is that of all of its ranks together.
-        cluster: where.
-    """
-    w, n, network, inside = cluster.per_node, cluster.nodes, cluster.network, cluster.inside
-    found = []
-    for t in traffic:
-        seconds = all_reduce(t.dense, cluster)
-        if t.payload:
-            carried = (w - 1) / w * (4 * t.compressed + n * t.payload)
-            seconds += carried / inside.rate + 2 * (w - 1) * inside.latency
-            seconds += (n - 1) * (t.payload / network.rate + network.latency)
-        found.append(seconds)
-    return found
+    """Returns the seconds of each bucket's collectives where nodes are the workers; traffic is a node's."""
+    speeds = speeds_of(cluster)
+    return communication(traffic, cluster) if speeds.node is None else node_seconds(traffic, speeds, speeds.node)
 
 
 @dataclass(frozen=True)
@@ -132,7 +85,7 @@ def tables(share: float) -> tuple[list[list[str]], list[list[str]]]:
         buckets = ddp_buckets(NETWORKS[workload.network]())
         inside = Link(a.reached * workload.gpu.nvlink, a.inside_latency)
         links = [Link(share * gbits * 1e9 / 8, a.latency) for gbits in GBITS]
-        dense, ours = dense_traffic(buckets, 2), island_traffic(buckets, PLACES, config)
+        dense, ours = dense_traffic(buckets, 2), node_traffic(buckets, PLACES, config)
         for nodes in NODES:
             sent = Exchanges(dense, dgc_traffic(buckets, nodes * PLACES, config), ours)
             clusters = [Cluster(nodes * PLACES, PLACES, link, inside) for link in links]

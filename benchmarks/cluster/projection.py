@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import dgc
-from benchmarks.shapes import NETWORKS
+from dgc.cli.cost import CAST_BYTES, COMPRESS_BYTES, Cluster, Link, communication, step_time
+from dgc.cli.shapes import NETWORKS
+from dgc.cli.traffic import ddp_buckets, dense_traffic, dgc_traffic
 from dgc.ops.codec import EliasFano
-
-from .cost import Cluster, Link, communication, ddp_buckets, dense_traffic, dgc_traffic, step_time
 
 NODES = (8, 1)
 """Workers a node: a machine of eight GPUs, or a rented machine of one."""
@@ -83,10 +83,8 @@ class Assumptions:
     """Share of a data sheet's rates that memory and NVLink reach."""
     backward: float = 2 / 3
     """Share of compute that is the backward pass, which hides communication."""
-    compress_bytes: float = 21 + 4
-    """Memory traffic of DGC for each compressed parameter: compress_, and the zeros that unpack writes."""
-    cast_bytes: float = 2 * (4 + 2)
-    """The same of fp16_compress_hook, for each parameter: to 16 bits and back."""
+    compress_bytes: float = COMPRESS_BYTES
+    cast_bytes: float = CAST_BYTES
 
 
 @dataclass(frozen=True)

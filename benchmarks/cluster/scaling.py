@@ -24,7 +24,7 @@ matplotlib.use("Agg")  # no display needed
 from matplotlib import pyplot
 
 from benchmarks.harness import RESULTS, report
-from benchmarks.shapes import Shapes
+from dgc.cli.shapes import Shapes
 
 from . import islands
 from .calibration import Measured, calibrate, constants_table, points, table

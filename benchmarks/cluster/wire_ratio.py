@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import dgc
 from benchmarks.harness import report
-from benchmarks.shapes import NETWORKS, Shapes
+from dgc.cli.shapes import NETWORKS, Shapes
 from dgc.exchange.base import Exchange
 from dgc.memory.slots import Gradients
 from dgc.stats import traffic
@@ -39,8 +39,9 @@ SETTINGS = {
     "bf16": dgc.DGCConfig(dense_below=0, wire_dtype=torch.bfloat16),
     "8bit": dgc.DGCConfig(dense_below=0, wire_dtype="8bit"),
     "4bit": dgc.DGCConfig(dense_below=0, wire_dtype="4bit"),
+    "8bit, dense bf16": dgc.DGCConfig(dense_below=0, wire_dtype="8bit", dense_wire_dtype=torch.bfloat16),
     "default": dgc.DGCConfig(),
-    "default 8bit": dgc.DGCConfig(wire_dtype="8bit"),
+    "default, both": dgc.DGCConfig(wire_dtype="8bit", dense_wire_dtype=torch.bfloat16),
 }
 
 
@@ -133,7 +134,7 @@ def main() -> None:
             for ranks in (8, 64):
                 ring = traffic(0, whole, ranks)
                 received.append([name, ranks, f"{ring / 1e6:,.1f}"])
-                for setting in ("fp32", "8bit", "default"):
+                for setting in ("fp32", "8bit, dense bf16", "default"):
                     ours = traffic(counted[setting].payload, counted[setting].dense, ranks)
                     received[-1].append(f"{ours / 1e6:,.2f} ({ring / ours:.1f}x less)")
             raw[name] = {
@@ -155,7 +156,7 @@ def main() -> None:
             (
                 "MB that one worker receives for one gradient: all-gather of the payloads and ring all-reduce of what "
                 "is dense, against a ring all-reduce of the whole float32 gradient (half of it in 16 bits).",
-                ["network", "ranks", "all-reduce fp32", "fp32", "8bit", "default"],
+                ["network", "ranks", "all-reduce fp32", "fp32", "8bit, dense bf16", "default"],
                 received,
             )
         ],

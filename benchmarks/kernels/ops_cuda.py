@@ -44,8 +44,8 @@ from tqdm import tqdm
 
 import dgc
 from benchmarks.harness import ratio, report, shown
-from benchmarks.shapes import NETWORKS, matrices
 from dgc import ops
+from dgc.cli.shapes import NETWORKS, matrices
 from dgc.ops import Accumulation, reference, wire
 from dgc.step.schedule import entries
 

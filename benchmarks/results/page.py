@@ -22,6 +22,7 @@ SECTIONS = {
     "adam_candidates": "Rules for AdamW that were tried",
     "ablation": "What each technique does",
     "wire_ratio": "Bytes on the wire",
+    "plan_check": "What plan predicts",
     "scaling": "On paper: many workers",
     "step_cpu": "A DDP step where the network costs nothing",
     "horovod_step_cpu": "A Horovod step where the network costs nothing",

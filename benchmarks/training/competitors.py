@@ -7,6 +7,7 @@
   under gloo. It compresses from its third step on.
 - `topk`: Deep Gradient Compression as one would write it in plain PyTorch, 0.1 % by torch.topk; see `TopK`.
 - `dgc`: this package at 0.1 %.
+- `dgc door`: the same on a module without DDP, by dgc.attach.
 - `no_sync adamw`: no exchange and torch.optim.AdamW(fused=True), the limit of
 - `dgc adamw`: this package at 0.1 % with dgc.AdamW.
 
@@ -28,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 import dgc
 
 NAMES = ("no_sync", "ddp", "ddp fp16", "powersgd", "topk", "dgc")
+DOOR = "dgc door"
 WITH_ADAMW = ("no_sync adamw", "dgc adamw")
 DENSITY, LR, MOMENTUM, ADAM_LR = 0.001, 0.01, 0.9, 1e-3
 WARM_UP = 4  # steps until DDP has built its buckets again (1) and PowerSGD has compressed twice (4)
@@ -99,17 +101,24 @@ class Competitor:
         self.optimizer.step()
 
 
-def competitor(name: str, module: nn.Module, loss: Callable[[nn.Module], Tensor], **options: bool) -> Competitor:
+def competitor(
+    name: str, module: nn.Module, loss: Callable[[nn.Module], Tensor], density: float = DENSITY, **options: bool
+) -> Competitor:
     """Returns a competitor that trains this module.
 
     Args:
-        name: one of NAMES or WITH_ADAMW.
+        name: one of NAMES, DOOR or WITH_ADAMW.
         module: its own; equal on all ranks.
         loss: runs the model that it is given on this rank's data.
+        density: of dgc.
         options: DDP's, the same for all competitors.
     """
-    if name not in (known := NAMES + WITH_ADAMW):
+    if name not in (known := (*NAMES, DOOR, *WITH_ADAMW)):
         raise ValueError(f"competitor: expected one of {', '.join(known)}, got {name!r}")
+    if name == DOOR:
+        converted = torch.optim.SGD(module.parameters(), lr=LR, momentum=MOMENTUM)
+        dgc.attach(module, converted, dgc.DGCConfig(density=DENSITY))
+        return Competitor(name, module, converted, loss, converted.dgc)  # type: ignore[attr-defined]  # attach's
     cap = {"bucket_cap_mb": 1 << 20} if name == "powersgd" else {}
     model = DistributedDataParallel(module, **cap, **options)  # type: ignore[arg-type]
     optimizer: torch.optim.Optimizer
@@ -119,7 +128,7 @@ def competitor(name: str, module: nn.Module, loss: Callable[[nn.Module], Tensor]
             optimizer = dgc.AdamW(model.parameters(), lr=ADAM_LR)
         else:
             optimizer = dgc.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
-        state = dgc.DGCState(model.named_parameters(), optimizer, dgc.DGCConfig(density=DENSITY))
+        state = dgc.DGCState(model.named_parameters(), optimizer, dgc.DGCConfig(density=density))
         state.register(model)
     elif name == "no_sync adamw":
         optimizer = torch.optim.AdamW(model.parameters(), lr=ADAM_LR, fused=True)

@@ -4,7 +4,8 @@
 
 Two processes train a stack of layers of 100M parameters with DDP, once with torch.optim.SGD without momentum and once
 with DGC; the difference of their peak resident memory is what DGC and its optimizer hold: with dgc.SGD u and v, 8 bytes
-a parameter, with dgc.AdamW m, s and v, 12 bytes, of which torch.optim.AdamW has 8.
+a parameter, with dgc.AdamW m, s and v, 12 bytes, of which torch.optim.AdamW has 8. Without DDP, DDP's buckets are not
+there, which hold each gradient a second time, 4 bytes a parameter.
 What is left over after a warm-up is glibc's: it keeps freed scratch of gloo's all-gather in the arenas of gloo's two
 threads, at most 64 MB in each whatever the model's size. MALLOC_MMAP_THRESHOLD_=1000000 in the environment avoids it.
 """
@@ -34,15 +35,21 @@ def resident(field: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def worker(rank: int, world_size: int, folder: str, density: float | None, warmup: int, adamw: bool) -> None:
+def worker(
+    rank: int, world_size: int, folder: str, density: float | None, warmup: int, adamw: bool, door: bool
+) -> None:
     """Trains a few steps and saves the peak of the last ones."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", rank=rank, world_size=world_size, store=dist.FileStore(f"{folder}/store", world_size)
     )
-    model = DistributedDataParallel(nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)]))
-    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    if density is not None:
+    model: nn.Module = nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)])
+    if not door:
+        model = DistributedDataParallel(model)
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9 if door else 0.0)
+    if door:
+        dgc.attach(model, optimizer, dgc.DGCConfig(density=density or 1.0, warmup_steps=warmup))
+    elif density is not None:
         p = model.parameters()
         optimizer = dgc.AdamW(p) if adamw else dgc.SGD(p, lr=1e-3, momentum=0.9)
         config = dgc.DGCConfig(density=density, warmup_steps=warmup)
@@ -63,10 +70,10 @@ def worker(rank: int, world_size: int, folder: str, density: float | None, warmu
     dist.destroy_process_group()
 
 
-def peak(density: float | None, warmup: int = 0, adamw: bool = False) -> int:
+def peak(density: float | None, warmup: int = 0, adamw: bool = False, door: bool = False) -> int:
     """Returns the larger peak of two ranks in bytes."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, (2, folder, density, warmup, adamw), nprocs=2)
+        mp.spawn(worker, (2, folder, density, warmup, adamw, door), nprocs=2)
         return int(torch.load(Path(folder) / "peak.pt"))
 
 
@@ -76,14 +83,15 @@ def main() -> None:
     numel = WIDTH * WIDTH * LAYERS
     base = peak(None)
     rows, raw = [], {"numel": numel, "dense bytes": base}
-    for label, density, warmup, adamw in (
-        ("dgc.SGD, 0.1 %", 0.001, 0, False),
-        ("dgc.SGD, 1 %", 0.01, 0, False),
-        ("dgc.SGD, 0.1 %, after a warm-up from 25 %", 0.001, 8, False),
-        ("dgc.AdamW, 0.1 %", 0.001, 0, True),
-        ("dgc.AdamW, 1 %", 0.01, 0, True),
+    for label, density, warmup, adamw, door in (
+        ("dgc.SGD, 0.1 %", 0.001, 0, False, False),
+        ("dgc.SGD, 0.1 %, without DDP", 0.001, 0, False, True),
+        ("dgc.SGD, 1 %", 0.01, 0, False, False),
+        ("dgc.SGD, 0.1 %, after a warm-up from 25 %", 0.001, 8, False, False),
+        ("dgc.AdamW, 0.1 %", 0.001, 0, True, False),
+        ("dgc.AdamW, 1 %", 0.01, 0, True, False),
     ):
-        nbytes = peak(density, warmup, adamw) - base
+        nbytes = peak(density, warmup, adamw, door) - base
         raw[label] = nbytes
         rows.append([label, f"{nbytes / numel:.2f}", f"{nbytes / numel / (12 if adamw else 8):.3f}"])
     report(

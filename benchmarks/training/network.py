@@ -20,6 +20,9 @@ Four ranks on fewer cores compute in turns, so there is more time to hide an exc
 Bytes are those of Ethernet frames that leave a rank, counted by the kernel around a block of steps, the TCP
 acknowledgements for what it receives among them; `stats` is what dgc's state.stats.bytes_sent says of tensors alone.
 
+--only names some of the competitors, no_sync and dgc among them: beside fewer others in one process each is faster.
+"dgc door" is dgc on a module without DDP, and takes part only so.
+
 With --nodes, two nodes of two ranks and so on, a namespace is a node's. Its ranks share the one limited link and reach
 each other over the loopback; the rates are 1 Gbit/s, 100 Mbit/s and `open`, a limit of 100 Gbit/s that nothing here
 comes near and that counts the frames. node_competitors.py has the competitors. Bytes are then those that leave a node.
@@ -50,7 +53,7 @@ from tqdm import tqdm
 from benchmarks import architectures
 from benchmarks.harness import keep_freed_memory
 
-from .competitors import NAMES, WARM_UP, Competitor, competitor
+from .competitors import DOOR, NAMES, WARM_UP, Competitor, competitor
 from .links import namespaces
 from .links.meter import OPEN, bytes_a_step, limit_of, reached, slowest, timed
 from .links.report import report
@@ -111,10 +114,10 @@ def measure(competitors: list[Competitor], seconds: float) -> dict[str, dict[int
     return result
 
 
-def built(model: str, places: int | None, loss_of: torch.Generator) -> list[Competitor]:
+def built(model: str, places: int | None, loss_of: torch.Generator, only: list[str]) -> list[Competitor]:
     """Returns the competitors, each with a model of its own; with places, those of nodes of so many ranks."""
     if places is None:
-        return [competitor(name, *task(model, loss_of), gradient_as_bucket_view=True) for name in NAMES]
+        return [competitor(name, *task(model, loss_of), gradient_as_bucket_view=True) for name in only]
     shape = (dist.get_world_size() // places, places)
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
     return [competitor_in_nodes(name, *task(model, loss_of), mesh) for name in NODE_NAMES]
@@ -131,7 +134,7 @@ def worker(
         link = namespaces.Link(rank) if places is None else namespaces.node_link(*divmod(rank, places), folder)
     dist.init_process_group("gloo", rank=rank, world_size=ranks, store=dist.FileStore(f"{folder}/store", ranks))
     shapes = {n: list(p.shape) for n, p in task(model, torch.Generator())[0].named_parameters()}
-    competitors = built(model, places, torch.Generator().manual_seed(rank))
+    competitors = built(model, places, torch.Generator().manual_seed(rank), args.only)
     for _ in range(WARM_UP):
         for c in competitors:
             c.step()
@@ -195,12 +198,15 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS))
     parser.add_argument("--nodes", nargs="*", help="nodes by ranks of a node, in place of --ranks; default 2x2 2x4")
     parser.add_argument("--models", nargs="+", choices=[*MODELS, "tiny"])
+    parser.add_argument("--only", nargs="+", choices=[*NAMES, DOOR], default=list(NAMES), help="of the competitors")
     parser.add_argument("--seconds", type=float, default=20, help="for the timed steps of a setting, about")
     parser.add_argument("--latency", type=float, default=0, help="ms in each direction; needs netem in the kernel")
     parser.add_argument("--out", help="name under results/; default: network if all settings run, else nothing")
     parser.add_argument("--smoke", action="store_true", help="2 ranks, 1 rate, a tiny model: that it runs")
     args = parser.parse_args()
     in_nodes = args.nodes is not None
+    if args.only[0] != "no_sync" or "dgc" not in args.only:
+        parser.error(f"--only: expected no_sync first, and dgc, got {' '.join(args.only)}")
     if args.smoke:
         args.rates, args.models, args.seconds = ["100mbit"], ["tiny"], 0.5
         args.ranks, args.nodes = [2], ["2x2"] if in_nodes else None
@@ -224,7 +230,7 @@ def complete(args: argparse.Namespace) -> bool:
     else:
         all_of = set(args.rates) >= set(NODE_RATES) and set(args.models) >= set(NODE_MODELS)
         all_of = all_of and set(args.layouts) >= {layout_of(text) for text in NODES}
-    return all_of and not args.latency
+    return all_of and not args.latency and args.only == list(NAMES)
 
 
 def main() -> None:

@@ -77,7 +77,7 @@ void check_launch(int code, int device) {
                   driver / 1000, ".", driver % 1000 / 10, ", device ", device, " has compute capability ",
                   capability / 10, ".", capability % 10,
                   ". If they do not fit, rebuild with an nvcc that the driver supports, or without: "
-                  "DGC_CUDA=0 pip install --no-build-isolation .");
+                  "DGC_CUDA=0 pip install .");
 }
 
 void compress_cuda(std::vector<Tensor> gradients, int64_t rule, std::vector<Tensor> kept, Tensor residual,

@@ -20,7 +20,7 @@ void* current_stream(int device) {
       get != nullptr,
       "dgc: expected libtorch_cuda.so to be loaded and to export "
       "aoti_torch_get_current_cuda_stream, as every CUDA build of torch from 2.10 does; rebuild without the "
-      "CUDA kernels: DGC_CUDA=0 pip install --no-build-isolation .");
+      "CUDA kernels: DGC_CUDA=0 pip install .");
   void* stream = nullptr;
   STD_TORCH_CHECK(get(device, &stream) == 0, "dgc: torch did not tell its current stream of device ", device);
   return stream;

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_object_coll_device
 from torch.futures import Future
 
 from .base import Exchange
@@ -35,12 +36,20 @@ def everyone_of(group: dist.ProcessGroup | None, text: str) -> list[str]:
     Raises:
         RuntimeError: a rank has gone.
     """
-    texts = [""] * dist.get_world_size(group)
+    # As bytes, since all_gather_object() needs numpy, which torch does not bring, and unpickles what comes.
+    data = text.encode()
+    world_size, device = dist.get_world_size(group), _get_object_coll_device(group)
+    lengths = torch.empty(world_size, dtype=torch.int64, device=device)
     try:
-        dist.all_gather_object(texts, text, group=group)
+        all_gather(lengths, torch.tensor([len(data)], device=device), group=group)
+        longest = max(1, int(lengths.max()))
+        mine = torch.frombuffer(bytearray(data.ljust(longest, b"\0")), dtype=torch.uint8).to(device)
+        everyone = torch.empty(world_size * longest, dtype=torch.uint8, device=device)
+        all_gather(everyone, mine, group=group)
     except RuntimeError as error:
         raise failed("the comparison of the ranks", error) from error
-    return texts
+    rows = everyone.view(world_size, longest).tolist()
+    return [bytes(row[:length]).decode() for row, length in zip(rows, lengths.tolist(), strict=True)]
 
 
 def failed(what: str, error: RuntimeError) -> RuntimeError:

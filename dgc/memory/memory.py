@@ -22,21 +22,26 @@ class Memory:
     """Holds one flat float32 tensor per kind, with the elements of all parameters, so that one op call serves a bucket.
 
     The kind "residual" is v; the others, such as "momentum", are the rule's. Compressed parameters come first and have
-    all kinds; dense ones have no residual. All is float32 whatever the gradient's type, since in 16 bits the addend of
-    one step would be rounded away. A parameter's elements are in the order of the parameter's own memory, and views by
-    name have its shape and strides.
+    all kinds; dense ones have a residual only where they travel in 16 bits: what rounding has taken. All is float32
+    whatever the gradient's type, since in 16 bits the addend of one step would be rounded away. A parameter's elements
+    are in the order of the parameter's own memory, and views by name have its shape and strides.
     """
 
-    def __init__(self, slots: Mapping[str, Slot], compressed: Sequence[str], device: torch.device) -> None:
+    def __init__(
+        self, slots: Mapping[str, Slot], compressed: Sequence[str], device: torch.device, *, rounded: bool = False
+    ) -> None:
         """Allocates zeros for v; the other kinds come with allocate().
 
         Args:
             slots: by name, laid out with these compressed parameters first.
             compressed: names of the compressed parameters.
             device: of all tensors.
+            rounded: whether dense parameters have a residual, too.
         """
         self.slots = dict(slots)
         self.compressed = tuple(compressed)
+        self.waiting = tuple(slots) if rounded else self.compressed
+        """Names of the parameters that have a residual."""
         self.device = device
         self.kinds: dict[str, Tensor] = {}
         """The rule's tensors, flat, by kind."""
@@ -44,7 +49,7 @@ class Memory:
         """Parameters whose tensors of the rule differ between ranks: compressed since those were last averaged."""
         self.numel = _end(self.slots.values())
         # Types are written out everywhere, since some large models are built under torch.set_default_dtype(bfloat16).
-        size = _end(self.slots[name] for name in compressed)
+        size = _end(self.slots[name] for name in self.waiting)
         self.residual = torch.zeros(size, dtype=torch.float32, device=device)
         self._copies: dict[str, Tensor] = {}
         """The copies that keep() made, by kind."""
@@ -55,6 +60,11 @@ class Memory:
             if kind not in self.kinds:
                 self.kinds[kind] = torch.zeros(self.numel, dtype=torch.float32, device=self.device)
 
+    def release(self) -> None:
+        """Frees all tensors."""
+        self.residual = self.residual.new_empty(0)
+        self.kinds, self._copies = {}, {}
+
     def lay_out_again(self, slots: Mapping[str, Slot]) -> None:
         """Goes by other strides for some parameters: values keep their index, and move in memory.
 
@@ -62,7 +72,7 @@ class Memory:
             slots: the new ones, by name, with the old offsets and sizes.
         """
         for name, slot in slots.items():
-            flats = [*self.kinds.values(), *([self.residual] if name in self.compressed else [])]
+            flats = [*self.kinds.values(), *([self.residual] if name in self.waiting else [])]
             for flat in flats:
                 slot.view(flat).copy_(self.slots[name].view(flat).clone())
             self.slots[name] = slot
@@ -92,8 +102,8 @@ class Memory:
         return self.of(name).get(MOMENTUM)
 
     def residual_of(self, name: str) -> Tensor | None:
-        """Returns v of one parameter, a view in its shape; None for a dense one."""
-        return self.slots[name].view(self.residual) if name in self.compressed else None
+        """Returns v of one parameter, a view in its shape; None for one that has none."""
+        return self.slots[name].view(self.residual) if name in self.waiting else None
 
     def flat(self, kind: str, name: str) -> Tensor:
         """Returns one parameter's tensor of a kind, flat."""
@@ -152,7 +162,7 @@ class Memory:
     def _by_name(self, flats: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         views: dict[str, dict[str, Tensor]] = {MOMENTUM: {}}  # earlier versions expect this key
         for kind, flat in flats.items():
-            names: Iterable[str] = self.compressed if kind == "residual" else self.slots
+            names: Iterable[str] = self.waiting if kind == "residual" else self.slots
             views[kind] = {name: self.slots[name].view(flat) for name in names}
         return views
 
@@ -172,7 +182,10 @@ class Memory:
         compressed = {name: self.slots[name] for name in self.compressed}
         wrong = []
         for state_dict in state_dicts:
-            wrong += _differences("residual", state_dict["residual"], compressed)
+            residual = state_dict["residual"]
+            if isinstance(residual, Mapping):  # of a run whose dense gradients were not rounded, they have none
+                compressed |= {name: self.slots[name] for name in self.waiting if name in residual}
+            wrong += _differences("residual", residual, compressed)
             for kind in kinds:
                 wrong += _differences(kind, state_dict[kind], self.slots)
         if wrong:
@@ -208,12 +221,13 @@ class Memory:
             if kind != "residual" and kind not in kinds:
                 flat.zero_()
                 continue
-            for name in self.compressed if kind == "residual" else self.slots:
-                tensors = [state_dict[kind][name] for _, state_dict in parts]
+            for name in self.waiting if kind == "residual" else self.slots:
+                view = self.slots[name].view(flat)
+                tensors = [state_dict[kind].get(name, torch.zeros(view.shape)) for _, state_dict in parts]
                 weights = first
                 if kind == "residual" or name in diverged:
                     weights = mean if kind in averages else share
-                self.slots[name].view(flat).copy_(self._weighted(weights, tensors))
+                view.copy_(self._weighted(weights, tensors))
         self.diverged = set(diverged)
 
     def _weighted(self, weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
@@ -11,9 +11,11 @@ from dgc.config import DGCConfig
 
 
 def unwrapped(optimizer: object) -> Optimizer:
-    """Returns the optimizer inside of wrappers that forward its step(): Accelerate's, Fabric's, Lookahead.
+    """Returns the optimizer inside of wrappers that forward its step(): Accelerate's, Fabric's, torchft's, Lookahead.
 
-    Lightning's and Fabric's wrappers imitate the class of the optimizer inside, so the inside is looked at first.
+    Lightning's and Fabric's wrappers imitate the class of the optimizer inside, so the inside is looked at first. Other
+    optimizers are looked into where what they hold has all of their parameters, as torchtitan's container does. One
+    that holds an optimizer of some of them, as ZeRO does, is taken as it is.
 
     Raises:
         TypeError: the argument is no optimizer, and does not hold exactly one.
@@ -23,11 +25,11 @@ def unwrapped(optimizer: object) -> Optimizer:
         inner = attributes.get(attribute)
         if isinstance(inner, Optimizer) and inner is not optimizer:
             return unwrapped(inner)
-    if isinstance(optimizer, Optimizer):
-        return optimizer
     held = list(attributes.values())
     held += [one for several in held if isinstance(several, (list, tuple)) for one in several]
     inside = list({id(one): one for one in held if isinstance(one, Optimizer)}.values())
+    if isinstance(optimizer, Optimizer) and not (inside and _held_by(inside) == _held_by([optimizer])):
+        return optimizer
     if len(inside) == 1:
         return unwrapped(inside[0])
     got = f"{type(optimizer).__name__}" + (f", which holds {len(inside)} optimizers" if inside else "")
@@ -36,6 +38,10 @@ def unwrapped(optimizer: object) -> Optimizer:
         "DGCState(model.named_parameters(), optimizer, config), with the optimizer that is inside of what wraps it: "
         "one DGCState serves one"
     )
+
+
+def _held_by(optimizers: Iterable[Optimizer]) -> set[int]:
+    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
 
 
 def check_names(parameters: Mapping[str, Tensor], optimizer: Optimizer) -> None:

@@ -85,7 +85,7 @@ def check_capability(device: torch.device, backend: str) -> None:
     """
     found, needed = torch.cuda.get_device_capability(device), MIN_CAPABILITY[backend]
     if found < needed:
-        way_out = "build without them, DGC_CUDA=0 pip install --no-build-isolation ." if backend == "native" else ""
+        way_out = "build without them, DGC_CUDA=0 pip install ." if backend == "native" else ""
         raise RuntimeError(
             f"dgc: expected compute capability {needed[0]}.{needed[1]} or later for the {backend} CUDA kernels, got "
             f"{found[0]}.{found[1]} ({torch.cuda.get_device_name(device)}): "

@@ -75,7 +75,7 @@ def cupy_kernels() -> Kernels:
     except Exception as error:
         raise RuntimeError(
             f"dgc: CuPy could not compile the CUDA kernels: {error}. Install a CuPy that fits the driver "
-            "(pip install --no-build-isolation '.[cupy]' for CUDA 13), or uninstall it: plain PyTorch then runs, slower"
+            "(pip install '.[cupy]' for CUDA 13), or uninstall it: plain PyTorch then runs, slower"
         ) from error
 
     from .launch import Kernels  # its structs take a while to make, and few need them

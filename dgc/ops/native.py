@@ -12,7 +12,7 @@ def load() -> bool:
     if library is None:
         warnings.warn(
             "dgc: the native library was not built, so plain PyTorch is used: correct, but some 25 times slower. "
-            "Install g++ and reinstall with `pip install --no-build-isolation .`",
+            "Install g++ and reinstall with `pip install .`",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -157,6 +157,9 @@ class Rule(ABC):
     def serves(self, reducer: Reducer) -> bool:
         """Returns whether the optimizer uses this DGCState, and not one that was made later."""
 
+    def release(self, reducer: Claimer) -> None:  # noqa: B027  (nothing where a DGCState is not asked again)
+        """Makes the optimizer forget this DGCState."""
+
     @property
     @abstractmethod
     def keeps_state(self) -> bool:
@@ -176,6 +179,10 @@ class Rule(ABC):
 
     def brought(self) -> dict[Tensor, dict[str, Tensor]]:
         """Removes the tensors of a dense run from the optimizer's state, and returns them by parameter and kind."""
+        return {}
+
+    def added(self) -> dict[Tensor, dict[str, Tensor]]:
+        """Removes what the optimizer keeps beside the rule's tensors and adds to them, by parameter and kind."""
         return {}
 
     @property

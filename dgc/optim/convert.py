@@ -1,17 +1,19 @@
-"""Conversion of torch's optimizers to ours of the same name, in place, so that schedulers keep their object."""
+"""Conversion of torch's optimizers to ours of the same name and back, in place: schedulers keep their object."""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from .adam import FIRST
 from .adamw import Adam, AdamW
-from .sgd import SGD
+from .sgd import MOMENTUM, SGD
 
 logger = logging.getLogger("dgc")
 
@@ -54,6 +56,44 @@ def convert(optimizer: Optimizer) -> bool:
     name = ours.__name__
     logger.info("dgc: torch.optim.%s has become dgc.%s: the same object, groups and state", name, name)
     return True
+
+
+def convert_back(optimizer: Optimizer, kept: Mapping[str, Mapping[Tensor, Tensor]]) -> bool:
+    """Makes dgc.SGD, AdamW or Adam torch's of that name, the inverse of convert(); returns False for any other.
+
+    Groups, hooks and schedulers stay.
+
+    Args:
+        optimizer: ours.
+        kept: tensors of the rule by kind and parameter, equal on all ranks.
+    """
+    theirs: Any = next((theirs for theirs, ours in TWINS.items() if type(optimizer) is ours), None)
+    if theirs is None:
+        return False
+    fresh = theirs([{**group, "params": group["params"]} for group in optimizer.param_groups])
+    for group in fresh.param_groups:
+        for p in group["params"]:
+            tensors = {kind: of[p].to(p.dtype) for kind, of in kept.items() if p in of}
+            if state := _state_of_torchs(optimizer.state.get(p, {}), tensors):
+                fresh.state[p] = state
+                if "step" in state and (group.get("fused") or group.get("capturable")):
+                    state["step"] = state["step"].to(p.device)
+    step = vars(optimizer).pop("step", None)
+    optimizer.__class__ = theirs
+    optimizer.defaults = {**fresh.defaults, **{k: v for k, v in optimizer.defaults.items() if k in fresh.defaults}}
+    optimizer.state = fresh.state
+    if "_step_supports_amp_scaling" in vars(fresh):  # of a fused one
+        optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+    if getattr(step, "_wrapped_by_lr_sched", False):
+        _count_for_schedulers(optimizer)
+    return True
+
+
+def _state_of_torchs(ours: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Returns the state of torch's optimizer for a parameter, from that of ours and the rule's tensors by kind."""
+    if FIRST in tensors and "step" in ours:
+        return {"step": ours["step"], **tensors}
+    return {"momentum_buffer": tensors[MOMENTUM]} if MOMENTUM in tensors else {}
 
 
 def _count_for_schedulers(optimizer: Optimizer) -> None:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim.optimizer import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from dgc import ops
-from dgc.ops import Accumulation
-
-from .base import Claimer, DGCOptimizer, Reducer, Rule, Work
+from .base import Claimer, DGCOptimizer, Reducer, Rule
+from .plain import Plain
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -24,7 +22,7 @@ def rule_of(optimizer: Optimizer) -> Rule:
     return optimizer.rule() if isinstance(optimizer, DGCOptimizer) else Foreign(optimizer)
 
 
-class Foreign(Rule):
+class Foreign(Plain):
     """Adds gradients to v, and keeps no other tensor.
 
     A pre-hook of step() claims the reduced gradients before the optimizer applies them.
@@ -34,15 +32,7 @@ class Foreign(Rule):
         """Takes the optimizer."""
         self.optimizer = optimizer
         self._attached: weakref.ref[Claimer] | None = None
-
-    @property
-    def kept(self) -> tuple[str, ...]:
-        """The empty tuple, since v is the only tensor."""
-        return ()
-
-    def factors(self, parameter: Tensor, group: Mapping[str, Any], workers: int) -> tuple[float, ...]:
-        """Returns no numbers."""
-        return ()
+        self._hook: RemovableHandle | None = None
 
     def check(self) -> None:
         """Refuses momentum, which would be applied a second time.
@@ -91,7 +81,12 @@ class Foreign(Rule):
     def attach(self, reducer: Claimer) -> None:
         """Registers a pre-hook of step() that claims the gradients."""
         self._attached = weakref.ref(reducer)
-        self.optimizer.register_step_pre_hook(_before_step(self._attached))
+        self._hook = self.optimizer.register_step_pre_hook(_before_step(self._attached))
+
+    def release(self, reducer: Claimer) -> None:
+        """Removes the pre-hook."""
+        if self._hook is not None:
+            self._hook.remove()
 
     def serves(self, reducer: Reducer) -> bool:
         """Returns True: every attached DGCState has a pre-hook, which raises if that state has reduced nothing."""
@@ -101,22 +96,6 @@ class Foreign(Rule):
     def keeps_state(self) -> bool:
         """Whether the optimizer is another one than torch.optim.SGD."""
         return not isinstance(self.optimizer, torch.optim.SGD)
-
-    def compress(self, work: Work) -> None:
-        """Adds gradients to v, and selects and packs."""
-        ops.compress_(
-            gradients=work.gradients,
-            rule=Accumulation.SUM,
-            kept=[],
-            residual=work.residual,
-            segments=work.receiving.table,
-            numbers=work.numbers,
-            scale=work.scale,
-            payload=work.selection,
-            workspace=work.workspace,
-            sent=None,
-            wire_dtype=work.dtype,
-        )
 
 
 def _before_step(reference: weakref.ref[Claimer]) -> Callable[..., Arguments | None]:

@@ -17,6 +17,10 @@ class Own(Rule):
         """Makes the optimizer use this DGCState."""
         self.optimizer.attach(reducer)
 
+    def release(self, reducer: Claimer) -> None:
+        """Makes the optimizer forget this DGCState."""
+        self.optimizer._attached = tuple(one for one in self.optimizer._attached if one() not in (None, reducer))
+
     def serves(self, reducer: Reducer) -> bool:
         """Returns whether this DGCState is the last one attached that is alive."""
         return self.optimizer.reducer is reducer

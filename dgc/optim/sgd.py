@@ -83,6 +83,15 @@ class MomentumCorrection(Own):
         """Removes the momentum of a dense run, and returns it; see SGD.take_momentum."""
         return {p: {MOMENTUM: buffer} for p, buffer in self.optimizer.take_momentum().items()}
 
+    def added(self) -> dict[Tensor, dict[str, Tensor]]:
+        """Removes the momentum of weight decay, and returns it: both momenta obey one equation."""
+        found = {}
+        for p, state in self.optimizer.state.items():
+            if (decay := state.get("decay_momentum")) is not None and decay.numel():
+                found[p] = {MOMENTUM: decay}
+                state["decay_momentum"] = decay.new_empty(0)
+        return found
+
     def compress(self, work: Work) -> None:
         """Accumulates, selects and packs in one op."""
         u = work.kinds.get(MOMENTUM)

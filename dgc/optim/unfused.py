@@ -40,8 +40,8 @@ class Unfused(Rule):
         """Advances each parameter where the result is finite, then selects and packs."""
         (updates,) = work.updates
         used = []
-        rows = zip(work.receiving.rows, work.sending.rows, work.factors, strict=True)
-        for row, update_row, factors in rows:
+        rows = zip(work.receiving.rows, work.sending.rows, work.factors, work.numbers[0], strict=True)
+        for row, update_row, factors, decay in rows:
             state, numel, at = row.state, row.numel, update_row.offset
             gradient = work.gradients[row.source].view(-1)[row.offset : row.offset + numel]
             h = gradient.float() * work.scale
@@ -49,7 +49,7 @@ class Unfused(Rule):
             used.append((h != 0).any())
             kept = {kind: flat[state : state + numel] for kind, flat in work.kinds.items()}
             after, update = self.advance(kept, h, factors)
-            finite = (work.residual[state : state + numel] + update).isfinite()
+            finite = (work.residual[state : state + numel] * decay + update).isfinite()
             for tensor in after.values():
                 finite &= tensor.isfinite()
             for kind, tensor in kept.items():

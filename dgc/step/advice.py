@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
+
 REGISTER = (
     "    state = dgc.DGCState(model.named_parameters(), optimizer, config)\n"
     "    state.register(model)  # with Horovod: dgc.horovod.DistributedOptimizer in place of both"
@@ -188,6 +190,15 @@ def no_dense() -> str:
     )
 
 
+def dense_in_16_bits(dtype: torch.dtype) -> str:
+    """Says that dense gradients travel in float32 where nodes are the workers under DDP."""
+    return (
+        "DGCState: expected DGCConfig(dense_wire_dtype=torch.float32) where the ranks of a node divide momentum and "
+        f"residual (mesh=), got {dtype}: what rounding takes would be one rank's, and memory is the node's. Set "
+        "float32, leave mesh out, or shard the model by fully_shard"
+    )
+
+
 def not_droppable() -> str:
     """Says that a pass can be dropped only with DGCConfig(droppable=True)."""
     return (
@@ -216,6 +227,43 @@ def changed(which: Sequence[str]) -> str:
         "DGCConfig(clip_norm=...) to clip, weight_decay of dgc.SGD or dgc.AdamW to decay. A backward() after the "
         "exchanged one adds this rank's gradient alone: add the losses, and call backward() once. "
         'If the change is intended: DGCConfig(on_changed_gradient="ignore")'
+    )
+
+
+def replaced(which: Sequence[str]) -> str:
+    """Says that the model has other parameters than the optimizer and its DGCState."""
+    return (
+        f"DGCState: expected the model to have the parameters that the optimizer holds, got others for {names(which)}, "
+        "which have been replaced since: by load_state_dict(assign=True), an assignment, or a swap of weights. Nobody "
+        "would train the new ones. Replace them first, and make optimizer and DGCState after; or copy values into the "
+        "old ones, load_state_dict() without assign"
+    )
+
+
+def wrapped(how: str) -> str:
+    """Says that DDP exchanges the gradients of a module that was attached as a plain one."""
+    return (
+        f"attach: expected a module whose gradients nobody exchanges, or the DDP module itself, got one, and {how}: "
+        "gradients would be averaged twice. Pass what DistributedDataParallel returned: "
+        "dgc.attach(ddp_model, optimizer, config); or leave DDP out"
+    )
+
+
+def detached() -> str:
+    """Says that a DGCState was used after detach()."""
+    return (
+        "DGCState: expected one that is attached, got one after detach(), which has given its memory away. Make "
+        "another, optimizer = dgc.attach(model, optimizer, config), and give it what detach() returned: "
+        "optimizer.dgc.load_state_dict(waiting)"
+    )
+
+
+def unsaved() -> str:
+    """Says that the optimizer was saved, and what waits was not."""
+    return (
+        "dgc: optimizer.state_dict() was called, and what waits on each rank was not saved: a run that is resumed from "
+        "there loses it. Save it too, between step() and the next backward(): dgc.checkpoint.save(state, dir) on all "
+        "ranks; or, where rank 0 writes one file, state.full_state_dict(), called on all ranks"
     )
 
 

@@ -27,7 +27,11 @@ def description(
         "(momentum, nesterov) by group": groups,
         f"{parameters.rule.named} by group": parameters.rule.numbers(),
         "number of parameters": len(parameters.by_name),
-        **{f"parameter {name}": (tuple(p.shape), p.dtype) for name, p in parameters.by_name.items()},
+        # With its place: two of one shape in another order would travel as each other.
+        **{
+            f"parameter {name}": (tuple(p.shape), p.dtype, f"number {i}")
+            for i, (name, p) in enumerate(parameters.by_name.items())
+        },
     }
 
 

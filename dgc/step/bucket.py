@@ -99,10 +99,13 @@ class Bucket:
                 topology,
                 masking=masking,
                 droppable=config.droppable,
+                decay=config.residual_decay,
                 agreed=repr(asdict(config)),
             )
         dense = [index for index, k in enumerate(entries) if k is None]
-        self.dense = Dense(gradients, dense, memory, exchange.reducible) if dense else None
+        self.dense: Dense | None = None
+        if dense:
+            self.dense = Dense(gradients, dense, memory, exchange.reducible, config.dense_wire_dtype)
         device = gradients.buffers[0].device
         self.report = torch.zeros(topology.rows + 1, dtype=torch.int32, device=device)
 
@@ -189,12 +192,16 @@ class Bucket:
         """Returns all sent entries to memory; with `which`, a uint8 scalar on the device, only if that is not 0."""
         if self.sparse is not None:
             self.sparse.undo.restore(self._memory, which)
+        if self.dense is not None:
+            self.dense.restore(self._memory, which)
 
     def drop(self, names: Collection[str] | None = None) -> None:
         """Undoes this pass in memory, for the named parameters or for all."""
         if self.sparse is not None:
             self.sparse.undo.drop(self._memory, names)
             self.uncount(names)
+        if self.dense is not None and names is None:
+            self.dense.restore(self._memory)
 
     def uncount(self, names: Collection[str] | None = None) -> None:
         """Takes this pass off the rule's count of gradients, for the named parameters or for all."""
@@ -206,6 +213,8 @@ class Bucket:
         """Takes back the pass of some compressed parameters, or what all sent in a bad step; see Undo.give_back."""
         if self.sparse is not None:
             self.sparse.undo.give_back(self._memory, which, bad)
+        if self.dense is not None:
+            self.dense.restore(self._memory, bad)
 
     def thrown_away(self, parameters: Mapping[str, Tensor]) -> list[str]:
         """Returns the names of compressed parameters that have lost their .grad, and with it their sent entries."""

@@ -40,10 +40,13 @@ class Claims:
         self._told: set[str] = set()  # keys of the warnings given so far
         self._stats = Stats()
         self._total_bytes = 0
+        self._detached = False
 
     @property
     def exchange(self) -> Exchange:
-        """The collectives of the ranks."""
+        """The collectives of the ranks; RuntimeError after detach()."""
+        if self._detached:
+            raise RuntimeError(advice.detached())
         return self._standing.exchange
 
     def wait(self) -> None:

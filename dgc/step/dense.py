@@ -11,6 +11,8 @@ from torch import Tensor
 from dgc.memory.memory import Memory
 from dgc.memory.slots import Gradients, Slot
 
+from .rounding import Rounding
+
 NOT_FINITE = 2
 """Bit of a report's last number: an average of dense gradients is not finite."""
 
@@ -22,7 +24,12 @@ class Dense:
     """
 
     def __init__(
-        self, gradients: Gradients, members: Sequence[int], memory: Memory, reducible: Collection[torch.dtype]
+        self,
+        gradients: Gradients,
+        members: Sequence[int],
+        memory: Memory,
+        reducible: Collection[torch.dtype],
+        wire_dtype: torch.dtype,
     ) -> None:
         """Lays out what travels.
 
@@ -30,7 +37,8 @@ class Dense:
             gradients: the bucket, of which only sizes and places are used.
             members: positions of the dense gradients in the bucket.
             memory: the rule's tensors.
-            reducible: dtypes that the all-reduce takes.
+            reducible: dtypes that the all-reduce takes; float32 travels where it does not take `wire_dtype`.
+            wire_dtype: type in which float32 gradients travel.
         """
         self._members = members
         self.slots: list[Slot] = [gradients.slots[i] for i in members]
@@ -41,13 +49,18 @@ class Dense:
         dtypes = {gradients.buffers[gradients.places[i][0]].dtype for i in members}
         one_type = len(dtypes) == 1 and dtypes.issubset(reducible)
         # The rule's tensors are float32, and are averaged in float32.
-        self._dtype = dtypes.pop() if one_type and not self.averaged else torch.float32
+        self._dtype = next(iter(dtypes)) if one_type and not self.averaged else torch.float32
+        if self._dtype == torch.float32 and not self.averaged and wire_dtype in reducible:
+            self._dtype = wire_dtype
         first = gradients.buffers[0]
         everything = len(members) == len(gradients.slots) and first.numel() == self._numel
         self._flat: Tensor | None = None  # None: in place
-        if not (everything and one_type and not self.averaged):
+        self._rounding: Rounding | None = None
+        if not (everything and one_type and dtypes == {self._dtype} and not self.averaged):
             size = self._numel + len(self._kinds) * sum(slot.numel for slot in self.averaged)
             self._flat = torch.empty(size, dtype=self._dtype, device=gradients.buffers[0].device)
+            if self._dtype not in dtypes and self._dtype != torch.float32:
+                self._rounding = Rounding(self.slots, memory, self._dtype, first.device)
         self.nonfinite: list[str] = []
         """Names of parameters whose last average was not finite; filled on the CPU only."""
 
@@ -65,6 +78,10 @@ class Dense:
             scale: float32 [1], the factor by which gradients are multiplied first; None for 1.
         """
         flat = gradients.buffers[0].view(-1) if self._flat is None else self._flat
+        if self._rounding is not None:
+            exact = torch.cat([gradients.of(i).float() for i in self._members])
+            flat.copy_(self._rounding.round(exact if scale is None else exact.mul_(scale), memory))
+            return flat
         if self._flat is not None:
             torch.cat([gradients.of(i).to(flat.dtype) for i in self._members], out=flat[: self._numel])
         if scale is not None:
@@ -85,6 +102,8 @@ class Dense:
             report: int32 [1], the bucket's last number.
         """
         flat = gradients.buffers[0].view(-1) if self._flat is None else self._flat
+        if self._rounding is not None:
+            flat = flat.float()  # a loss scale may take it out of float16's range
         self.nonfinite = []
         if loss_scale is not None:
             flat[: self._numel].mul_(loss_scale)
@@ -105,6 +124,11 @@ class Dense:
                 kept.copy_(flat[at : at + kept.numel()])
                 at += kept.numel()
         memory.diverged.difference_update(slot.name for slot in self.averaged)
+
+    def restore(self, memory: Memory, which: Tensor | None = None) -> None:
+        """Takes back what rounding has done to the residual in the last pass; see Rounding.restore."""
+        if self._rounding is not None:
+            self._rounding.restore(memory, which)
 
     def _kept(self, memory: Memory) -> list[Tensor]:
         return [memory.flat(kind, slot.name) for kind in self._kinds for slot in self.averaged]

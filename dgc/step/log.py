@@ -20,7 +20,7 @@ def log_backend(device_type: str) -> None:
     if choice == "reference":
         logger.warning(
             "dgc: no kernels for %s, so plain PyTorch is used: correct, but slow. Reinstall where nvcc is, or "
-            "`pip install --no-build-isolation '.[cupy]'`, with which they are compiled at first use",
+            "`pip install '.[cupy]'`, with which they are compiled at first use",
             device_type,
         )
     else:

@@ -72,17 +72,18 @@ def phase_at(
     """
     dense, dearer = {}, ""
     for name, slot in slots.items():
+        itemsize = min(slot.dtype.itemsize, config.dense_wire_dtype.itemsize)
         if name in never_compressed:
             dense[name] = never_compressed[name]
         elif not slot.numel:
             dense[name] = "no elements on this rank"
         elif divided:
-            if dense_is_cheaper(density, rows, slot.dtype.itemsize, entry_bytes):
+            if dense_is_cheaper(density, rows, itemsize, entry_bytes):
                 dearer = f"; a dense all-reduce between {rows} nodes would take fewer bytes than this density"
         elif switched_off:
             dense[name] = "state.dense is set"
         elif density >= 1:
             dense[name] = "density 1"
-        elif dense_is_cheaper(density, rows, slot.dtype.itemsize, entry_bytes):
+        elif dense_is_cheaper(density, rows, itemsize, entry_bytes):
             dense[name] = f"all-reduce is cheaper at this density with {rows} ranks"
     return Phase(density, masks(config, density, masked_below), dense, masked_below > 0, dearer)

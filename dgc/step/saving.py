@@ -10,12 +10,26 @@ from dgc.exchange.distributed import DistributedExchange
 from dgc.memory import group
 from dgc.memory.share import Choice, Share, unwrap, wrap
 
+from . import advice
 from .lifecycle import Pass
 from .reducer import Reducer
 
 
 class Saved(Reducer):
     """A Reducer that can be saved between steps, and loaded."""
+
+    _saved = False  # whether any state_dict of this state was asked for
+    _optimizer_saved = False  # whether the optimizer's was, while there was something to lose
+
+    def note_saved_optimizer(self) -> None:
+        """Notes that the optimizer's state_dict() was called; the next pass says so if this state was not saved."""
+        self._optimizer_saved |= self.step > 0
+
+    def begin(self, shadow: bool = False) -> None:
+        """Begins a backward pass; see Reducer.begin."""
+        if self._optimizer_saved and not self._saved:
+            self._tell("unsaved", advice.unsaved())
+        super().begin(shadow)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns this rank's momentum and residual by parameter name, and its step; each rank saves its own.
@@ -48,6 +62,7 @@ class Saved(Reducer):
 
     def _own(self) -> dict[str, Any]:
         self.settle_between_steps("state_dict")
+        self._saved = True
         return self._standing.own()
 
     def load_state_dict(

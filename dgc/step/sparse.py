@@ -51,6 +51,7 @@ class Sparse:
         *,
         masking: bool,
         droppable: bool,
+        decay: float,
         agreed: str,
     ) -> None:
         """Allocates the buffers of a pass.
@@ -64,12 +65,13 @@ class Sparse:
             topology: for the number of payloads.
             masking: whether the rule's tensors become 0 where an entry is sent.
             droppable: whether a pass can be dropped (DGCConfig).
+            decay: factor of v in each pass (DGCConfig.residual_decay).
             agreed: a text that has to be equal on all ranks; it enters the header's fingerprint.
         """
         device = gradients.buffers[0].device
         self.members = members
         self._codec = codec
-        self._row = topology.row
+        self._row, self._decay = topology.row, decay
         # Types and devices are written out everywhere, since users change torch's defaults.
         rows = [Segment(*gradients.places[m.position], m.slot.offset, m.slot.numel, m.entries) for m in members]
         self.receiving = Segments.from_rows(rows)
@@ -172,7 +174,7 @@ class Sparse:
 
         By fill_, which passes each as an argument: a copy from the host would wait for the GPU.
         """
-        columns = [(1.0,) * len(factors), *zip(*factors, strict=True)]
+        columns = [(self._decay,) * len(factors), *zip(*factors, strict=True)]
         if len(columns) != len(self._numbers):
             self._numbers = self._numbers.new_empty(len(columns), len(factors))
         if len(columns) != len(self._columns):

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from dgc.config import DGCConfig
 from dgc.exchange.base import Exchange
 from dgc.exchange.distributed import DistributedExchange
@@ -43,10 +46,13 @@ class Standing:
         self.made_with = self.config = config
         self.parameters = parameters
         self.own_exchange = exchange
-        self.memory = Memory(parameters.slots, parameters.compressed, parameters.device)
+        rounded = config.dense_wire_dtype != torch.float32
+        self.memory = Memory(parameters.slots, parameters.compressed, parameters.device, rounded=rounded)
         self.memory.allocate(parameters.rule.kept)
         inside = exchange if isinstance(exchange, IslandExchange) and parameters.mesh is None else None
         self.divided = inside is not None
+        if self.divided and rounded:
+            raise ValueError(advice.dense_in_16_bits(config.dense_wire_dtype))
         self.layouts = Layouts(config, parameters, self.memory, exchange, codec, inside)
         self.step, self.dense, self.joined = 0, False, False
         self.dropped = 0
@@ -166,6 +172,33 @@ class Standing:
     def _kinds_of(self, saved: Share) -> list[str]:
         """Returns the kinds of a saved share that this optimizer's rule keeps; a foreign optimizer keeps none."""
         return [kind for kind in saved.kinds if kind in self.parameters.rule.may_keep]
+
+    def take_what_is_added(self) -> None:
+        """Adds to memory what the optimizer keeps beside it, so that memory has all of it."""
+        for p, kinds in self.parameters.rule.added().items():
+            self.memory.allocate(kinds)
+            for kind, value in kinds.items():
+                self.memory.of(self.parameters.slot(p).name)[kind].add_(value)
+
+    def means(self) -> dict[str, dict[str, Tensor]]:
+        """Returns the mean over the ranks of the rule's tensors, by kind and name; a collective."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for kind in self.memory.kinds:
+            found[kind] = {name: self.memory.of(name)[kind].clone() for name in self.memory.slots}
+            if differ := [found[kind][name] for name in self.memory.slots if name in self.memory.diverged]:
+                flat = torch.cat([tensor.reshape(-1) for tensor in differ])
+                transfer = self.exchange.start(f"mean of {kind}", None, None, flat)
+                self.exchange.finish()
+                transfer.done.wait()
+                with transfer.arrived():
+                    for tensor, mean in zip(differ, flat.split([t.numel() for t in differ]), strict=True):
+                        tensor.copy_(mean.view(tensor.shape))
+        return found
+
+    def release(self) -> None:
+        """Frees memory and buffers; the run is over."""
+        self.layouts.leave()
+        self.memory.release()
 
     def take_up(self, choice: shares.Choice) -> None:
         """Continues a run from the state_dicts chosen for this rank."""

@@ -1,25 +1,21 @@
 """The benchmarks that give a verdict: that they can pass, and that they can fail."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from benchmarks.harness import ROOT
 from benchmarks.soak.checks import check_conservation, check_counts, check_memory, check_replicas, check_restarts
 from benchmarks.soak.ledger import ledger_of
 from benchmarks.soak.run import COMPRESSED, GROUPS, SHAPES, Given, Run, event_of, gradients
 from benchmarks.soak.supervisor import Kill
 from benchmarks.soak.worker import Record
+from support.programs import run_program
 
 
 @pytest.mark.parametrize(
     ("options", "processes"), [([], "3 gloo processes"), (["--nodes", "2"], "4 gloo processes in 2 nodes")]
 )
 def test_a_short_soak_passes(options, processes):
-    command = [sys.executable, "-m", "benchmarks.soak", "--smoke", *options]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    result = run_program("benchmarks.soak", "--smoke", *options)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
     assert f"Soak: 300 steps on {processes}, 2 of them killed, seed 0" in result.stdout
     assert result.stdout.count("| pass ") == 11

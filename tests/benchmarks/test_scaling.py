@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import subprocess
 import sys
 from dataclasses import astuple, replace
 
@@ -14,21 +13,11 @@ import torch.distributed as dist
 import dgc
 from benchmarks.cluster import islands, scaling
 from benchmarks.cluster.calibration import Constants, Measured, calibrate, points
-from benchmarks.cluster.cost import (
-    Cluster,
-    Link,
-    Traffic,
-    all_gather,
-    all_reduce,
-    communication,
-    ddp_buckets,
-    dense_traffic,
-    dgc_traffic,
-    step_time,
-)
 from benchmarks.cluster.projection import WORKLOADS, Assumptions, Projected, losses, project
-from benchmarks.harness import ROOT
-from benchmarks.shapes import NETWORKS
+from dgc.cli.cost import Cluster, Link, all_gather, all_reduce, communication, step_time
+from dgc.cli.shapes import NETWORKS
+from dgc.cli.traffic import Traffic, ddp_buckets, dense_traffic, dgc_traffic, node_traffic
+from support.programs import run_program
 
 FLAT = Cluster(workers=4, per_node=1, network=Link(100.0, 0.5), inside=Link(math.inf, 0.0))
 NODES = Cluster(workers=32, per_node=8, network=Link(100.0, 0.5), inside=Link(1000.0, 0.01))
@@ -89,11 +78,14 @@ def test_buckets_are_ddps(name):
 def test_traffic_is_what_the_package_sends():
     buckets = [{"bias": (7,), "small": (10, 10)}, {"matrix": (300, 400)}]
     assert dense_traffic(buckets, 2) == [Traffic(0, 214, 0, 0), Traffic(0, 240_000, 0, 0)]
-    # 120 entries in 2 tiles: header 32, used 16, tile ends 16, indices 240, values 480.
-    assert dgc_traffic(buckets, 8, dgc.DGCConfig()) == [Traffic(0, 428, 0, 0), Traffic(784, 0, 120_000, 120)]
-    # From 8 / (0.001 * 6) = 1,333.3 workers on the package itself sends dense.
-    assert dgc_traffic(buckets, 1333, dgc.DGCConfig())[1].compressed == 120_000
-    assert dgc_traffic(buckets, 1334, dgc.DGCConfig())[1] == Traffic(0, 480_000, 0, 0)
+    # 120 entries: header 32, used 16, 120 + 119,999 / 512 upper bits, 120 * 9 low ones, in whole words, values 480.
+    assert dgc_traffic(buckets, 8, dgc.DGCConfig()) == [
+        Traffic(0, 428, 0, 0),
+        Traffic(32 + 16 + 48 + 144 + 480, 0, 120_000, 120),
+    ]
+    # From 8 / (0.001 * 5.494) = 1,456.1 workers on the package itself sends dense.
+    assert dgc_traffic(buckets, 1456, dgc.DGCConfig())[1].compressed == 120_000
+    assert dgc_traffic(buckets, 1457, dgc.DGCConfig())[1] == Traffic(0, 480_000, 0, 0)
     flat = communication([Traffic(200, 200, 1, 1)], FLAT, trees=False)
     assert flat == [pytest.approx(7.5 + 6.0)]
 
@@ -136,8 +128,10 @@ def test_a_measured_step_by_hand():
     assert runs[0].predict(TRUE) == pytest.approx(0.1 + 0.7e-9 * elements + exposed)
     assert runs[0].bytes_sent == 4 * elements
     k = 20_480 + 4195
+    # The embedding's payload: head, 20,480 + 39,999 upper bits, 9 low bits and 32 of value each.
+    payload = 48 + (20_480 + 39_999) / 8 + 20_480 * (9 + 32) / 8
     assert runs[1].predict(TRUE) == pytest.approx(
-        *(0.1 + 1.3e-9 * (elements - 4096) + 6e-9 * 2 * k + (6 * 20_480 + 4 * 313 + 48) / 8e8 + 2e-4,), rel=1e-4
+        0.1 + 1.3e-9 * (elements - 4096) + 6e-9 * 2 * k + payload / 8e8 + 2e-4, rel=1e-5
     )
 
 
@@ -161,14 +155,14 @@ def test_a_projection_by_hand():
     free = project(resnet, 1.0, (64,), Assumptions(compress_bytes=0))
     cost = 25 * 25_489_408 / 720e9
     assert [a.dgc - b.dgc for a, b in zip(project(resnet, 1.0, (64,)), free, strict=True)] == [pytest.approx(cost)] * 8
-    # The 16-bit hook's casts, 12 bytes a parameter; and 6 bytes for each entry that one of 8 workers receives.
+    # The 16-bit hook's casts, 12 bytes a parameter; and 5.494 bytes for each entry that one of 8 workers receives.
     uncast = project(resnet, 1.0, (8,), Assumptions(cast_bytes=0))[0]
     assert at[8, 8, 1].fp16 - uncast.fp16 == pytest.approx(12 * 25_557_032 / 720e9)
     only_entries = project(replace(resnet, seconds=1.0), 1.0, (8,), Assumptions(0, 0, 0.8, 1.0, 0))[0]
     last = dgc_traffic(ddp_buckets(NETWORKS["ResNet-50"]()), 8, dgc.DGCConfig())[-1]
     exposed = 7 * last.payload / 120e9 + 2 * 7 / 8 * last.dense / 120e9
-    assert only_entries.dgc - 1 - exposed == pytest.approx(6 * 8 * 25_513 / 720e9, rel=1e-3)
-    # With more than 1,333 workers DGC sends float32 dense: as plain DDP, half as fast as 16 bits at best.
+    assert only_entries.dgc - 1 - exposed == pytest.approx(5.494 * 8 * 25_513 / 720e9, rel=1e-3)
+    # With more than 1,456 workers DGC sends float32 dense: as plain DDP, half as fast as 16 bits at best.
     assert at[2048, 8, 1].all_dense
     assert at[2048, 8, 1].dgc == at[2048, 8, 1].fp32
     # Within a node there is nothing to win, and the rate of the network does not matter.
@@ -177,13 +171,13 @@ def test_a_projection_by_hand():
 
 def test_what_nodes_as_workers_carry_by_hand():
     buckets = [{"bias": (7,), "small": (10, 10)}, {"matrix": (300, 400)}, {"wide": (4, 20_000)}]
-    first, matrix, wide = islands.island_traffic(buckets, 8, dgc.DGCConfig())
+    first, matrix, wide = node_traffic(buckets, 8, dgc.DGCConfig())
     assert first == Traffic(0, 428, 0, 0)
-    # 38 rows for each of 7 ranks and 34 for the last: 15,200 elements and 16 entries, 13,600 and 14, of one tile each.
-    # Header 32, used 16, tile ends 16, indices of 2 bytes to the next 16, values of 4.
-    assert matrix == Traffic(7 * (64 + 32 + 64) + 64 + 32 + 64, 0, 120_000, 7 * 16 + 14)
-    # A row of 20,000 for each of 4 ranks, and none for the others: 20 entries in 2 tiles.
-    assert wide == Traffic(4 * (64 + 48 + 80), 0, 80_000, 80)
+    # 38 rows for each of 7 ranks and 34 for the last: 15,200 elements and 16 entries, 13,600 and 14.
+    # Header 32, used 16, upper bits 16, 9 low bits an entry to the next 16 bytes, values of 4.
+    assert matrix == Traffic(7 * (48 + 16 + 32 + 64) + 48 + 16 + 16 + 64, 0, 120_000, 7 * 16 + 14)
+    # A row of 20,000 for each of 4 ranks, and none for the others: 20 entries, 180 low bits.
+    assert wide == Traffic(4 * (48 + 16 + 32 + 80), 0, 80_000, 80)
 
     sent = islands.Exchanges([Traffic(0, 400, 0, 0)], [Traffic(50, 40, 100, 5)], [Traffic(80, 40, 100, 8)])
     # 4 nodes of 8. A ring carries 2 * 3 / 4 of what is dense; 31 payloads of ranks, or 3 of nodes.
@@ -250,15 +244,15 @@ def written(measured):
 
 def test_the_script_reads_what_it_documents_and_says_what_is_missing(tmp_path):
     path = tmp_path / "network.json"
-    command = [sys.executable, "-m", "benchmarks.cluster.scaling", "--network", str(path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = ["benchmarks.cluster.scaling", "--network", str(path)]
+    result = run_program(*command)
     assert result.returncode == 2
     assert "Run `python -m benchmarks.training.network` first" in result.stderr
     runs = made_up()
     loopback = json.loads(written(runs))
     loopback["runs"][-1]["reached"] = {}
     path.write_text(json.dumps(loopback))
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = run_program(*command)
     assert result.returncode == 2
     assert "expected runs with limits, got some on a loopback: run network.py as root" in result.stderr
     assert "Traceback" not in result.stderr

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from benchmarks.shapes import NETWORKS
+from dgc.cli.shapes import NETWORKS
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 
 import dgc
 from benchmarks.cluster.wire_ratio import PAPER, Sent, formula, sent
-from benchmarks.shapes import NETWORKS
+from dgc.cli.shapes import NETWORKS
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -209,7 +209,7 @@ def die(moment):
 
 @pytest.mark.parametrize("moment", ["between exchanges", "in backward", "after backward"])
 def test_a_process_that_dies_is_horovods_error_on_the_others_and_not_a_hang(moment):
-    pool = horovod_ranks.Pool(2, outlived=True, timeout=90)
+    pool = horovod_ranks.Pool(2, timeout=90)
     try:
         survivor, dead = pool.send(die, moment)
         ((done, seconds),) = pool.results([survivor])

@@ -122,29 +122,36 @@ const std::vector<uint64_t>& meet(Meeting& m, int member, uint64_t value, Kind k
   return values;
 }
 
-void enter() {
-  observe(&machine.block_begins);  // what blocks and kernels before this one wrote
-  (*machine.kernel)();
-  publish(&machine.block_ends);
-  machine.fibers[machine.current].done = true;
-  machine.progress = true;
-  to_scheduler();
+// A fiber is the thread of its number in every block, one after the other: to make a context takes two calls of the
+// system.
+[[noreturn]] void enter() {
+  while (true) {
+    observe(&machine.block_begins);  // what blocks and kernels before this one wrote
+    (*machine.kernel)();
+    publish(&machine.block_ends);
+    machine.fibers[machine.current].done = true;
+    machine.progress = true;
+    to_scheduler();
+  }
+}
+
+void make(Fiber& fiber) {
+  getcontext(&fiber.start);
+  fiber.start.uc_stack.ss_sp = fiber.stack.data();
+  fiber.start.uc_stack.ss_size = fiber.stack.size();
+  fiber.start.uc_link = nullptr;
+  makecontext(&fiber.start, enter, 0);
 }
 
 void run_block(int threads) {
-  if (static_cast<int>(machine.fibers.size()) < threads) machine.fibers = std::vector<Fiber>(threads);
+  if (static_cast<int>(machine.fibers.size()) < threads) {
+    machine.fibers = std::vector<Fiber>(threads);
+    for (Fiber& fiber : machine.fibers) make(fiber);
+  }
   machine.warps.resize(threads / kWarp);
   for (Meeting& warp : machine.warps) warp.reset(kWarp);
   machine.block.reset(threads);
-  for (int i = 0; i < threads; ++i) {
-    Fiber& fiber = machine.fibers[i];
-    getcontext(&fiber.start);
-    fiber.start.uc_stack.ss_sp = fiber.stack.data();
-    fiber.start.uc_stack.ss_size = fiber.stack.size();
-    fiber.start.uc_link = nullptr;
-    makecontext(&fiber.start, enter, 0);
-    fiber.begun = fiber.done = false;
-  }
+  for (int i = 0; i < threads; ++i) machine.fibers[i].done = false;
   int running = threads;
   while (running > 0) {
     machine.progress = false;

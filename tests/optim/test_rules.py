@@ -129,9 +129,9 @@ def assert_same(one, other):
         assert torch.equal(one[name], other[name]), name
 
 
-@pytest.mark.parametrize("masking", [True, False])
-def test_momentum_in_plain_pytorch_has_the_fused_bits(masking):
-    config = dgc.DGCConfig(density=0.01, momentum_masking=masking, clip_norm=5.0)
+@pytest.mark.parametrize(("masking", "decay"), [(True, 1.0), (False, 1.0), (True, 0.9)])
+def test_momentum_in_plain_pytorch_has_the_fused_bits(masking, decay):
+    config = dgc.DGCConfig(density=0.01, momentum_masking=masking, residual_decay=decay, clip_norm=5.0)
     fused = Run(dgc.SGD, config, lr=LR, momentum=0.9)
     plain = Run(PlainSGD, config, lr=LR, momentum=0.9)
     for step in range(6):

@@ -1,14 +1,17 @@
-"""The examples and the launch scripts, as a user starts them."""
+"""The examples and the launch scripts: MNIST as a user starts it, the others in forked ranks (support/programs.py)."""
 
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from benchmarks.harness import KEEP_FREED_MEMORY
+from support.programs import run_program
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,18 +31,28 @@ def torchrun(*arguments: str) -> str:
     return output_of("launch/torchrun.sh", "--nproc-per-node", "2", *arguments)
 
 
+def forked(*arguments: str, ranks: int = 2) -> str:
+    """Returns the output of a script on ranks that have what torchrun sets."""
+    result = run_program(*arguments, ranks=ranks)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout + result.stderr
+
+
 def horovodrun(*arguments: str) -> str:
     pytest.importorskip("horovod.torch", reason="no Horovod here: launch/install_horovod.sh installs it")
     return output_of("launch/horovodrun.sh", "-np", "2", *arguments)
 
 
 @pytest.mark.parametrize(
-    ("launch", "script", "library"),
-    [(torchrun, "examples/mnist.py", ""), (horovodrun, "examples/horovod_mnist.py", "Horovod, ")],
+    ("launch_dense", "launch", "script", "library"),
+    [
+        (forked, torchrun, "examples/mnist.py", ""),
+        (horovodrun, horovodrun, "examples/horovod_mnist.py", "Horovod, "),
+    ],
 )
-def test_mnist_and_its_report(tmp_path, launch, script, library):
+def test_mnist_and_its_report(tmp_path, launch_dense, launch, script, library):
     logs = [tmp_path / "dense.json", tmp_path / "dgc.json"]
-    launch(script, "--epochs", "2", "--dense", "--log-file", str(logs[0]))
+    launch_dense(script, "--epochs", "2", "--dense", "--log-file", str(logs[0]))
     output = launch(script, "--epochs", "2", "--density", "0.01", "--log-file", str(logs[1]))
     assert "2 of 8 parameters compressed, 99.61 % of 824,458 elements" in output
     dense, compressed = (json.loads(log.read_text()) for log in logs)
@@ -56,23 +69,33 @@ def test_mnist_and_its_report(tmp_path, launch, script, library):
 
 
 def test_bible():
-    output = torchrun("examples/bible.py", "--steps", "10")
+    output = forked("examples/bible.py", "--steps", "10")
     assert "validation perplexity" in output
     assert "bytes sent at the last step: " in output
 
 
 def test_gpt():
     small = ["--width", "32", "--depth", "1", "--heads", "2", "--batch-size", "1"]
-    output = torchrun("examples/gpt.py", "--steps", "4", *small)
+    output = forked("examples/gpt.py", "--steps", "4", *small)
     assert "step 4: validation perplexity" in output
     assert "bytes sent in the run: " in output
+
+
+@pytest.mark.parametrize(("processes", "islands"), [(2, []), (4, ["--nodes", "2"])])
+def test_local_steps_gpt(processes, islands):
+    small = ["--width", "32", "--depth", "1", "--heads", "2", "--batch-size", "1"]
+    script = ["examples/local_steps_gpt.py", "--steps", "5", "--every", "2", *small, *islands]
+    output = output_of("launch/torchrun.sh", "--nproc-per-node", str(processes), *script)
+    assert "validation perplexity" in output
+    assert f"{processes} ranks, weights equal on all: True" in output
+    assert "3 rounds; bytes a step to other islands: " in output
 
 
 @pytest.mark.parametrize("dense", [[], ["--dense"]])
 def test_fsdp2_gpt(dense):
     small = ["--width", "32", "--depth", "1", "--batch-size", "1"]
     script = ["examples/fsdp2_gpt.py", "--nodes", "2", "--steps", "3", *small, *dense]
-    output = output_of("launch/torchrun.sh", "--nproc-per-node", "4", *script)
+    output = forked(*script, ranks=4)
     assert "validation loss " in output
     assert "2 nodes of 2 ranks, parameters equal on all: True" in output
     assert ("bytes from this rank to other nodes: " in output) == (not dense)
@@ -93,7 +116,9 @@ def test_quickstart_checks_its_options_before_it_installs_anything(arguments, me
     assert message in result.stderr
 
 
-@pytest.mark.parametrize("script", ["quickstart.sh", "torchrun.sh", "install_horovod.sh", "horovodrun.sh", "test.sh"])
+@pytest.mark.parametrize(
+    "script", ["quickstart.sh", "local_steps.sh", "torchrun.sh", "install_horovod.sh", "horovodrun.sh", "test.sh"]
+)
 def test_launch_scripts_explain_themselves(script):
     result = run(f"launch/{script}", "--help")
     assert result.returncode == 0
@@ -167,13 +192,14 @@ def test_launchers_choose_the_activated_environment_and_else_the_one_made_here(t
 
 
 def framework(name):
-    return pytest.importorskip(name, reason=f"NOT TESTED: examples/{name}_*.py, since {name} is not installed")
+    if find_spec(name) is None:  # to import it would take seconds
+        pytest.skip(f"NOT TESTED: examples/{name}_*.py, since {name} is not installed")
 
 
 def test_accelerate_mlp(tmp_path):
     framework("accelerate")
-    output = torchrun("examples/accelerate_mlp.py", "--epochs", "1", "--folder", str(tmp_path))
-    assert "step 32, compressed " in output
+    output = forked("examples/accelerate_mlp.py", "--epochs", "1", "--folder", str(tmp_path))
+    assert re.search(r"test loss \d\.\d+, step 32, \d+ bytes a step", output)
 
 
 def test_lightning_mlp(tmp_path):
@@ -181,11 +207,22 @@ def test_lightning_mlp(tmp_path):
     folder = ["--folder", str(tmp_path)]
     output = output_of(sys.executable, "examples/lightning_mlp.py", "--devices", "2", "--epochs", "1", *folder)
     assert "2 of 6 parameters compressed, density 0.01, step 32" in output
+    assert " bytes a step" in output
 
 
 def test_transformers_gpt2(tmp_path):
     framework("transformers")
-    output = torchrun("examples/transformers_gpt2.py", "--steps", "10", "--folder", str(tmp_path))
+    output = forked("examples/transformers_gpt2.py", "--steps", "10", "--folder", str(tmp_path))
     assert "dgc: clip_norm=1, and max_grad_norm, which was 1, is 0" in output
     assert "9 of 28 parameters compressed" in output
-    assert "'train_loss': " in output
+    assert re.search(r"test loss \d\.\d+, \d+ bytes a step", output)
+
+
+def test_framework_examples_are_short():
+    long = {
+        path.name: lines
+        for name in ("accelerate", "lightning", "ray", "transformers")
+        for path in (ROOT / "examples").glob(f"{name}_*.py")
+        if (lines := len(path.read_text().splitlines())) > 60
+    }
+    assert long == {}

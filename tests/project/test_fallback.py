@@ -1,4 +1,4 @@
-"""The package without its native library, or without Horovod: one loud warning and the same results, or an error."""
+"""The package without its native library, Horovod or numpy: one loud warning and the same results, or an error."""
 
 import os
 import shutil
@@ -55,6 +55,19 @@ def test_without_horovod_its_door_says_what_installs_it():
     assert result.returncode == 1
     assert "ImportError: dgc.horovod: expected Horovod with support for this torch" in result.stderr
     assert "launch/install_horovod.sh" in result.stderr
+
+
+def test_ranks_compare_themselves_without_numpy():
+    script = """
+import sys
+sys.modules["numpy"] = None
+import dgc, torch.distributed as dist
+from dgc.exchange.distributed import everyone_of
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+assert [everyone_of(None, text) for text in ("", "größer", "x" * 300)] == [[""], ["größer"], ["x" * 300]]
+"""
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_dgc_imports_no_framework():

@@ -1,12 +1,10 @@
-"""Horovod processes that call functions for the tests: started once by horovodrun, since a start takes seconds."""
+"""Horovod processes that call functions for the tests: forked as ranks are, where horovodrun would start them."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -17,39 +15,42 @@ from typing import Any
 
 import torch
 
+from support.ranks import fork_server
+
 process_set: Any = None
 """In a process of a Pool: its process set besides the global one."""
 
 
 class Pool:
-    """Processes of one `horovodrun -np N`, which wait for functions to call.
+    """The processes of one Horovod group, which wait for functions to call.
+
+    They outlive each other: horovodrun would kill the others when one dies.
 
     Args:
-        num_proc: N.
+        num_proc: their number.
         process_set: ranks of a process set besides the global one.
-        outlived: whether a shell outlives each process, so that horovodrun does not kill the others when one dies.
         timeout: seconds for each call.
     """
 
-    def __init__(
-        self, num_proc: int, process_set: Sequence[int] = (), outlived: bool = False, timeout: float = 120
-    ) -> None:
+    def __init__(self, num_proc: int, process_set: Sequence[int] = (), timeout: float = 120) -> None:
+        from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
+        from horovod.runner.gloo_run import create_run_env_vars, create_slot_env_vars
+        from horovod.runner.http.http_server import RendezvousServer
+
         self.num_proc = num_proc
         self.timeout = timeout
         self.tasks = 0
         self.folder = Path(tempfile.mkdtemp())
-        python = [sys.executable, __file__, str(self.folder), ",".join(map(str, process_set)), str(os.getpid())]
-        if outlived:
-            python = ["sh", "-c", '"$@"; until [ -e "$0" ]; do sleep 0.2; done', str(self.folder / "closed"), *python]
-        scripts = Path(sys.executable).parent
-        path = os.pathsep.join(sys.path)  # what is imported here can be imported there
-        self.log = (self.folder / "log").open("w+")
-        self.process = subprocess.Popen(
-            [scripts / "horovodrun", "--gloo", "-np", str(num_proc), "-H", f"localhost:{num_proc}", *python],
-            env={**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": path},
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-        )
+        self.rendezvous = RendezvousServer()
+        slots = get_host_assignments(parse_hosts(f"localhost:{num_proc}"), num_proc)
+        run = create_run_env_vars("127.0.0.1", ["lo"], self.rendezvous.start())
+        self.rendezvous.init(slots)
+        self.processes = []
+        for slot in slots:
+            environment = {name: str(value) for name, value in {**run, **create_slot_env_vars(slot)}.items()}
+            arguments = (self.folder, environment, process_set, os.getpid())
+            self.processes.append(fork_server().Process(target=_main, args=arguments, daemon=True))
+            self.processes[-1].start()
 
     def send(self, body: Callable[..., Any], *args: Any) -> list[Path]:
         """Has every process call body(*args); returns the files of the results, by rank."""
@@ -66,11 +67,13 @@ class Pool:
     def results(self, paths: Sequence[Path]) -> list[Any]:
         """Waits for files of send() and returns what the calls returned; an error is raised with its traceback."""
         deadline = time.monotonic() + self.timeout
-        while not all(path.exists() for path in paths):
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self.log.seek(0)
-                raise RuntimeError(f"the processes ended or hang:\n{self.log.read()[-4000:]}")
-            time.sleep(0.02)
+        for path in paths:
+            process = self.processes[int(path.suffix[1:])]
+            while not path.exists():
+                if process.exitcode is not None or time.monotonic() > deadline:
+                    logs = "\n".join(log.read_text() for log in sorted(self.folder.glob("*.log")))
+                    raise RuntimeError(f"rank {path.suffix[1:]} ended or hangs:\n{logs[-4000:]}")
+                time.sleep(0.02)
         results = [torch.load(path, weights_only=False) for path in paths]
         for path, (error, _) in zip(paths, results, strict=True):
             assert error is None, f"rank {path.suffix[1:]}: {error}"
@@ -79,24 +82,30 @@ class Pool:
     def close(self) -> None:
         """Ends the processes."""
         (self.folder / f"{self.tasks}.task").touch()
-        (self.folder / "closed").touch()
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.terminate()  # horovodrun passes it on
-            self.process.wait()
-        self.log.close()
+        for process in self.processes:
+            process.join(30)
+            process.kill()
+            process.join()
+        self.rendezvous.stop()
         shutil.rmtree(self.folder)
+
+
+def _main(folder: Path, environment: dict[str, str], ranks: Sequence[int], parent: int) -> None:
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    with (folder / f"{environment['HOROVOD_RANK']}.log").open("wb") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.environ.update(environment)
+    _serve(folder, ranks)
 
 
 def _serve(folder: Path, ranks: Sequence[int]) -> None:
     import horovod.torch as hvd
 
-    from support import horovod_ranks  # this file is __main__ here, but not for the functions' modules
-
+    global process_set
     torch.set_num_threads(1)
-    horovod_ranks.process_set = hvd.ProcessSet(list(ranks)) if ranks else hvd.global_process_set
-    hvd.init(process_sets=[horovod_ranks.process_set] if ranks else [])
+    process_set = hvd.ProcessSet(list(ranks)) if ranks else hvd.global_process_set
+    hvd.init(process_sets=[process_set] if ranks else [])
     task = 0
     while True:
         path = folder / f"{task}.task"
@@ -120,8 +129,3 @@ def _end_with(pid: int) -> None:
     while Path(f"/proc/{pid}").exists():
         time.sleep(1)
     os._exit(1)
-
-
-if __name__ == "__main__":
-    threading.Thread(target=_end_with, args=(int(sys.argv[3]),), daemon=True).start()
-    _serve(Path(sys.argv[1]), [int(rank) for rank in sys.argv[2].split(",") if rank])

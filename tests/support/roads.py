@@ -9,6 +9,7 @@ cuda       a real GPU, by the road that dgc.backend("cuda") names; arguments tra
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -54,11 +55,13 @@ def emulator() -> ctypes.CDLL:
     for file in files:
         key.update(file.read_bytes())
     library = ROOT / "build" / f"emulator-{key.hexdigest()}.so"
-    if not library.exists():
-        library.parent.mkdir(exist_ok=True)
-        partial = library.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, "-o", str(partial)], check=True)
-        partial.rename(library)
+    library.parent.mkdir(exist_ok=True)
+    with (ROOT / "build" / "emulator.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several pytest processes builds it, and the others wait
+        if not library.exists():
+            partial = library.with_suffix(f".{os.getpid()}")
+            subprocess.run([*command, "-o", str(partial)], check=True)
+            partial.rename(library)
     torch.ops.load_library(library)
     loaded = ctypes.CDLL(str(library))
     loaded.emulate.argtypes = [ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p]

@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
+from dgc.cli.links import slowest, timed
+
 from . import namespaces
+
+__all__ = ["OPEN", "bytes_a_step", "limit_of", "reached", "sent", "slowest", "timed"]
 
 OPEN = "open"
 """A rate that nothing here comes near. It is a limit all the same, since that is what counts frames."""
 BLOCK = 5  # steps between two readings of the counter
-
-
-def timed(step: Callable[[], object]) -> float:
-    """Returns the seconds of one step that all ranks begin together."""
-    dist.barrier()
-    begin = time.perf_counter()
-    step()
-    return time.perf_counter() - begin
-
-
-def slowest(seconds: list[float]) -> list[float]:
-    """Returns the largest of all ranks, element by element."""
-    tensor = torch.tensor(seconds, dtype=torch.float64)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return tensor.tolist()
 
 
 def limit_of(rate: str) -> str:
