@@ -24,14 +24,14 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer
 
-from . import round_checks, round_saved
 from .config import DGCConfig
 from .exchange.base import Exchange
 from .local import local
 from .memory.names import by_name
 from .memory.refusals import unwrapped
 from .optim.sgd import SGD
-from .rounds import Rounds
+from .rounds import checks, saved
+from .rounds.rounds import Rounds
 from .state import DGCState
 
 Outer = Callable[[list[nn.Parameter]], Optimizer]
@@ -93,9 +93,9 @@ class LocalSteps(Rounds):
         """Checks the arguments, copies the weights and compares them with all islands'; see the class."""
         config = config or SPARSELOCO
         inner = unwrapped(inner_optimizer)
-        round_checks.check_arguments(model, inner, config, every, delay)
+        checks.check_arguments(model, inner, config, every, delay)
         weights = by_name(model.named_parameters())
-        round_checks.check_optimizer(inner, weights)
+        checks.check_optimizer(inner, weights)
         # In float32, since a round may move a weight by less than a 16-bit type can say.
         start = {name: nn.Parameter(p.detach().to(torch.float32, copy=True)) for name, p in weights.items()}
         if not callable(outer):
@@ -114,7 +114,7 @@ class LocalSteps(Rounds):
             exchange=exchange,
             late=False,
         )
-        round_checks.check_islands(model, state.exchange)
+        checks.check_islands(model, state.exchange)
         state.exchange_in_step()
         state.exchange.agree({"every": int(every), "delay": int(delay)})
         super().__init__(model, inner, weights, start, outer_optimizer, state, int(every), int(delay))
@@ -141,7 +141,7 @@ class LocalSteps(Rounds):
         """
         self._check_between("state_dict")
         return {
-            "version": round_saved.VERSION,
+            "version": saved.VERSION,
             "every": self.every,
             "rounds": self.rounds,
             "position": self.position,
@@ -169,7 +169,7 @@ class LocalSteps(Rounds):
         """
         self._check_between("load_state_dict")
         several = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
-        found = round_saved.read(several, self._start, self.every)
+        found = saved.read(several, self._start, self.every)
         choice = self.state.choose(found.shares, allow_missing_ranks)
         self.outer.load_state_dict(found.outer)
         self.state.take_up(choice)

@@ -21,6 +21,9 @@ venv=${DGC_TEST_VENV:-.venv-test}
 [[ -x $venv/bin/python ]] || "${PYTHON:-python3}" -m venv "$venv"
 python=$venv/bin/python
 
+# Hundreds of processes start: each would compile what it imports, were that not kept.
+unset PYTHONDONTWRITEBYTECODE
+
 step() { printf '\n== %s\n' "$*"; }
 
 step "install"
@@ -57,7 +60,7 @@ for script in launch/*.sh launch/*.sbatch .ci/run; do bash -n "$script"; done
 step "pytest"
 # Files side by side, one more than there are cores: many tests wait for processes to start and for timeouts to pass. One
 # thread each, since ranks and files share the cores. A worker that crashes ends the run: with another in its place,
-# xdist may wait for ever.
+# xdist may wait for ever. The longest files come first (tests/conftest.py), and xdist is to leave them there.
 cores=$(nproc)
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$venv/bin/pytest" \
-  --numprocesses "$((cores < 4 ? cores + 1 : 4))" --max-worker-restart 0 --dist loadfile "$@"
+  --numprocesses "$((cores < 4 ? cores + 1 : 4))" --max-worker-restart 0 --dist loadfile --no-loadscope-reorder "$@"

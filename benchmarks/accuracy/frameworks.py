@@ -17,7 +17,9 @@ import subprocess
 import sys
 import tempfile
 from importlib.util import find_spec
+from itertools import product
 from typing import Any
+from unittest.mock import patch
 
 import torch.distributed as dist
 
@@ -38,9 +40,8 @@ MARK = "run of seed"
 
 def run_all(name: str, seeds: int) -> None:
     """Runs an example for all seeds, dense and with DGC, in this process and its peers."""
-    dist.destroy_process_group = lambda *_: None  # the next run goes on with the group
-    for seed in range(seeds):
-        for kind in ("--dense", ""):
+    with patch.object(dist, "destroy_process_group"):  # the next run goes on with the group
+        for seed, kind in product(range(seeds), ("--dense", "")):
             if "accelerate" in sys.modules:
                 sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
             script, *arguments = EXAMPLES[name][1]

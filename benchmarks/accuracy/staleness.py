@@ -39,7 +39,7 @@ from .tasks import TASKS
 
 TRAINED = ("mnist", "gpt", "gpt-adamw")
 DENSITIES = (0.01, 0.001)
-STEPS = 3000
+STEPS = 2000
 
 
 class Ages(NamedTuple):

@@ -1,4 +1,4 @@
-"""What convergence.py, ablation.py, adamw.py and adam_candidates.py train: small tasks on the samples of data.py.
+"""What the programs of this folder train: small tasks on the samples of data.py.
 
 Small enough that several thousand steps of four workers take half a minute to two on one core; at 0.1 % an entry may
 wait for a thousand steps, so a shorter run would say nothing.

@@ -11,8 +11,8 @@ Adam` are the first two by Adam's rule, on the same m, s and v. And unpack of 8 
 zeros, which the fused op does on its way.
 
 A second table has what the wire formats add: encode and decode of one payload to the fused op, decode of 8 ranks to
-their unpack. Encoding comes right behind the fused op, as in a step, whose selection is still in cache; decoding and
-unpacking come after 25M elements and more have passed through it.
+their unpack. Encoding comes right behind the fused op, as in a step, with the selection still in cache; decoding and
+unpacking come after all gradients have passed through the cache, as those of other buckets do.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def compare(n: int, density: float, rounds: int, floors: list[Callable[..., None
     def unpack(selections: Tensor) -> None:
         ops.unpack(selections, 0, segments, fused.workspace, fused.one, torch.float32, [out], status)
 
-    def decode_and_unpack(one: Coded) -> None:
+    def receive(one: Coded) -> None:
         one.decode()
         unpack(one.selections)
 
@@ -152,12 +152,12 @@ def compare(n: int, density: float, rounds: int, floors: list[Callable[..., None
         "sampled": EagerSampled(gradients, u, v, k),
         "topk": lambda: v.abs().topk(k, sorted=False),
         "zero fill": out.zero_,
-        "unpack 8": lambda: unpack(selections),
+        "unpack 8": partial(unpack, selections),
     }
     for name, one in coded.items():
         competitors[f"encode {name}"] = one.encode
         competitors[f"decode {name}"] = partial(one.decode, 1)
-        competitors[f"decode and unpack 8 {name}"] = partial(decode_and_unpack, one)
+        competitors[f"decode and unpack 8 {name}"] = partial(receive, one)
     # DGC cuts v off just above the threshold: time it on what it leaves behind, not on fresh noise.
     for step in (fused, adam):
         for _ in range(20):

@@ -57,7 +57,8 @@ def supervise(run: Run, folder: Path) -> list[Kill]:
         RuntimeError: a worker ended that nobody has killed.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "dgc"])  # a process then starts in less than a second
+    # A process then starts in less than a second; DDP imports torch._dynamo when it is made.
+    context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "dgc"])
     progress = context.Array("d", run.ranks, lock=False)
     plan = plan_kills(run)
     kills: list[Kill] = []

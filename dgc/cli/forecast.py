@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dgc.config import DGCConfig
+from dgc.ops.codec import EliasFano
 from dgc.stats import traffic as bytes_carried
 
 from .cost import CAST_BYTES, COMPRESS_BYTES, Speeds, exposed, flat_seconds, node_seconds
@@ -92,8 +93,10 @@ def local_steps(
         HALF: Local(step + CAST_BYTES * parameters / memory, ready),
     }
     for density in DENSITIES:
-        sent = dgc_traffic(buckets, ranks, DGCConfig(density=density))
-        moved = sum(COMPRESS_BYTES * t.compressed + 6 * ranks * t.entries for t in sent)
+        config = DGCConfig(density=density)
+        received = ranks * EliasFano(config.wire_dtype).entry_bytes(density)
+        sent = dgc_traffic(buckets, ranks, config)
+        moved = sum(COMPRESS_BYTES * t.compressed + received * t.entries for t in sent)
         found[density] = Local(step + moved / memory, ready)
     return found
 

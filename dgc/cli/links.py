@@ -108,9 +108,12 @@ class Probe:
 
     @property
     def changes(self) -> bool:
-        """Whether the longest is no exception, and far from the shortest."""
+        """Whether the longest is no exception, and far from the shortest.
+
+        What takes a few milliseconds says more of the processor than of the link, and does not count.
+        """
         size, found = max(self.seconds.items())
-        return size > self.few and sorted(found)[-2] > STEADY * min(found)
+        return size > self.few and sorted(found)[-2] > max(STEADY * min(found), ENOUGH / 10)
 
 
 class Links:

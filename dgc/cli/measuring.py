@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from .forecast import BACKWARD, DENSITIES, FLOAT32, HALF, Forecast, Local, forecasts, ready_by_share
-from .links import Links
+from .links import Links, slowest
 from .models import Model, trained
 from .ranks import UsageError
 from .rehearsal import ALONE, Rehearsal, Rehearsed
@@ -72,10 +72,14 @@ def measure(setting: Setting, device: torch.device, places: int, say: Callable[[
     left = max(setting.seconds - (time.monotonic() - began), setting.seconds / 3) * 0.85
     ways = (ALONE, FLOAT32, HALF, *DENSITIES)
     for turn in range(PASSES):
+        turned = time.monotonic()
         for way in ways:
             name = way if isinstance(way, str) else f"dgc {100 * way:g} %"
             say(f"step without network, {turn + 1} of {PASSES}: {name}")
             rehearsal.rehearse(way, left / len(ways) / PASSES)
+        [took] = slowest([time.monotonic() - turned])
+        if took > 0.75 * left:  # long steps: the fewest of them have taken the time of all turns
+            break
     rehearsed = rehearsal.found
     say("link: again")
     links.sample(SAMPLES)

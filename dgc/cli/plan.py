@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if ranks < 2:
         raise UsageError("expected two ranks or more, got one, which has nobody to exchange with: start more")
     machines = everyone_of(None, machine_name())
-    model = everywhere(lambda: load(args.model))
+    model = everywhere(lambda: _on(device, args.model))
     setting = setting_of(model)
 
     def check() -> bool:
@@ -105,6 +105,12 @@ def run(args: argparse.Namespace) -> int:
             print(f"\nplan: {line}", file=sys.stderr if args.json else sys.stdout)
     dist.barrier()
     return 0
+
+
+def _on(device: torch.device, text: str) -> Model:
+    """Returns the model, whose function makes tensors on a device unless it says where."""
+    with device:
+        return load(text)
 
 
 def link_rows(measured: Measured) -> list[list[str]]:

@@ -26,10 +26,11 @@ from dgc.state import DGCState
 from .forecast import FLOAT32
 from .links import half_of_backend, slowest, timed, wait_for_device
 from .models import Loss
+from .ranks import UsageError
 from .shapes import Shapes
 
-WARM_UP = 3
-"""Steps until DDP has built its buckets again, and memory is there."""
+WARM_UP = 1
+"""Steps after the first, until DDP has built its buckets again, and memory is there."""
 FEWEST, MOST = 2, 12
 """Timed steps of an exchange at a time."""
 
@@ -190,9 +191,16 @@ class Rehearsal:
         optimizer.zero_grad()
 
     def _time(self, step: Callable[[], object], seconds: float, marks: list[Mark], found: Rehearsed) -> None:
+        try:
+            step()
+        except RuntimeError as error:
+            raise UsageError(
+                f"--model: expected a model that takes a training step under DDP, got {type(error).__name__}: "
+                f"{str(error).strip().splitlines()[0]}"
+            ) from error
         for _ in range(WARM_UP):
             [one] = slowest([timed(step)])
-        count = min(max(int(seconds / one) - WARM_UP, FEWEST), MOST)
+        count = min(max(int(seconds / one) - WARM_UP - 1, FEWEST), MOST)
         own: list[float] = []
         for _ in range(count):
             marks.clear()

@@ -3,14 +3,13 @@
 import ast
 import importlib.util
 import re
-import subprocess
-import sys
 from collections.abc import Mapping
 
 import pytest
 
 from benchmarks.harness import ROOT
 from dgc.cli.shapes import NETWORKS
+from support.programs import run_program
 
 
 def name_of(path):
@@ -80,7 +79,8 @@ def test_a_circle_is_seen():
 
 
 HELP = """
-import runpy, sys
+import runpy, sys, warnings
+warnings.simplefilter("ignore", RuntimeWarning)  # one has imported the other
 for name in sys.argv[1:]:
     print("== program", name)
     sys.argv = [name, "--help"]
@@ -91,12 +91,12 @@ for name in sys.argv[1:]:
 """
 
 
-def test_every_program_answers_help_with_its_command():
+def test_every_program_answers_help_with_its_command(tmp_path):
     assert len(PROGRAMS) == 19
     horovod = importlib.util.find_spec("horovod") is not None
     programs = [name for name in PROGRAMS if horovod or "horovod" not in name]
-    command = [sys.executable, "-W", "ignore::RuntimeWarning", "-c", HELP, *programs]  # one has imported the other
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    (tmp_path / "help.py").write_text(HELP)
+    result = run_program(str(tmp_path / "help.py"), *programs)
     assert result.returncode == 0, result.stderr[-3000:]
     said = dict(text.split("\n", 1) for text in result.stdout.split("== program ")[1:])
     assert [*said] == programs

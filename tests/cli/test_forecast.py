@@ -84,9 +84,9 @@ def test_forecasts_by_hand():
     assert by_name["dense, float32"].seconds == pytest.approx(1.0 + 0.001 + 0.48)
     assert by_name["dense, 16 bits"].seconds == pytest.approx(1.1 + 0.002 + 0.24)
     assert by_name["dense, float32"].nbytes == 2 * 3 * 480_400 // 4
-    # 120 entries in 2 tiles: header 32, used 16, tile ends 16, indices 240, values 480.
-    assert by_name["dgc 0.1 %"].seconds == pytest.approx(1.3 + 0.003 + 784e-6)
-    assert by_name["dgc 0.1 %"].nbytes == 3 * 784 + 2 * 3 * 400 // 4
+    # 120 entries: header 32, used 16, 120 + 119,999 / 512 upper bits 48, 9 low bits each 144, values 480.
+    assert by_name["dgc 0.1 %"].seconds == pytest.approx(1.3 + 0.003 + 720e-6)
+    assert by_name["dgc 0.1 %"].nbytes == 3 * 720 + 2 * 3 * 400 // 4
     node = Node(nodes=2, places=2, mean=Line(0, 0), across=Line(0, 0), inside=Line(0, 0))
     in_nodes = forecasts(BUCKETS, 4, Speeds(*[Line(0, 0)] * 3, node), local, 1.0)
     # Of what compression adds to a step of 1.0, a rank of two does half.
@@ -98,7 +98,8 @@ def test_memory_traffic_by_hand():
     local = local_steps(BUCKETS, 4, step=1.0, backward=0.5, memory=1e6)
     assert local[FLOAT32].seconds == 1.0
     assert local[HALF].seconds == pytest.approx(1.0 + 12 * 120_100 / 1e6)
-    assert local[0.001].seconds == pytest.approx(1.0 + (25 * 120_000 + 6 * 4 * 120) / 1e6)
+    bits = 32 + 9 + 1 + 1000 / 512  # of a received entry: its value, and its index in Elias-Fano form
+    assert local[0.001].seconds == pytest.approx(1.0 + (25 * 120_000 + 4 * 120 * bits / 8) / 1e6)
     assert local[0.01].ready == [pytest.approx(0.5 * (100 / 120_100 - 1)), 0.0]
 
 

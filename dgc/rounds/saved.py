@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .local import local
-from .memory.share import Share, unwrap, weights
+from dgc.local import local
+from dgc.memory.share import Share, unwrap, weights
 
 VERSION = 1
 

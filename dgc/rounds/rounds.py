@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from . import round_checks
-from .local import crc32, local
-from .optim.sgd import SGD
-from .state import DGCState
+from dgc.local import crc32, local
+from dgc.optim.sgd import SGD
+from dgc.state import DGCState
+
+from . import checks
 
 logger = logging.getLogger("dgc")
 
@@ -106,7 +107,7 @@ class Rounds:
     @torch.no_grad()
     def _send(self, finishing: bool) -> None:
         """Compares this round with the other islands', and sends the way since the last one."""
-        round_checks.check_same(self._model, self._inner, self._weights)
+        checks.check_same(self._model, self._inner, self._weights)
         if self.state.exchange.changed:
             self.state.regroup()
         self._finished = self._compare(finishing)
@@ -161,7 +162,7 @@ class Rounds:
         }
         if self._compare_weights:
             mine.update({f"checksum of theta_0's {name}": crc32(local(p)) for name, p in self._start.items()})
-        finished = round_checks.compare(mine, finishing, self.state.exchange)
+        finished = checks.compare(mine, finishing, self.state.exchange)
         self._compare_weights = False
         return finished
 
@@ -195,7 +196,7 @@ class Rounds:
             weight, start = local(p), local(self._start[name])
             weight.copy_(torch.where(weight.isfinite(), weight, start.to(weight.dtype)))
         self._end()
-        if broken := round_checks.forget_broken(self._inner, self._weights):
+        if broken := checks.forget_broken(self._inner, self._weights):
             logger.warning(
                 "dgc: round %d: the inner optimizer's state of %s was not finite, and begins anew",
                 self.rounds,

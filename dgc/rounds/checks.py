@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 
-from .config import DGCConfig
-from .ddp import ranks_of
-from .door import has_door
-from .exchange.base import Exchange
-from .exchange.distributed import DistributedExchange
-from .local import local
-from .optim.base import DGCOptimizer
-from .state import DGCState
+from dgc.config import DGCConfig
+from dgc.ddp import ranks_of
+from dgc.door import has_door
+from dgc.exchange.base import Exchange
+from dgc.exchange.distributed import DistributedExchange
+from dgc.local import local
+from dgc.optim.base import DGCOptimizer
+from dgc.state import DGCState
 
 
 def check_arguments(model: nn.Module, inner: Optimizer, config: DGCConfig, every: int, delay: int) -> None:
