@@ -85,10 +85,7 @@ def kernels() -> list[Finding]:
         text = f"{torch.cuda.get_device_name(i)}, capability {major}.{minor}, {memory / 2**30:.0f} GiB"
         found.append(Finding(f"GPU {i}", text))
     gpu = dgc.backend("cuda")
-    slow = (
-        "no CUDA kernels, and plain PyTorch is slower: with nvcc, pip install .; without, "
-        "pip install '.[cupy]'"
-    )
+    slow = "no CUDA kernels, and plain PyTorch is slower: with nvcc, pip install .; without, pip install '.[cupy]'"
     nccl = torch.cuda.nccl.version() if dist.is_nccl_available() else None
     without = "torch was built without NCCL, which DDP on GPUs wants: install torch from its own index"
     return [
