@@ -1,5 +1,7 @@
 """The numbers of the hook in DDP on gloo processes: against the oracle and torch.optim.SGD, and after a resume."""
 
+import math
+
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -135,9 +137,12 @@ def count_bytes(rank, world_size):
     for bucket in run.state._pass.buckets:
         rows = bucket.sparse.receiving.rows if bucket.sparse else []
         if rows:
-            k = sum(r[4] for r in rows)
-            tiles = sum(-(-r[3] // 65536) for r in rows)
-            formula += align(32 + len(rows)) + align(4 * tiles) + align(2 * k) + align(4 * k)
+            # docs/wire.md: head, upper bits and low bits of each parameter in words, values.
+            low = [int(math.log2(r.numel // r.entries)) for r in rows]
+            upper = [4 * -(-(r.entries + (r.numel - 1 >> b)) // 32) for r, b in zip(rows, low, strict=True)]
+            lower = [4 * -(-r.entries * b // 32) for r, b in zip(rows, low, strict=True)]
+            k = sum(r.entries for r in rows)
+            formula += align(32 + len(rows)) + align(sum(upper)) + align(sum(lower)) + align(4 * k)
     assert sum(sizes["gather"]) == formula
     assert sum(sizes["reduce"]) == 4 * (100 + 1200)
     return {
