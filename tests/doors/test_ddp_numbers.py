@@ -1,7 +1,5 @@
 """The numbers of the hook in DDP on gloo processes: against the oracle and torch.optim.SGD, and after a resume."""
 
-import math
-
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -19,6 +17,7 @@ from support.training import (
     oracle_for,
     seed_of,
 )
+from support.wire_oracle import payload_bytes
 
 
 def test_integer_gradients_on_two_ranks_match_the_oracle_exactly():
@@ -132,17 +131,11 @@ def count_bytes(rank, world_size):
         run.train(normals(SHAPES, step))
         total += run.state.stats.bytes_sent  # the first step's buckets are others
         assert run.state.stats.total_bytes_sent == total
-    align = lambda n: -(-n // 16) * 16  # noqa: E731
     formula = 0
     for bucket in run.state._pass.buckets:
         rows = bucket.sparse.receiving.rows if bucket.sparse else []
         if rows:
-            # docs/wire.md: head, upper bits and low bits of each parameter in words, values.
-            low = [int(math.log2(r.numel // r.entries)) for r in rows]
-            upper = [4 * -(-(r.entries + (r.numel - 1 >> b)) // 32) for r, b in zip(rows, low, strict=True)]
-            lower = [4 * -(-r.entries * b // 32) for r, b in zip(rows, low, strict=True)]
-            k = sum(r.entries for r in rows)
-            formula += align(32 + len(rows)) + align(sum(upper)) + align(sum(lower)) + align(4 * k)
+            formula += payload_bytes((r.numel, r.entries) for r in rows)
     assert sum(sizes["gather"]) == formula
     assert sum(sizes["reduce"]) == 4 * (100 + 1200)
     return {
