@@ -20,7 +20,7 @@ from benchmarks.harness import RESULTS, Table
 
 from .compare import HEADERS, Difference, draw, publish, reaches, table
 from .replicas import DGC, WORKERS, Dense, train
-from .runs import Record, Run, gather, options
+from .runs import Record, Run, gather, options, told
 from .tasks import TASKS, Task
 
 TRAINED = [name for name, task in TASKS.items() if task.optimizer == "SGD"]
@@ -65,7 +65,7 @@ def plan(tasks: Sequence[str], seeds: int, steps: int | None) -> list[Run]:
             task = TASKS[name]
             for method in methods(task):
                 length = steps or task.steps
-                settings = f"{task.recipe}, {config(method, task.clip_norm, length)}"
+                settings = f"{task.recipe}, {told(config(method, task.clip_norm, length))}"
                 runs.append(Run(name, method, seed, length, settings))
     return runs
 

@@ -11,12 +11,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+import dgc
 from benchmarks.harness import printed
 
 
@@ -54,6 +55,20 @@ def read(path: Path) -> dict[Run, Record]:
     records = [json.loads(line) for line in lines]
     found = [Record(Run(**r["run"]), [(s, m) for s, m in r["curve"]], r["seconds"], r["commit"]) for r in records]
     return {record.run: record for record in found}
+
+
+def told(config: dgc.DGCConfig | None) -> str:
+    """Returns the fields of a configuration that are not the defaults, for Run.settings; "dense" for None.
+
+    So a finished run is found again when DGCConfig has a new field. Where a default changes, its runs are to be removed
+    from the files, since they are found again too.
+    """
+    if config is None:
+        return "dense"
+    defaults = dgc.DGCConfig()
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    changed = [f"{name}={value!r}" for name, value in values.items() if value != getattr(defaults, name)]
+    return f"DGCConfig({', '.join(changed)})"
 
 
 def gather(
