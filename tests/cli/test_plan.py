@@ -158,7 +158,11 @@ def on_two_ranks(tmp_path, calls):
         environment = {**os.environ, **slurm, "PYTHONPATH": f"{ROOT}", "CUDA_VISIBLE_DEVICES": ""}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes))
-    said = [process.communicate(timeout=120) for process in processes]
+    try:
+        said = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     results = []
     for out, err in said:
         parts = zip(out.split("== next\n"), err.split("== next\n"), strict=False)
