@@ -1,11 +1,11 @@
 """Steps without network: ranks whose clocks differ take the same number of them."""
 
 import torch
-from support.ranks import run_ranks
 from torch import nn
 
 from dgc.cli.forecast import FLOAT32
 from dgc.cli.rehearsal import MOST, Rehearsal
+from support.ranks import run_ranks
 
 
 def _rehearse(rank: int, world_size: int) -> int:
