@@ -21,8 +21,8 @@ Bytes are those of Ethernet frames that leave a rank, counted by the kernel arou
 acknowledgements for what it receives among them; `stats` is what dgc's state.stats.bytes_sent says of tensors alone.
 
 --only names some of the competitors, no_sync and dgc among them: beside fewer others in one process each is faster.
-"dgc door" is dgc on a module without DDP, "dgc auto" dgc with exchange="auto", which chooses anew at each rate, by steps
-of its own before the timed ones. Both take part only so.
+"dgc door" is dgc on a module without DDP, "dgc auto" dgc with exchange="auto", which chooses anew at each rate, by
+steps of its own before the timed ones. Both take part only so.
 
 With --nodes, two nodes of two ranks and so on, a namespace is a node's. Its ranks share the one limited link and reach
 each other over the loopback; the rates are 1 Gbit/s, 100 Mbit/s and `open`, a limit of 100 Gbit/s that nothing here
@@ -106,8 +106,6 @@ def rounds(estimates: list[float], seconds: float) -> list[list[int]]:
 
 def measure(competitors: list[Competitor], seconds: float) -> dict[str, dict[int, float]]:
     """Returns each competitor's seconds, by round."""
-    for c in competitors:
-        c.settle()
     estimates = slowest([timed(c.step) for c in competitors])  # TCP finds its pace, too
     plan = rounds(estimates, seconds)
     times = [(i, r, timed(competitors[i].step)) for r, present in enumerate(plan) for i in present]
@@ -153,6 +151,9 @@ def worker(
             if link:
                 link.limit(limit_of(rate), args.latency)
             dist.barrier()
+        for c in competitors:
+            c.settle()
+        if limited:
             result["bytes"] = result["bytes"] or {c.name: bytes_a_step(link, c.step, links) for c in competitors}
             result["reached"][rate] = reached(link, rate)
         result["rates"][rate] = measure(competitors, args.seconds)
