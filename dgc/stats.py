@@ -35,9 +35,9 @@ class Choice:
             ValueError: a value is missing or wrong.
         """
         values: Mapping[str, Any] = saved if isinstance(saved, Mapping) else {}
-        types = {"dense": bool, "rows": int, "step": int, "again": int}
+        types: dict[str, type] = {"dense": bool, "rows": int, "step": int, "again": int}
         good = values.keys() == {one.name for one in fields(cls)} and all(
-            type(value) is types.get(name, float) and 0 <= value < math.inf for name, value in values.items()
+            type(value) is types.get(name, float) and 0 <= float(value) < math.inf for name, value in values.items()
         )
         if not good:
             raise ValueError(f"state_dict['choices']: expected what \"auto\" has chosen by density, got {saved!r:.200}")
