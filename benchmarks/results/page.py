@@ -16,6 +16,7 @@ from benchmarks.harness import RESULTS, ROOT
 DOCS = ROOT / "docs"
 SECTIONS = {
     "network": "Slow networks",
+    "network_door": "Without DDP",
     "network_nodes": "Nodes that share a slow link",
     "convergence": "Accuracy",
     "adamw": "AdamW",
