@@ -36,9 +36,9 @@ class Choice:
         """
         values: Mapping[str, Any] = saved if isinstance(saved, Mapping) else {}
         types: dict[str, type] = {"dense": bool, "rows": int, "step": int, "again": int}
-        good = values.keys() == {one.name for one in fields(cls)} and all(
-            type(value) is types.get(name, float) and 0 <= float(value) < math.inf for name, value in values.items()
-        )
+        typed = all(type(value) is types.get(name, float) for name, value in values.items())
+        complete = values.keys() == {one.name for one in fields(cls)}
+        good = complete and typed and all(0 <= value < math.inf for value in values.values())
         if not good:
             raise ValueError(f"state_dict['choices']: expected what \"auto\" has chosen by density, got {saved!r:.200}")
         return cls(**values)
