@@ -17,12 +17,12 @@ from .door import Door
 from .exchange.distributed import DistributedExchange
 from .optim.convert import convert_back
 from .step import advice
-from .step.saving import Saved
+from .step.changing import Changing
 
 logger = logging.getLogger("dgc")
 
 
-class Registered(Saved):
+class Registered(Changing):
     """A reducer of gradients that is registered on a model, which then passes them on."""
 
     _model: weakref.ref[DistributedDataParallel] | None = None

@@ -190,6 +190,14 @@ def no_dense() -> str:
     )
 
 
+def no_masks() -> str:
+    """Says that weights cannot be masked where the ranks of a node divide memory."""
+    return (
+        "DGCState.mask: expected ranks that each keep momentum and residual of the whole model, or FSDP2's shards, got "
+        "ranks of a node that divide them (mesh=). Leave mesh out; state.forget() works there"
+    )
+
+
 def dense_in_16_bits(dtype: torch.dtype) -> str:
     """Says that dense gradients travel in float32 where nodes are the workers under DDP."""
     return (
