@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 from torch.futures import Future
 
@@ -55,7 +56,7 @@ class Changing(Saved):
         """Returns the dead entries of this rank's part of a parameter: all, without a mask of the living."""
         slot = self.slot(p)
         if alive is None:
-            return self.memory.residual.new_ones(slot.shape, dtype=bool)  # type: ignore[arg-type]  # torch takes it
+            return torch.ones(slot.shape, dtype=torch.bool, device=self.memory.device)
         return ~slot.part(alive).to(self.memory.device)
 
     def mask(self, parameter: Tensor | str, mask: Tensor | None) -> Forgotten | None:
