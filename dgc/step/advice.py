@@ -201,6 +201,15 @@ def no_masks() -> str:
     )
 
 
+def no_auto() -> str:
+    """Says that dense steps cannot be tried where the ranks of a node divide memory."""
+    return (
+        'exchange: expected "bytes" where the ranks of a node divide momentum and residual (mesh=), got "auto": no '
+        "rank has the momentum that a dense step needs, so there is nothing to choose. Leave mesh out, or shard the "
+        "model by fully_shard"
+    )
+
+
 def dense_in_16_bits(dtype: torch.dtype) -> str:
     """Says that dense gradients travel in float32 where nodes are the workers under DDP."""
     return (

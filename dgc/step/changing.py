@@ -136,6 +136,12 @@ class Changing(Saved):
             masks.silence(gradients, self._standing.layouts.phase.dense)
         return super().reduce(gradients)
 
+    def _count(self, skipped: int) -> None:
+        forgotten = self._stats.forgotten
+        super()._count(skipped)
+        if forgotten:
+            self._stats = replace(self._stats, forgotten=forgotten)
+
     def take(self) -> bool:
         """Claims the reduced gradients for step(), those of dead weights left out; see Claims.take."""
         taken = super().take()

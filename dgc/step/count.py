@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from dgc.exchange.base import Topology
 from dgc.memory.slots import Slot
-from dgc.stats import Stats, traffic
+from dgc.stats import Choice, Stats, traffic
 
 from .bucket import Bucket
 from .phase import Phase
@@ -28,7 +28,7 @@ def count(
     steps: int,
     total_bytes_sent: int,
     skipped: int,
-    forgotten: int,
+    choice: Choice | None,
 ) -> Stats:
     """Returns the figures of a backward pass.
 
@@ -41,7 +41,7 @@ def count(
         steps: passes so far, without skipped ones.
         total_bytes_sent: since the state was made.
         skipped: passes that were left out.
-        forgotten: entries that were dropped on request.
+        choice: of DGCConfig.exchange "auto"; None without one.
     """
     buckets = list(buckets)
     once = sum(sum(bucket.bytes_once) for bucket in buckets)
@@ -60,5 +60,5 @@ def count(
         dense=dict(phase.dense),
         total_bytes_sent=total_bytes_sent,
         skipped=skipped,
-        forgotten=forgotten,
+        choice=choice,
     )

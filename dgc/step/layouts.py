@@ -14,7 +14,7 @@ from dgc.ops.codec import Codec
 
 from .bucket import Bucket
 from .node import Node
-from .phase import Phase, phase_at
+from .phase import Phase, compresses, phase_at
 from .schedule import DensitySchedule, entries
 
 
@@ -59,16 +59,28 @@ class Layouts:
         self._config = config
         self.schedule = DensitySchedule(config)
 
-    def enter(self, step: int, dense: bool) -> bool:
+    def compresses(self, density: float) -> bool:
+        """Returns whether steps at a density compress a parameter, unless all is sent dense; the same on all ranks."""
+        parameters, rows = self._parameters, self._exchange.topology.rows
+        return compresses(
+            density,
+            self._config,
+            parameters.slots,
+            parameters.never_compressed,
+            rows=rows,
+            entry_bytes=self._codec.entry_bytes(density),
+        )
+
+    def enter(self, step: int, whole: str) -> bool:
         """Enters the phase of a step; returns whether it is a new one.
 
         Args:
             step: from 0.
-            dense: whether DGC is switched off.
+            whole: why all parameters are sent dense; empty where they are not.
         """
         kinds = tuple(self._memory.kinds)  # buckets have a buffer for the masked values of each
         density, rows = self.schedule.density(step), self._exchange.topology.rows
-        key = (density, dense, rows)
+        key = (density, whole, rows)
         changed = key != self._key[:-1]
         if (*key, kinds) != self._key:
             self._buckets.clear()
@@ -83,7 +95,7 @@ class Layouts:
                 parameters.never_compressed,
                 rows=rows,
                 entry_bytes=self._codec.entry_bytes(density),
-                switched_off=dense,
+                whole=whole,
                 divided=self._inside is not None,
                 masked_below=parameters.rule.masked_below,
             )
