@@ -51,7 +51,7 @@ def count(
     return Stats(
         steps=steps,
         density=phase.density,
-        sent_density=sum(s.entries for s in sparse) / sum(s.numel for s in sparse) if sparse else 0.0,
+        sent_density=sum(s.entries for s in sparse) / max(1, sum(s.alive for s in sparse)) if sparse else 0.0,
         bytes_sent=sent,
         bytes_received=sent,
         bytes_in_node=inside,

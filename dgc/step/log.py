@@ -43,6 +43,16 @@ def log_phase(phase: Phase, slots: Mapping[str, Slot], schedule: DensitySchedule
     )
 
 
+def log_masked(names: Sequence[str]) -> None:
+    """Logs a hint for parameters that seem to have a mask of torch's, by their names."""
+    if found := [name for name in names if name.endswith("_orig") or ".parametrizations." in f".{name}"]:
+        logger.info(
+            "dgc: %s: if torch.nn.utils.prune or a parametrization masks them, tell it by state.mask(name, mask), or "
+            "what waits of masked weights comes back where they grow again",
+            ", ".join(found[:5]),
+        )
+
+
 def log_choice(choice: Choice, before: bool | None) -> None:
     """Logs which exchange a trial has chosen, with its figures.
 

@@ -16,6 +16,7 @@ from dgc.exchange.islands import IslandExchange
 from dgc.memory import group
 from dgc.memory import share as shares
 from dgc.memory.memory import MOMENTUM, Memory
+from dgc.memory.moved import move
 from dgc.memory.parameters import Parameters
 from dgc.memory.pieces import pieces_of
 from dgc.memory.share import Share
@@ -26,6 +27,7 @@ from . import advice, log
 from .agree import description
 from .auto import Auto
 from .layouts import Layouts
+from .masks import Masks
 
 
 class Standing:
@@ -38,6 +40,7 @@ class Standing:
         dense: whether DGC is switched off.
         joined: whether memory is this rank's share of a group's.
         dropped: fingerprint of the parameters whose gradients were thrown away before the last step(); 0 for none.
+        masks: the weights that are dead.
         divided: whether the ranks of a node divide the memory of parameters that all of them have.
         auto: chooses between dense and compressed steps; None where bytes alone decide (DGCConfig.exchange).
     """
@@ -60,6 +63,7 @@ class Standing:
             raise ValueError(advice.no_auto())
         self.auto = Auto() if config.exchange == "auto" else None
         self.layouts = Layouts(config, parameters, self.memory, exchange, codec, inside)
+        self.masks = Masks()
         self.step, self.dense, self.joined = 0, False, False
         self.dropped = 0
         self.codec, self._loss_scaling = codec, loss_scaling
@@ -249,6 +253,16 @@ class Standing:
         self._go_to(choice.share)
         self._settled()
         self._loaded_for = loaded_for
+
+    def take_over(self, old: Standing) -> dict[str, dict[str, Tensor]]:
+        """Goes on with another standing's step, density and memory; returns what finds no place in this one's."""
+        self.memory.allocate(old.memory.kinds)
+        left = move(old.memory, self.memory)
+        self.step, self.dense = old.step, old.dense
+        self._use_density(old._density)
+        self._settled()
+        self.dropped = old.dropped
+        return left
 
     def _go_to(self, share: Share) -> None:
         self.step, self.dense = share.step, share.dense
