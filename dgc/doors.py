@@ -12,17 +12,17 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import ddp, fsdp
+from . import ddp, fsdp, left
 from .door import Door
 from .exchange.distributed import DistributedExchange
 from .optim.convert import convert_back
 from .step import advice
-from .step.saving import Saved
+from .step.changing import Changing
 
 logger = logging.getLogger("dgc")
 
 
-class Registered(Saved):
+class Registered(Changing):
     """A reducer of gradients that is registered on a model, which then passes them on."""
 
     _model: weakref.ref[DistributedDataParallel] | None = None
@@ -43,9 +43,9 @@ class Registered(Saved):
             model: a DistributedDataParallel module, or one that fully_shard (FSDP2) has sharded inside the node, with
                 the parameters that the state was made of; once torch.distributed has been initialised again, the new
                 module.
-            in_step: exchanges in the optimizer's step(), what .grad then holds, for any wrapper that leaves gradients
-                unsynchronised there: DDP under no_sync(), a pipeline, a sharding of its own. Nothing overlaps with the
-                backward pass then, and each step() begins with a further small exchange.
+            in_step: exchanges in the optimizer's step(), what .grad then holds: for loops of several backward passes
+                before a step, and for wrappers that leave gradients unsynchronised, as a pipeline. DDP is told to leave
+                them. Nothing overlaps with the backward pass then, and each step() begins with a further small exchange.
 
         Raises:
             TypeError: it is neither a DDP module, nor sharded by fully_shard.
@@ -54,6 +54,8 @@ class Registered(Saved):
             RuntimeError: a state_dict was loaded for other ranks than those of DDP's group; or an update is
                 outstanding.
         """
+        if in_step and isinstance(model, DistributedDataParallel):
+            left.register(self, self.bind(model))
         if in_step or fsdp.is_sharded(model):
             self._open(model, in_step).check_weights(self.exchange)
             return

@@ -31,6 +31,8 @@ class Stats:
     """Parameters that were not compressed, with the reason."""
     total_bytes_sent: int = 0
     """Bytes sent since the state was made, warm-up included."""
+    forgotten: int = 0
+    """Entries that forget() and mask() have dropped on this rank since the state was made."""
     skipped: int = 0
     """Backward passes that were left out: non-finite, or discarded."""
 

@@ -27,7 +27,10 @@ def second_pass() -> str:
     """Says that a backward pass, of this module or another, came where step() was expected."""
     return (
         "DGCState: expected optimizer.step() after the last backward pass, got another backward pass. The ways on:\n"
-        "To accumulate over several passes, run all but the last without exchange (Horovod: "
+        "Where the loop has several passes before each step (a loss by parts, a GAN, accumulation), exchange their sum "
+        "in step(), on a DDP module that is wrapped anew; the loop stays as it is:\n"
+        "    state.register(model, in_step=True)  # in place of state.register(model)\n"
+        "Or, so that the exchange overlaps with the last pass, run all but that one without exchange (Horovod: "
         f"backward_passes_per_step; FSDP2: state.no_sync(), or set_requires_gradient_sync(False)):\n{NO_SYNC}\n"
         "Where this model's own gradients are not wanted, as a GAN's discriminator's in the generator's step, run that "
         "pass without its exchange, in the same way, and call zero_grad() as always.\n"
@@ -187,6 +190,14 @@ def no_dense() -> str:
         "DGCState.dense: expected False where the ranks of a node divide momentum and residual (mesh=), since no rank "
         "has the momentum that a dense step needs. For a dense phase use a density of 1, state.set_density(1.0), which "
         "sends every entry with its index; or leave mesh out"
+    )
+
+
+def no_masks() -> str:
+    """Says that weights cannot be masked where the ranks of a node divide memory."""
+    return (
+        "DGCState.mask: expected ranks that each keep momentum and residual of the whole model, or FSDP2's shards, got "
+        "ranks of a node that divide them (mesh=). Leave mesh out; state.forget() works there"
     )
 
 

@@ -44,6 +44,8 @@ class Layouts:
         """
         self._inside = inside
         self._nodes: dict[tuple[str, ...], Node] = {}
+        self.alive: dict[str, int] = {}
+        """Number of elements that are alive, of masked parameters."""
         self.use(config)
         self._parameters = parameters
         self._memory = memory
@@ -99,10 +101,15 @@ class Layouts:
         key = tuple(slot.name for slot in gradients.slots)
         if key not in self._buckets:
             phase = self.phase
-            ks = [None if slot.name in phase.dense else entries(phase.density, slot.numel) for slot in gradients.slots]
+            alive = [self.alive.get(slot.name, slot.numel) for slot in gradients.slots]
+            ks = [
+                None if slot.name in phase.dense else entries(phase.density, max(1, n))
+                for slot, n in zip(gradients.slots, alive, strict=True)
+            ]
             self._buckets[key] = Bucket(
                 gradients,
                 ks,
+                alive,
                 self._parameters,
                 self._memory,
                 self._exchange,

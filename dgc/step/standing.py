@@ -24,6 +24,7 @@ from dgc.ops.codec import Codec
 from . import advice
 from .agree import description
 from .layouts import Layouts
+from .masks import Masks
 
 
 class Standing:
@@ -36,6 +37,7 @@ class Standing:
         dense: whether DGC is switched off.
         joined: whether memory is this rank's share of a group's.
         dropped: fingerprint of the parameters whose gradients were thrown away before the last step(); 0 for none.
+        masks: the weights that are dead.
         divided: whether the ranks of a node divide the memory of parameters that all of them have.
     """
 
@@ -54,6 +56,7 @@ class Standing:
         if self.divided and rounded:
             raise ValueError(advice.dense_in_16_bits(config.dense_wire_dtype))
         self.layouts = Layouts(config, parameters, self.memory, exchange, codec, inside)
+        self.masks = Masks()
         self.step, self.dense, self.joined = 0, False, False
         self.dropped = 0
         self.codec, self._loss_scaling = codec, loss_scaling
