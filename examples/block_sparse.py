@@ -3,9 +3,9 @@
     torchrun --standalone --nproc-per-node 2 examples/block_sparse.py --quick
     torchrun --standalone --nproc-per-node 2 examples/block_sparse.py --quick --dense
 
-The layout is that of OpenAI's block-sparse LSTMs (Gray et al., 2017): a few units are joined to many, most to a few. The
-blocks that are there are one compact parameter, so what DGC accumulates, selects and sends has no place for the others.
-The network reads a digit of MNIST row by row.
+The layout is that of OpenAI's block-sparse LSTMs (Gray et al., 2017): a few units are joined to many, most to a few.
+The blocks that are there are one compact parameter, so DGC accumulates, selects and sends nothing of the others. The
+network reads a digit of MNIST row by row.
 """
 
 import networkx

@@ -60,14 +60,14 @@ class Traffic:
     def __init__(self) -> None:
         self.total = 0
 
-    def count(self, optimizer: torch.optim.Optimizer) -> None:
-        """Adds the step that the optimizer has just made."""
+    def count(self, optimizer: torch.optim.Optimizer, passes: int = 1) -> None:
+        """Adds the step that the optimizer has just made; of a dense one, as many backward passes as DDP exchanges."""
         if hasattr(optimizer, "dgc"):
             self.total += optimizer.dgc.stats.bytes_sent
             return
         ranks = dist.get_world_size()
         gradients = sum(p.grad.nbytes for g in optimizer.param_groups for p in g["params"] if p.grad is not None)
-        self.total += 2 * (ranks - 1) * gradients // ranks
+        self.total += passes * 2 * (ranks - 1) * gradients // ranks
 
 
 def finish(what: str, percent: float, traffic: Traffic) -> None:

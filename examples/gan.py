@@ -4,8 +4,8 @@
     torchrun --standalone --nproc-per-node 2 examples/gan.py --quick --dense
 
 Each network is in DDP and has a DGCState of its own. The discriminator makes two backward passes before its step, of
-real and of drawn digits, and a third in the generator's step, whose gradients are not wanted: the first and the third
-run under no_sync(). What comes out is the accuracy on real test digits of a classifier that has seen drawn ones only
+real and of drawn digits, and a third in the generator's step, whose gradients its next zero_grad() drops. DDP exchanges
+in all three; with in_step=True DGC exchanges their sum, once, in step(). What comes out is the accuracy on real test digits of a classifier that has seen drawn ones only
 (the classification accuracy score of Ravuri and Vinyals, 2019): it falls where digits are wrong or all alike.
 """
 
@@ -80,12 +80,13 @@ def main() -> None:
     images = images.flatten(1) * 2 - 1
 
     generator, discriminator = (DistributedDataParallel(part().to(device)) for part in (Generator, Discriminator))
-    adam = {"lr": 3e-4, "betas": (0.5, 0.999)}
-    optimizers = [torch.optim.Adam(network.parameters(), **adam) for network in (generator, discriminator)]
+    adam = torch.optim.Adam if args.dense else dgc.Adam
+    generate, discriminate = (adam(n.parameters(), lr=3e-4, betas=(0.5, 0.999)) for n in (generator, discriminator))
     if not args.dense:
-        for network, optimizer in zip((generator, discriminator), optimizers, strict=True):
-            dgc.attach(network, optimizer, dgc.DGCConfig(args.density, warmup_steps=args.steps // 5))
-    generate, discriminate = optimizers
+        config = dgc.DGCConfig(args.density, warmup_steps=args.steps // 5)
+        for network, optimizer in ((generator, generate), (discriminator, discriminate)):
+            optimizer.dgc = dgc.DGCState(network.named_parameters(), optimizer, config)
+            optimizer.dgc.register(network, in_step=True)
 
     traffic = Traffic()
     torch.manual_seed(args.seed + torch.distributed.get_rank())  # noise and dropout differ between ranks
@@ -93,15 +94,13 @@ def main() -> None:
         real, wanted = images[chosen], labels[chosen]
         drawn = generator(torch.randn(BATCH_SIZE, NOISE, device=device), wanted)
         discriminate.zero_grad()
-        with discriminator.no_sync():
-            loss(discriminator(real, wanted), real=True).backward()
+        loss(discriminator(real, wanted), real=True).backward()
         loss(discriminator(drawn.detach(), wanted), real=False).backward()
         discriminate.step()
-        traffic.count(discriminate)
+        traffic.count(discriminate, passes=3)  # the third is in the generator's step
 
         generate.zero_grad()
-        with discriminator.no_sync():
-            loss(discriminator(drawn, wanted), real=True).backward()
+        loss(discriminator(drawn, wanted), real=True).backward()
         generate.step()
         traffic.count(generate)
 

@@ -4,8 +4,8 @@
     torchrun --standalone --nproc-per-node 2 examples/reversible_lm.py --quick --dense
 
 A block takes x1, x2 to y1 = x1 + attention(x2), y2 = x2 + mlp(y1) (Gomez et al., 2017; Reformer, Kitaev et al., 2020),
-so its inputs follow from its outputs, and none is stored. Each part makes a backward pass of its own inside that of the
-model, where DDP and DGC meet its gradients. The task is the Reformer's: 0 w 0 w, of which only the second w counts.
+so its inputs follow from its outputs, and none is stored. Each part makes a backward pass inside that of the model, where
+DDP and DGC meet its gradients. The task is the Reformer's: 0 w 0 w, of which only the second w counts.
 """
 
 import torch
@@ -36,10 +36,9 @@ class Attention(nn.Module):
 
 
 def undo(part: nn.Module, x: Tensor, y: Tensor, dx: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns y - part(x), and dx with what comes to it through part."""
+    """Returns y - part(x), and dx with what comes to it through part; gradients of parameters go to .grad."""
     with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        moved = part(x)
+        moved = part(x := x.detach().requires_grad_())
     moved.backward(dy)  # inside of the model's backward pass: the hooks of part's parameters run here
     return y - moved.detach(), dx + x.grad
 
@@ -58,7 +57,7 @@ class Block(nn.Module):
         return y1, x2 + self.g(y1)
 
     def reverse(self, y1: Tensor, y2: Tensor, d1: Tensor, d2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns the inputs of these outputs and their gradients, and adds those of the parameters to .grad."""
+        """Returns the inputs of these outputs, and their gradients."""
         x2, d1 = undo(self.g, y1, y2, d1, d2)
         x1, d2 = undo(self.f, x2, y1, d2, d1)
         return x1, x2, d1, d2
@@ -79,10 +78,10 @@ class Reversible(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d: Tensor) -> tuple[Tensor, None]:
         """Returns the gradient of x."""
-        y1, y2, d1, d2 = *ctx.outputs, d / 2, d / 2
+        streams = *ctx.outputs, d / 2, d / 2
         for block in reversed(ctx.blocks):
-            y1, y2, d1, d2 = block.reverse(y1, y2, d1, d2)
-        return d1 + d2, None
+            streams = block.reverse(*streams)
+        return streams[2] + streams[3], None
 
 
 class LanguageModel(nn.Module):
@@ -100,6 +99,12 @@ class LanguageModel(nn.Module):
         return self.head(Reversible.apply(x, self.blocks)[:, LENGTH + 1 : -1])
 
 
+def copies(generator: torch.Generator) -> Tensor:
+    """Returns this rank's next batch of 0 w 0 w; all ranks draw from one generator."""
+    w = torch.randint(1, WORDS + 1, (dist.get_world_size(), BATCH_SIZE, LENGTH), generator=generator)
+    return nn.functional.pad(w[dist.get_rank()], (1, 0)).tile(2)
+
+
 def main() -> None:
     """Trains on this rank."""
     args, device = start(options(__doc__), steps=600, quick=200)
@@ -108,15 +113,13 @@ def main() -> None:
     if not args.dense:
         dgc.attach(model, optimizer, dgc.DGCConfig(args.density, warmup_steps=args.steps // 5))
     draws, traffic = torch.Generator().manual_seed(args.seed), Traffic()
-    for step in range(args.steps + 1):  # the last draw is to test
-        w = torch.randint(1, WORDS + 1, (dist.get_world_size(), BATCH_SIZE, LENGTH), generator=draws).to(device)
-        w = nn.functional.pad(w[dist.get_rank()], (1, 0)).tile(2)
-        if step == args.steps:
-            break
+    for _ in range(args.steps):
+        w = copies(draws).to(device)
         optimizer.zero_grad()
         cross_entropy(model(w).flatten(0, 1), w[:, LENGTH + 2 :].flatten()).backward()
         optimizer.step()
         traffic.count(optimizer)
+    w = copies(draws).to(device)
     finish("accuracy", accuracy(model.module, w, w[:, LENGTH + 2 :]), traffic)
 
 
