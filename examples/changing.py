@@ -62,7 +62,7 @@ class Traffic:
 
     def count(self, optimizer: torch.optim.Optimizer, passes: int = 1) -> None:
         """Adds the step that the optimizer has just made; of a dense one, as many backward passes as DDP exchanges."""
-        if hasattr(optimizer, "dgc"):
+        if getattr(optimizer, "dgc", None) is not None:
             self.total += optimizer.dgc.stats.bytes_sent
             return
         ranks = dist.get_world_size()

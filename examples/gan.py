@@ -5,8 +5,9 @@
 
 Each network is in DDP and has a DGCState of its own. The discriminator makes two backward passes before its step, of
 real and of drawn digits, and a third in the generator's step, whose gradients its next zero_grad() drops. DDP exchanges
-in all three; with in_step=True DGC exchanges their sum, once, in step(). What comes out is the accuracy on real test digits of a classifier that has seen drawn ones only
-(the classification accuracy score of Ravuri and Vinyals, 2019): it falls where digits are wrong or all alike.
+in all three; with in_step=True DGC exchanges their sum, once, in step(). What comes out is the accuracy on real test
+digits of a classifier that has seen drawn ones only (the classification accuracy score of Ravuri and Vinyals, 2019): it
+falls where digits are wrong or all alike.
 """
 
 import torch

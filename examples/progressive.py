@@ -3,8 +3,9 @@
     torchrun --standalone --nproc-per-node 2 examples/progressive.py --quick
     torchrun --standalone --nproc-per-node 2 examples/progressive.py --quick --dense
 
-DDP and optimizer are made anew where the parameters change, as DDP wants it. The last step of each stage has density 1,
-so that all that waits is sent and nothing is left behind in a parameter that is frozen or gone.
+DDP and optimizer are made anew where the parameters change, as DDP wants it, and the DGCState goes on with them:
+rebind() takes over by name what waits, and gives back what has found no place. What waits of the frozen
+block comes back when it thaws; what waits of the old head goes.
 """
 
 import torch
@@ -55,24 +56,29 @@ def main() -> None:
     net, traffic = Growing(), Traffic()
     stages = {"one block": (lambda: None, 0.02), "grown": (net.grow, 0.02), "unfrozen": (net.unfreeze, 0.01)}
     steps = args.steps // len(stages)
+    state, left = None, {}
     for number, (name, (change, lr)) in enumerate(stages.items()):
         change()
         model = DistributedDataParallel(net.to(device))
-        optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=lr, **RECIPE)
-        if not args.dense:
-            dgc.attach(model, optimizer, dgc.DGCConfig(args.density, warmup_steps=steps // 5))
+        trained = [p for p in net.parameters() if p.requires_grad]
+        optimizer = (torch.optim.SGD if args.dense else dgc.SGD)(trained, lr=lr, **RECIPE)
+        if state is not None:
+            left = state.rebind(model, optimizer, back=left)
+        elif not args.dense:
+            config = dgc.DGCConfig(args.density, warmup_steps=steps // 5)
+            state = dgc.DGCState(model.named_parameters(), optimizer, config)
+            state.register(model)
+        optimizer.dgc = state
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for step, chosen in enumerate(batches(len(images), BATCH_SIZE, steps, args.seed + 1000 * number), start=1):
-            if step == steps and not args.dense:
-                optimizer.dgc.set_density(1.0)
+        for chosen in batches(len(images), BATCH_SIZE, steps, args.seed + 1000 * number):
             optimizer.zero_grad()
             cross_entropy(model(images[chosen]), labels[chosen]).backward()
             optimizer.step()
             schedule.step()
             traffic.count(optimizer)
         if torch.distributed.get_rank() == 0:
-            waits = "" if args.dense else f", norm of what is left behind {optimizer.dgc.residual_norm:.1g}"
-            print(f"{name}: {accuracy(net, test_images, test_labels):.2f} %{waits}")
+            behind = f"; left behind: {', '.join(left)}" if left else ""
+            print(f"{name}: {accuracy(net, test_images, test_labels):.2f} %{behind}")
         del model, optimizer, schedule  # the hooks of the old DDP module have to be gone before a new one comes
     finish("accuracy", accuracy(net, test_images, test_labels), traffic)
 

@@ -4,8 +4,8 @@
     torchrun --standalone --nproc-per-node 2 examples/reversible_lm.py --quick --dense
 
 A block takes x1, x2 to y1 = x1 + attention(x2), y2 = x2 + mlp(y1) (Gomez et al., 2017; Reformer, Kitaev et al., 2020),
-so its inputs follow from its outputs, and none is stored. Each part makes a backward pass inside that of the model, where
-DDP and DGC meet its gradients. The task is the Reformer's: 0 w 0 w, of which only the second w counts.
+so its inputs follow from its outputs, and none is stored. Each part makes a backward pass inside that of the model,
+where DDP and DGC meet its gradients. The task is the Reformer's: 0 w 0 w, of which only the second w counts.
 """
 
 import torch
@@ -52,7 +52,6 @@ class Block(nn.Module):
         self.f, self.g = Attention(), nn.Sequential(nn.LayerNorm(WIDTH), *wide)
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns y1, y2."""
         y1 = x1 + self.f(x2)
         return y1, x2 + self.g(y1)
 
@@ -99,12 +98,6 @@ class LanguageModel(nn.Module):
         return self.head(Reversible.apply(x, self.blocks)[:, LENGTH + 1 : -1])
 
 
-def copies(generator: torch.Generator) -> Tensor:
-    """Returns this rank's next batch of 0 w 0 w; all ranks draw from one generator."""
-    w = torch.randint(1, WORDS + 1, (dist.get_world_size(), BATCH_SIZE, LENGTH), generator=generator)
-    return nn.functional.pad(w[dist.get_rank()], (1, 0)).tile(2)
-
-
 def main() -> None:
     """Trains on this rank."""
     args, device = start(options(__doc__), steps=600, quick=200)
@@ -112,15 +105,16 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     if not args.dense:
         dgc.attach(model, optimizer, dgc.DGCConfig(args.density, warmup_steps=args.steps // 5))
-    draws, traffic = torch.Generator().manual_seed(args.seed), Traffic()
-    for _ in range(args.steps):
-        w = copies(draws).to(device)
+    shape = args.steps + 1, dist.get_world_size(), BATCH_SIZE, LENGTH
+    words = torch.randint(1, WORDS + 1, shape, generator=torch.Generator().manual_seed(args.seed))
+    *train, test = nn.functional.pad(words[:, dist.get_rank()], (1, 0)).tile(2).to(device)
+    traffic = Traffic()
+    for w in train:
         optimizer.zero_grad()
         cross_entropy(model(w).flatten(0, 1), w[:, LENGTH + 2 :].flatten()).backward()
         optimizer.step()
         traffic.count(optimizer)
-    w = copies(draws).to(device)
-    finish("accuracy", accuracy(model.module, w, w[:, LENGTH + 2 :]), traffic)
+    finish("accuracy", accuracy(model.module, test, test[:, LENGTH + 2 :]), traffic)
 
 
 if __name__ == "__main__":
