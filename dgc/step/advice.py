@@ -246,8 +246,8 @@ def replaced(which: Sequence[str]) -> str:
     return (
         f"DGCState: expected the model to have the parameters that the optimizer holds, got others for {names(which)}, "
         "which have been replaced since: by load_state_dict(assign=True), an assignment, or a swap of weights. Nobody "
-        "would train the new ones. Replace them first, and make optimizer and DGCState after; or copy values into the "
-        "old ones, load_state_dict() without assign"
+        "would train the new ones. state.rebind(model) goes on with them, with what was accumulated; or copy values "
+        "into the old ones, load_state_dict() without assign"
     )
 
 

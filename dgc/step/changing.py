@@ -25,8 +25,8 @@ class Changing(Saved):
         """Drops what this rank has accumulated for some entries of a parameter, between step() and the next backward().
 
         Residual, momentum, dgc.AdamW's first moment and dgc.SGD's momentum of weight decay become zero there. The
-        second moment of dgc.AdamW, which only divides, stays. What is dropped is in no model: it is logged, and counted in
-        `stats.forgotten`. Call it on all ranks with one mask; each drops its own.
+        second moment of dgc.AdamW, which only divides, stays. What is dropped is in no model: it is logged, and counted
+        in `stats.forgotten`. Call it on all ranks with one mask; each drops its own.
 
         Args:
             parameter: it or its name.

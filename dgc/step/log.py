@@ -42,6 +42,16 @@ def log_phase(phase: Phase, slots: Mapping[str, Slot], schedule: DensitySchedule
     )
 
 
+def log_masked(names: Sequence[str]) -> None:
+    """Logs a hint for parameters that seem to have a mask of torch's, by their names."""
+    if found := [name for name in names if name.endswith("_orig") or ".parametrizations." in f".{name}"]:
+        logger.info(
+            "dgc: %s: if torch.nn.utils.prune or a parametrization masks them, tell it by state.mask(name, mask), or "
+            "what waits of masked weights comes back where they grow again",
+            ", ".join(found[:5]),
+        )
+
+
 def log_skipped(step: int, found: Sequence[str], expected: bool) -> None:
     """Logs that a step was left out on all ranks; warns unless that is expected, from a GradScaler."""
     logger.log(

@@ -16,6 +16,7 @@ from dgc.exchange.islands import IslandExchange
 from dgc.memory import group
 from dgc.memory import share as shares
 from dgc.memory.memory import MOMENTUM, Memory
+from dgc.memory.moved import move
 from dgc.memory.parameters import Parameters
 from dgc.memory.pieces import pieces_of
 from dgc.memory.share import Share
@@ -216,6 +217,16 @@ class Standing:
         self._go_to(choice.share)
         self._settled()
         self._loaded_for = loaded_for
+
+    def take_over(self, old: Standing) -> dict[str, dict[str, Tensor]]:
+        """Goes on with another standing's step, density and memory; returns what finds no place in this one's."""
+        self.memory.allocate(old.memory.kinds)
+        left = move(old.memory, self.memory)
+        self.step, self.dense = old.step, old.dense
+        self._use_density(old._density)
+        self._settled()
+        self.dropped = old.dropped
+        return left
 
     def _go_to(self, share: Share) -> None:
         self.step, self.dense = share.step, share.dense

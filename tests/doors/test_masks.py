@@ -4,6 +4,8 @@ import re
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import prune
 
 import dgc
 from support.ddp_run import Run
@@ -221,3 +223,12 @@ def test_nothing_is_lost_but_what_was_asked_to_go_and_masks_that_differ_are_name
         assert "another value at (150, 7): True, False, True on ranks 0 to 2 on rank 1" in place
         assert re.search("got one for c on rank 2", name)
         assert "got another mask on rank 1" in none
+
+
+def test_a_pruned_model_gets_a_hint(gloo, caplog):
+    caplog.set_level("INFO", "dgc")
+    one(module=prune.l1_unstructured(nn.Linear(200, 100), "weight", 0.5))
+    assert "dgc: weight_orig: if torch.nn.utils.prune" in caplog.text
+    caplog.clear()
+    one()
+    assert "prune" not in caplog.text
