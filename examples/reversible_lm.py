@@ -102,13 +102,12 @@ def main() -> None:
     """Trains on this rank."""
     args, device = start(options(__doc__), steps=600, quick=200)
     model = DistributedDataParallel(LanguageModel().to(device))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer, traffic = torch.optim.AdamW(model.parameters(), lr=1e-3), Traffic()
     if not args.dense:
         dgc.attach(model, optimizer, dgc.DGCConfig(args.density, warmup_steps=args.steps // 5))
     shape = args.steps + 1, dist.get_world_size(), BATCH_SIZE, LENGTH
     words = torch.randint(1, WORDS + 1, shape, generator=torch.Generator().manual_seed(args.seed))
     *train, test = nn.functional.pad(words[:, dist.get_rank()], (1, 0)).tile(2).to(device)
-    traffic = Traffic()
     for w in train:
         optimizer.zero_grad()
         cross_entropy(model(w).flatten(0, 1), w[:, LENGTH + 2 :].flatten()).backward()
