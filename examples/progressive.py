@@ -63,7 +63,8 @@ def main() -> None:
         trained = [p for p in net.parameters() if p.requires_grad]
         optimizer = (torch.optim.SGD if args.dense else dgc.SGD)(trained, lr=lr, **RECIPE)
         if state is not None:
-            left = state.rebind(model, optimizer, back=left)
+            frozen = {name: kept for name, kept in left.items() if name.startswith("blocks")}  # the old head is gone
+            left = state.rebind(model, optimizer, back=frozen)
         elif not args.dense:
             config = dgc.DGCConfig(args.density, warmup_steps=steps // 5)
             state = dgc.DGCState(model.named_parameters(), optimizer, config)
