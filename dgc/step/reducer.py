@@ -24,7 +24,7 @@ from dgc.memory.memory import Memory
 from dgc.memory.parameters import Parameters
 from dgc.memory.slots import Gradients
 
-from . import advice, log
+from . import advice, log, replicas
 from .bucket import Bucket, PassContext
 from .claims import Claims
 from .clip import clip_scale, squared_norm
@@ -163,6 +163,7 @@ class Reducer(Claims):
         if layouts.enter(standing.step, standing.dense) and self.exchange.rank == 0:
             slots = standing.parameters.slots
             log.log_phase(layouts.phase, slots, layouts.schedule, standing.step, standing.dense)
+        self._pass.compares(replicas.compare(standing, shadow))
 
     def reduce(self, gradients: Gradients) -> Future[Tensor]:
         """Reduces one bucket of gradients in place, between begin() and end().
