@@ -42,7 +42,7 @@ STATUS = {
 
 
 class PayloadError(RuntimeError):
-    """Bytes from another rank that cannot be what this rank's peers should have sent, or that show that replicas differ.
+    """Bytes from another rank that cannot be what this rank's peers should have sent, or that show other replicas.
 
     Nothing of them was used.
     """

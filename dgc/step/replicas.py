@@ -1,7 +1,7 @@
 """Replicas compared while the run goes on: a digest of each parameter, and of the settings that must be equal.
 
-They travel in a small all-gather of their own, beside the payloads, and not in their headers: so the first parameter
-that differs can be named without a second exchange, and passes without a payload, in which all is dense, are compared too.
+They travel in a small all-gather of their own, beside the payloads and not in their headers. So the first parameter
+that differs can be named without a second exchange, and passes in which all is dense, without payloads, are compared.
 """
 
 from __future__ import annotations
