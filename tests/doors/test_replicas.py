@@ -192,3 +192,25 @@ def every_step(rank, world_size, batches):
 
 def test_dense_steps_are_compared_and_a_rank_without_data_is_not():
     assert_replicas_equal(run_ranks(3, every_step, [6, 4, 6]))
+
+
+def parted_under_horovod():
+    from support.horovod_run import Run as HorovodRun
+    from support.horovod_run import hvd
+
+    run = HorovodRun(dgc.DGCConfig(density=0.008, check_every=4))
+    for step in range(9):
+        if step == 5 and hvd.rank() == 1:
+            flip(run.net.c, 77, 3)
+        try:
+            run.train(normals(SHAPES, seed_of(step, hvd.rank())))
+        except PayloadError as error:
+            return str(error), step
+    return "no error"
+
+
+def test_replicas_that_part_are_found_under_horovod(horovod):
+    pytest.importorskip("horovod.torch", reason="needs Horovod: ./launch/install_horovod.sh")
+    for error, step in horovod(3, parted_under_horovod):
+        assert step == 8
+        assert "rank 1 has another value of the parameter c than rank 0, 2 (the first of 1 that differ)" in error
