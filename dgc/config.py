@@ -93,11 +93,17 @@ class DGCConfig:
     not compare. Such changes (clip_grad_norm_, weight decay by hand, noise) act on the few entries that were sent,
     which are sums of many steps, and not on the gradient."""
 
+    check_every: int = 1000
+    """Steps between two comparisons of the ranks' parameters and settings. A rank that differs is named, by a
+    PayloadError on all ranks. Each takes one pass over the parameters, and 8 bytes a parameter on the network. Smaller:
+    what went wrong is found sooner. 0: never. See docs/reliability.md for what it finds, and what it cannot."""
+
     def __post_init__(self) -> None:
         """Checks every field, and stores it in its declared type."""
         wire_type, dense_type = (str(x).removeprefix("torch.") for x in (self.wire_dtype, self.dense_wire_dtype))
         self._expect("density", _in_unit_interval(self.density), "a number in (0, 1]", float)
         self._expect("warmup_steps", _is_count(self.warmup_steps), "an integer >= 0", int)
+        self._expect("check_every", _is_count(self.check_every), "an integer >= 0", int)
         self._expect(
             "warmup_densities",
             isinstance(self.warmup_densities, (tuple, list))

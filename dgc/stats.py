@@ -77,6 +77,15 @@ class Stats:
     choice: Choice | None = None
     """What DGCConfig.exchange "auto" has chosen for this phase; None without it, or before its first trial is over."""
 
+    def scalars(self) -> dict[str, float]:
+        """Returns every figure but `choice` by its name, as TensorBoard and Weights & Biases take them.
+
+        They are plain numbers that the host has already, so nothing is copied, and no GPU is waited for. `dense` is the
+        number of parameters that were not compressed.
+        """
+        values = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "choice"}
+        return {name: float(len(value) if isinstance(value, dict) else value) for name, value in values.items()}
+
 
 def traffic(payload_bytes: int, dense_bytes: int, world_size: int) -> int:
     """Returns the bytes that a rank sends, and as many received: all-gather of payloads, ring all-reduce of the rest.

@@ -24,7 +24,7 @@ from dgc.memory.memory import Memory
 from dgc.memory.parameters import Parameters
 from dgc.memory.slots import Gradients
 
-from . import advice
+from . import advice, replicas
 from .bucket import Bucket, PassContext
 from .claims import Claims
 from .clip import clip_scale, squared_norm
@@ -160,6 +160,7 @@ class Reducer(Claims):
         self._pass = Pass(PassContext(standing.step, loss_scale, standing.dropped, Probes(looks)), shadow)
         standing.memory.allocate(standing.parameters.rule.kept)
         standing.enter()
+        self._pass.compares(replicas.compare(standing, shadow))
 
     def reduce(self, gradients: Gradients) -> Future[Tensor]:
         """Reduces one bucket of gradients in place, between begin() and end().
