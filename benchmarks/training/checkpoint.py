@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -66,7 +67,7 @@ def worker(rank: int, world_size: int, folder: str, layers: int, rounds: int, sa
         if saves:
             note("save", lambda: dgc.checkpoint.save(state, name))
             note("bfloat16", lambda: dgc.checkpoint.save(state, f"{folder}/bfloat16", residual_dtype=torch.bfloat16))
-            kept = []
+            kept: list[Any] = []
             note("blocked", lambda k=kept: k.append(dgc.checkpoint.save(state, name, background=True)))  # type: ignore[misc]
             note("until it is there", kept[0].wait)
             note("load of bfloat16", lambda: dgc.checkpoint.load(state, f"{folder}/bfloat16"))
