@@ -38,7 +38,7 @@ class DGCConfig:
 
     warmup_densities: tuple[float, ...] = (0.25, 0.0625, 0.015625, 0.004)
     """Densities of the warm-up's phases, which are equally long, in falling order. Those not above `density` are left
-    out. A phase runs dense where all-gather would carry at least as many bytes as all-reduce."""
+    out. `exchange` says which of them run dense."""
 
     momentum_masking: bool | Literal["auto"] = "auto"
     """Momentum factor masking (section 3.2): u becomes 0 where an entry was sent. Masking keeps stale momentum from
@@ -52,6 +52,12 @@ class DGCConfig:
     clip_norm: float | None = None
     """Local gradient clipping (section 3.2): the gradient norm at which a single worker would clip. Each rank clips its
     own gradient at sqrt(world size) * clip_norm before accumulating it. None: no clipping."""
+
+    exchange: Literal["bytes", "auto"] = "bytes"
+    """Rule by which a whole phase runs dense. "bytes": where all-gather would carry at least as many bytes as
+    all-reduce. "auto": also where dense steps are quicker, by trials of a few steps of both kinds in every phase of 300
+    steps or more and every 2,000 steps or more after that. What waits in the residual stays there until a compressed
+    step. See docs/choosing.md."""
 
     dense_below: int = 16384
     """Number of elements below which a parameter is sent dense. Parameters with fewer than two dimensions always are.
@@ -118,6 +124,7 @@ class DGCConfig:
             "None (null in JSON and YAML) or a finite number > 0",
             float,
         )
+        self._expect("exchange", _is_one_of(self.exchange, "bytes", "auto"), '"bytes" or "auto"')
         self._expect("dense_below", _is_count(self.dense_below), "an integer >= 0", int)
         self._expect(
             "dense_parameters",

@@ -16,6 +16,8 @@ from benchmarks.harness import RESULTS, ROOT
 DOCS = ROOT / "docs"
 SECTIONS = {
     "network": "Slow networks",
+    "network_door": "Without DDP",
+    "network_local": "Local steps on slow links",
     "network_nodes": "Nodes that share a slow link",
     "convergence": "Accuracy",
     "adamw": "AdamW",

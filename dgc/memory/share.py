@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
+
+from dgc import stats
 
 from . import pieces
 from .memory import Memory
@@ -38,6 +40,8 @@ class Share:
     """Number of this part of the share, where the ranks of a node hold the model together."""
     places: int = 1
     """Number of parts of each share."""
+    choices: list[dict[str, Any]] = field(default_factory=list)
+    """The fields of each Choice that DGCConfig.exchange "auto" has made."""
 
     @classmethod
     def of(cls, state_dict: Mapping[str, Any]) -> Share:
@@ -78,6 +82,7 @@ class Share:
             [kind for kind in kinds if state_dict[kind]],
             None if density is None else float(check("density", good, "None or a number in (0, 1]")),
             *_place(state_dict),
+            _choices(state_dict.get("choices", [])),
         )
 
 
@@ -88,6 +93,12 @@ def _place(state_dict: Mapping[str, Any]) -> tuple[int, int]:
         raise ValueError(f"state_dict['place']: expected one of {places!r:.20} places, got {place!r:.20}")
     pieces.check(state_dict.get("pieces", {}))
     return place, places
+
+
+def _choices(saved: object) -> list[dict[str, Any]]:
+    if not isinstance(saved, (list, tuple)):
+        raise ValueError(f"state_dict['choices']: expected a list, got {saved!r:.100}")
+    return [asdict(stats.Choice.of(one)) for one in saved]
 
 
 def _strings(value: object) -> bool:

@@ -287,6 +287,7 @@ class Claims:
             steps=standing.step,
             total_bytes_sent=self._total_bytes,
             skipped=skipped,
+            choice=standing.choice,
         )
 
     def _tell(self, what: str, message: str, everywhere: bool = False, stacklevel: int = 4) -> None:

@@ -14,7 +14,7 @@ from dgc.ops.codec import Codec
 
 from .bucket import Bucket
 from .node import Node
-from .phase import Phase, phase_at
+from .phase import Phase, compresses, phase_at
 from .schedule import DensitySchedule, entries
 
 
@@ -44,6 +44,8 @@ class Layouts:
         """
         self._inside = inside
         self._nodes: dict[tuple[str, ...], Node] = {}
+        self.alive: dict[str, int] = {}
+        """Number of elements that are alive, of masked parameters."""
         self.use(config)
         self._parameters = parameters
         self._memory = memory
@@ -57,16 +59,28 @@ class Layouts:
         self._config = config
         self.schedule = DensitySchedule(config)
 
-    def enter(self, step: int, dense: bool) -> bool:
+    def compresses(self, density: float) -> bool:
+        """Returns whether steps at a density compress a parameter, unless all is sent dense; the same on all ranks."""
+        parameters, rows = self._parameters, self._exchange.topology.rows
+        return compresses(
+            density,
+            self._config,
+            parameters.slots,
+            parameters.never_compressed,
+            rows=rows,
+            entry_bytes=self._codec.entry_bytes(density),
+        )
+
+    def enter(self, step: int, whole: str) -> bool:
         """Enters the phase of a step; returns whether it is a new one.
 
         Args:
             step: from 0.
-            dense: whether DGC is switched off.
+            whole: why all parameters are sent dense; empty where they are not.
         """
         kinds = tuple(self._memory.kinds)  # buckets have a buffer for the masked values of each
         density, rows = self.schedule.density(step), self._exchange.topology.rows
-        key = (density, dense, rows)
+        key = (density, whole, rows)
         changed = key != self._key[:-1]
         if (*key, kinds) != self._key:
             self._buckets.clear()
@@ -81,7 +95,7 @@ class Layouts:
                 parameters.never_compressed,
                 rows=rows,
                 entry_bytes=self._codec.entry_bytes(density),
-                switched_off=dense,
+                whole=whole,
                 divided=self._inside is not None,
                 masked_below=parameters.rule.masked_below,
             )
@@ -99,10 +113,15 @@ class Layouts:
         key = tuple(slot.name for slot in gradients.slots)
         if key not in self._buckets:
             phase = self.phase
-            ks = [None if slot.name in phase.dense else entries(phase.density, slot.numel) for slot in gradients.slots]
+            alive = [self.alive.get(slot.name, slot.numel) for slot in gradients.slots]
+            ks = [
+                None if slot.name in phase.dense else entries(phase.density, max(1, n))
+                for slot, n in zip(gradients.slots, alive, strict=True)
+            ]
             self._buckets[key] = Bucket(
                 gradients,
                 ks,
+                alive,
                 self._parameters,
                 self._memory,
                 self._exchange,

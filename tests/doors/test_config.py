@@ -21,6 +21,7 @@ OTHER = {
     "momentum_masking": True,
     "residual_decay": 0.95,
     "clip_norm": 0.25,
+    "exchange": "auto",
     "dense_below": 0,
     "dense_parameters": ("fc.weight", "1.0"),
     "wire_dtype": torch.bfloat16,
@@ -28,6 +29,7 @@ OTHER = {
     "on_nonfinite": "skip",
     "droppable": True,
     "on_changed_gradient": "ignore",
+    "check_every": 7,
 }
 
 
@@ -70,6 +72,8 @@ OTHER = {
         ("clip_norm", np.float32("inf")),
         ("clip_norm", "None"),
         ("clip_norm", True),
+        ("exchange", "dense"),
+        ("exchange", True),
         ("dense_below", -1),
         ("warmup_densities", 0.25),
         ("warmup_densities", None),

@@ -17,7 +17,7 @@ LEVELS = [
     {"exchange", "optim"},
     {"memory"},
     {"step"},
-    {"ddp", "door", "doors", "fsdp", "fusion", "state"},
+    {"ddp", "door", "doors", "fsdp", "fusion", "left", "rebind", "state"},
     {"local_steps", "rounds", "checkpoint", "checkpoint_parts", "checkpoint_reader"}
     | {"attach", "horovod", "horovod_elastic", "horovod_fusion", "__init__"}
     | {"accelerate", "lightning", "torchft", "transformers", "cli", "__main__"},
