@@ -30,6 +30,7 @@ SECTIONS = {
     "horovod_step_cpu": "A Horovod step where the network costs nothing",
     "ops_cpu": "The compression step",
     "memory_cpu": "Memory",
+    "checkpoint": "Checkpoints",
     "soak": "Ten thousand steps in which everything goes wrong",
     "soak_nodes": "The same with nodes as workers",
 }

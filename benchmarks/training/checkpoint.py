@@ -67,7 +67,7 @@ def worker(rank: int, world_size: int, folder: str, layers: int, rounds: int, sa
         if saves:
             note("save", lambda: dgc.checkpoint.save(state, name))
             note("bfloat16", lambda: dgc.checkpoint.save(state, f"{folder}/bfloat16", residual_dtype=torch.bfloat16))
-            kept: list[Any] = []
+            kept: list[dgc.checkpoint.Saving] = []
             note("blocked", lambda k=kept: k.append(dgc.checkpoint.save(state, name, background=True)))  # type: ignore[misc]
             note("until it is there", kept[0].wait)
             note("load of bfloat16", lambda: dgc.checkpoint.load(state, f"{folder}/bfloat16"))

@@ -29,6 +29,7 @@ OTHER = {
     "on_nonfinite": "skip",
     "droppable": True,
     "on_changed_gradient": "ignore",
+    "check_every": 7,
 }
 
 
