@@ -31,7 +31,7 @@ from .exchange.distributed import DistributedExchange, everyone_of
 from .memory import share as shares
 from .state import DGCState
 
-logger = logging.getLogger("dgc")
+_logger = logging.getLogger("dgc")
 
 _under_way: WeakKeyDictionary[DGCState, Saving] = WeakKeyDictionary()
 _groups: WeakKeyDictionary[DistributedExchange, tuple[object, dist.ProcessGroup]] = WeakKeyDictionary()
@@ -170,7 +170,7 @@ def _group_for(exchange: DistributedExchange) -> dist.ProcessGroup | None:
 
 def _log_failure(whole: Path, written: Future[None]) -> None:
     if (error := written.exception()) is not None:
-        logger.error("dgc: the checkpoint %s was not written: %s", whole, error)
+        _logger.error("dgc: the checkpoint %s was not written: %s", whole, error)
 
 
 def load(state: DGCState, directory: str | Path, *, allow_missing_ranks: bool = False) -> None:
