@@ -19,7 +19,7 @@ def options(description: str, density: float = 0.01) -> argparse.ArgumentParser:
     parser.add_argument("--dense", action="store_true", help="send whole gradients, without DGC")
     parser.add_argument("--density", type=float, default=density, help="share that is sent (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the data (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a shorter run, of under three minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="a shorter run, of a few minutes on two cores")
     parser.add_argument("--steps", type=int, help="length of the run, in place of what --quick or the default say")
     return parser
 
