@@ -2,8 +2,8 @@
 
     python -m benchmarks.accuracy.examples
 
-Each of the six runs on two CPU processes, with --dense and without, for every seed. With --quick, reversible_lm, rigl and
-progressive took less than a minute a run on two cores; how long the others take has not been measured.
+Each of the six runs on two CPU processes, with --dense and without, for every seed. With --quick, reversible_lm, rigl
+and progressive took less than a minute a run on two cores; how long the others take has not been measured.
 """
 
 from __future__ import annotations
