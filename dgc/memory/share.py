@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from . import pieces
@@ -38,6 +38,9 @@ class Share:
     """Number of this part of the share, where the ranks of a node hold the model together."""
     places: int = 1
     """Number of parts of each share."""
+    entries: list[int] = field(default_factory=list)
+    """k of each parameter that may be compressed, in their order, where DGCConfig.selection is "global"; else empty.
+    Equal on all ranks that hold the same part."""
 
     @classmethod
     def of(cls, state_dict: Mapping[str, Any]) -> Share:
@@ -78,6 +81,7 @@ class Share:
             [kind for kind in kinds if state_dict[kind]],
             None if density is None else float(check("density", good, "None or a number in (0, 1]")),
             *_place(state_dict),
+            _entries(state_dict),
         )
 
 
@@ -88,6 +92,14 @@ def _place(state_dict: Mapping[str, Any]) -> tuple[int, int]:
         raise ValueError(f"state_dict['place']: expected one of {places!r:.20} places, got {place!r:.20}")
     pieces.check(state_dict.get("pieces", {}))
     return place, places
+
+
+def _entries(state_dict: Mapping[str, Any]) -> list[int]:
+    """Reads the k's, which earlier versions did not save."""
+    ks = state_dict.get("entries", [])
+    if not (isinstance(ks, (list, tuple)) and all(type(k) is int and 0 <= k < 2**47 for k in ks)):
+        raise ValueError(f"state_dict['entries']: expected a number of entries for each parameter, got {ks!r:.100}")
+    return list(ks)
 
 
 def _strings(value: object) -> bool:
@@ -102,7 +114,12 @@ def differences(shares: Mapping[str, Share]) -> str:
     """
     shares = dict(zip(shares, united([*shares.values()]), strict=True))
     one = next(iter(shares.values()))
-    if all({**asdict(share), "rank": one.rank, "place": one.place} == asdict(one) for share in shares.values()):
+    first = {share.place: share for share in reversed(shares.values())}  # parts have entries of their own
+    if all(
+        replace(share, rank=one.rank, place=one.place, entries=one.entries) == one
+        and share.entries == first[share.place].entries
+        for share in shares.values()
+    ):
         return ""
     return "; ".join(
         f"{what} was rank {share.rank} of {share.world_size} at step {share.step}" for what, share in shares.items()

@@ -199,6 +199,15 @@ def dense_in_16_bits(dtype: torch.dtype) -> str:
     )
 
 
+def no_one_selection() -> str:
+    """Says that the ranks of a node under DDP do not know the entries of each other's rows before they come."""
+    return (
+        'DGCState: expected DGCConfig(selection="parameter") where the ranks of a node divide momentum and residual '
+        '(mesh=), got "global": each rank would choose the numbers of entries for its own rows, which the others of '
+        'its node need to read what it passes on. Set "parameter", leave mesh out, or shard the model by fully_shard'
+    )
+
+
 def not_droppable() -> str:
     """Says that a pass can be dropped only with DGCConfig(droppable=True)."""
     return (

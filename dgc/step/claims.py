@@ -190,6 +190,7 @@ class Claims:
             for bucket in last.buckets:
                 bucket.uncount(verdict.zeroed)  # the device has dropped their pass
         if not found:
+            self._standing.layouts.learn(last.buckets)
             if self._late:
                 if verdict.zeroed and not self._standing.config.droppable:
                     raise RuntimeError(advice.thrown_away(verdict.zeroed))

@@ -53,6 +53,8 @@ class Standing:
         self.divided = inside is not None
         if self.divided and rounded:
             raise ValueError(advice.dense_in_16_bits(config.dense_wire_dtype))
+        if self.divided and config.selection == "global":
+            raise ValueError(advice.no_one_selection())
         self.layouts = Layouts(config, parameters, self.memory, exchange, codec, inside)
         self.step, self.dense, self.joined = 0, False, False
         self.dropped = 0
@@ -143,6 +145,7 @@ class Standing:
             density=self._density,
             place=topology.place,
             places=topology.places,
+            entries=self.layouts.allotted(),
         )
 
     def own(self) -> dict[str, Any]:
@@ -157,6 +160,10 @@ class Standing:
         choice = shares.choose(self.memory, parts, topology.share, topology.shares, allow_missing_ranks)
         if choice.share.dense and self.divided:
             raise ValueError("state_dict: expected one that was saved with state.dense = False. " + advice.no_dense())
+        # The k's are those of this rank's own part of the model, where it was divided in the same way.
+        place = topology.place, topology.places
+        ks = next((s.entries for s in map(Share.of, parts) if (s.place, s.places) == place), [])
+        choice = choice._replace(share=replace(choice.share, entries=ks))
         rule, kinds = self.parameters.rule, choice.share.kinds
         # What waits is a sum of gradients beside momentum or nothing, and one of finished updates beside other kinds.
         known = rule.may_keep or (MOMENTUM,)
@@ -216,6 +223,7 @@ class Standing:
 
     def _go_to(self, share: Share) -> None:
         self.step, self.dense = share.step, share.dense
+        self.layouts.take_allotted(share.entries)
         self._use_density(share.density)
 
     def _settled(self) -> None:
