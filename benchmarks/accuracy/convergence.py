@@ -35,6 +35,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "DGC 0.1 %, at least 32": {"density": 0.001, "min_entries": 32},
     "DGC 0.1 %, one selection": {"density": 0.001, "selection": "global"},
     "DGC 0.1 %, one selection, long warm-up": {"density": 0.001, "selection": "global", "warmup": 2},
+    "DGC 0.1 %, one selection of at least 32": {"density": 0.001, "selection": "global", "min_entries": 32},
     "DGC 0.1 %, 8 bits": {"density": 0.001, "wire_dtype": "8bit", "dense_wire_dtype": "bfloat16"},
 }
 """Arguments of DGCConfig, besides the task's clipping; warmup: over which part of the run, a tenth (10) or half (2)."""

@@ -2,15 +2,17 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import dgc
 from dgc.step.allotment import EVERY
 from support import ddp_run, horovod_run
+from support.alone import reduce
 from support.fsdp_run import IslandRun
 from support.messages import error_of
-from support.models import integers, normals
+from support.models import Given, integers, normals
 from support.node_run import NodeRun
 from support.ranks import run_ranks
 from support.training import SHAPES, assert_equal, assert_replicas_equal, seed_of
@@ -84,6 +86,45 @@ def nodes(rank, world_size):
 def test_the_ranks_of_a_node_divide_the_least_number():
     # a has 200 rows and 100 of them on each rank, c 130 and 65; 0.1 % of 33,800 elements of e is more than 32.
     assert run_ranks(4, nodes) == [{"a": 32, "c": 32, "e": 34}] * 4
+
+
+def come(rank, world_size):
+    """Rank 0 and 1 train; then 2 comes."""
+    old, new = (dist.new_group(ranks) for ranks in ([0, 1], [0, 1, 2]))
+    config = dgc.DGCConfig(density=0.008, selection="global")
+
+    def build(group):
+        net = Given(SHAPES)
+        optimizer = dgc.SGD(net.parameters(), **SGD)
+        return net, optimizer, dgc.DGCState(net.named_parameters(), optimizer, config, process_group=group)
+
+    def train(step):
+        optimizer.zero_grad()
+        net(loud(SHAPES, seed_of(step, rank))).backward()
+        reduce(state, net)
+        optimizer.step()
+
+    if rank < 2:
+        net, optimizer, state = build(old)
+        for step in range(BEFORE):
+            train(step)
+        state.exchange.group = new
+        state.regroup()
+    else:
+        net, optimizer, state = build(new)
+    for p in net.parameters():
+        dist.broadcast(p.data, 0, group=new)
+    seen = []
+    for step in range(BEFORE, BEFORE + AFTER):
+        train(step)
+        seen.append(state.stats.entries)
+    return seen
+
+
+def test_a_rank_that_comes_takes_over_the_entries():
+    seen = run_ranks(3, come)
+    assert seen[0] == seen[1] == seen[2]
+    assert seen[0][0]["a"] > 1.5 * 160
 
 
 @pytest.mark.parametrize("field", ["selection", "min_entries"])
