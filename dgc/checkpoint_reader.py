@@ -25,7 +25,7 @@ _IN_METADATA = {
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
-    *(("torch", name) for name in ("Size", "float32", "uint8")),
+    *(("torch", name) for name in ("Size", "float32", "bfloat16", "uint8")),
     *((module, "PosixPath") for module in ("pathlib", "pathlib._local")),
 }
 """All that the metadata of our checkpoints is pickled from."""
@@ -103,7 +103,7 @@ class Reader(dcp.FileSystemReader):
         kinds: dict[str, dict[str, Tensor]] = {"momentum": {}, "residual": {}}
         for key, tensor in tensors.items():
             kind, name = key.split(".", 1)
-            kinds.setdefault(kind, {})[name] = tensor
+            kinds.setdefault(kind, {})[name] = tensor.float()  # save() may have rounded the residual
         version = about.pop("version", None)
         if version not in (1, shares.VERSION):
             raise ValueError(

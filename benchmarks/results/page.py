@@ -16,6 +16,8 @@ from benchmarks.harness import RESULTS, ROOT
 DOCS = ROOT / "docs"
 SECTIONS = {
     "network": "Slow networks",
+    "network_door": "Without DDP",
+    "network_local": "Local steps on slow links",
     "network_nodes": "Nodes that share a slow link",
     "convergence": "Accuracy",
     "adamw": "AdamW",
@@ -28,6 +30,7 @@ SECTIONS = {
     "horovod_step_cpu": "A Horovod step where the network costs nothing",
     "ops_cpu": "The compression step",
     "memory_cpu": "Memory",
+    "checkpoint": "Checkpoints",
     "soak": "Ten thousand steps in which everything goes wrong",
     "soak_nodes": "The same with nodes as workers",
 }

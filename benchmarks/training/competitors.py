@@ -7,6 +7,7 @@
   under gloo. It compresses from its third step on.
 - `topk`: Deep Gradient Compression as one would write it in plain PyTorch, 0.1 % by torch.topk; see `TopK`.
 - `dgc`: this package at 0.1 %.
+- `dgc auto`: the same with DGCConfig(exchange="auto"), which settle() lets choose.
 - `dgc door`: the same on a module without DDP, by dgc.attach.
 - `no_sync adamw`: no exchange and torch.optim.AdamW(fused=True), the limit of
 - `dgc adamw`: this package at 0.1 % with dgc.AdamW.
@@ -30,6 +31,7 @@ import dgc
 
 NAMES = ("no_sync", "ddp", "ddp fp16", "powersgd", "topk", "dgc")
 DOOR = "dgc door"
+AUTO = "dgc auto"
 WITH_ADAMW = ("no_sync adamw", "dgc adamw")
 DENSITY, LR, MOMENTUM, ADAM_LR = 0.001, 0.01, 0.9, 1e-3
 WARM_UP = 4  # steps until DDP has built its buckets again (1) and PowerSGD has compressed twice (4)
@@ -100,6 +102,19 @@ class Competitor:
             self.loss(self.model).backward()
         self.optimizer.step()
 
+    def settle(self) -> None:
+        """Has "dgc auto" choose anew, by steps that follow each other as in a training; others do nothing."""
+        if self.name != AUTO:
+            return
+        assert self.state is not None
+        saved = self.state.state_dict()
+        for share in saved["ranks"].values():
+            share["choices"] = []
+        self.state.load_state_dict(saved)
+        self.step()
+        while self.state.stats.choice is None:
+            self.step()
+
 
 def competitor(
     name: str, module: nn.Module, loss: Callable[[nn.Module], Tensor], density: float = DENSITY, **options: bool
@@ -107,13 +122,13 @@ def competitor(
     """Returns a competitor that trains this module.
 
     Args:
-        name: one of NAMES, DOOR or WITH_ADAMW.
+        name: one of NAMES, DOOR, AUTO or WITH_ADAMW.
         module: its own; equal on all ranks.
         loss: runs the model that it is given on this rank's data.
         density: of dgc.
         options: DDP's, the same for all competitors.
     """
-    if name not in (known := (*NAMES, DOOR, *WITH_ADAMW)):
+    if name not in (known := (*NAMES, DOOR, AUTO, *WITH_ADAMW)):
         raise ValueError(f"competitor: expected one of {', '.join(known)}, got {name!r}")
     if name == DOOR:
         converted = torch.optim.SGD(module.parameters(), lr=LR, momentum=MOMENTUM)
@@ -128,7 +143,8 @@ def competitor(
             optimizer = dgc.AdamW(model.parameters(), lr=ADAM_LR)
         else:
             optimizer = dgc.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
-        state = dgc.DGCState(model.named_parameters(), optimizer, dgc.DGCConfig(density=density))
+        config = dgc.DGCConfig(density=density, exchange="auto" if name == AUTO else "bytes")
+        state = dgc.DGCState(model.named_parameters(), optimizer, config)
         state.register(model)
     elif name == "no_sync adamw":
         optimizer = torch.optim.AdamW(model.parameters(), lr=ADAM_LR, fused=True)

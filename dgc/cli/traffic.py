@@ -70,7 +70,7 @@ def dgc_traffic(buckets: Sequence[Shapes], workers: int, config: DGCConfig) -> l
         never,
         rows=workers,
         entry_bytes=codec.entry_bytes(config.density),
-        switched_off=False,
+        whole="",
         divided=False,
         masked_below=MASKED_BELOW,
     )

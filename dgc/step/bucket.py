@@ -63,6 +63,7 @@ class Bucket:
         self,
         gradients: Gradients,
         entries: Sequence[int | None],
+        alive: Sequence[int],
         parameters: Parameters,
         memory: Memory,
         exchange: Exchange,
@@ -75,6 +76,7 @@ class Bucket:
         Args:
             gradients: the bucket, of which only sizes and places are used.
             entries: k of each slot; None where it is dense.
+            alive: number of elements of each slot that are not masked.
             parameters: for the optimizer's rule, and its factors for each parameter.
             memory: v, and the rule's tensors.
             exchange: the collectives.
@@ -86,8 +88,8 @@ class Bucket:
         self._parameters, self._memory, self._exchange = parameters, memory, exchange
         topology = exchange.topology
         members = [
-            Member(slot, index, k)
-            for index, (slot, k) in enumerate(zip(gradients.slots, entries, strict=True))
+            Member(slot, index, k, n)
+            for index, (slot, k, n) in enumerate(zip(gradients.slots, entries, alive, strict=True))
             if k is not None
         ]
         self.sparse: Sparse | None = None

@@ -15,7 +15,7 @@ from dgc.ops.codec import Codec
 from .allotment import Allotment, Evidence
 from .bucket import Bucket
 from .node import Node
-from .phase import Phase, phase_at
+from .phase import Phase, compresses, phase_at
 from .schedule import DensitySchedule, entries, least_entries
 
 
@@ -46,6 +46,8 @@ class Layouts:
         self._inside = inside
         self.allotment = Allotment()
         self._nodes: dict[tuple[str, ...], Node] = {}
+        self.alive: dict[str, int] = {}
+        """Number of elements that are alive, of masked parameters."""
         self.use(config)
         self._parameters = parameters
         self._memory = memory
@@ -59,16 +61,28 @@ class Layouts:
         self._config = config
         self.schedule = DensitySchedule(config)
 
-    def enter(self, step: int, dense: bool) -> bool:
+    def compresses(self, density: float) -> bool:
+        """Returns whether steps at a density compress a parameter, unless all is sent dense; the same on all ranks."""
+        parameters, rows = self._parameters, self._exchange.topology.rows
+        return compresses(
+            density,
+            self._config,
+            parameters.slots,
+            parameters.never_compressed,
+            rows=rows,
+            entry_bytes=self._codec.entry_bytes(density),
+        )
+
+    def enter(self, step: int, whole: str) -> bool:
         """Enters the phase of a step; returns whether it is a new one.
 
         Args:
             step: from 0.
-            dense: whether DGC is switched off.
+            whole: why all parameters are sent dense; empty where they are not.
         """
         kinds = tuple(self._memory.kinds)  # buckets have a buffer for the masked values of each
         density, rows = self.schedule.density(step), self._exchange.topology.rows
-        key = (density, dense, rows)
+        key = (density, whole, rows)
         changed = key != self._key[:-1]
         if (*key, kinds) != self._key:
             self._buckets.clear()
@@ -83,7 +97,7 @@ class Layouts:
                 parameters.never_compressed,
                 rows=rows,
                 entry_bytes=self._codec.entry_bytes(density),
-                switched_off=dense,
+                whole=whole,
                 divided=self._inside is not None,
                 masked_below=parameters.rule.masked_below,
             )
@@ -96,9 +110,14 @@ class Layouts:
         """Makes the k's of one selection over all parameters fit the present phase."""
         slots = self._parameters.slots
         compressed = [slots[name] for name in self._parameters.compressed if name not in self.phase.dense]
-        bounds = {s.name: (least_entries(self._config, s.numel, s.piece.whole), s.numel) for s in compressed}
+        bounds = {slot.name: self._bounds(slot) for slot in compressed}
         density = self.phase.density
-        self.allotment.enter({name: entries(density, n, least) for name, (least, n) in bounds.items()}, bounds)
+        self.allotment.enter({name: entries(density, most, least) for name, (least, most) in bounds.items()}, bounds)
+
+    def _bounds(self, slot: Slot) -> tuple[int, int]:
+        """Returns the fewest entries that a parameter sends, and the most: its elements that are alive."""
+        most = max(1, self.alive.get(slot.name, slot.numel))
+        return min(most, least_entries(self._config, slot.numel, slot.piece.whole)), most
 
     def _entries(self, slot: Slot) -> int | None:
         """Returns k of a parameter at the next step; None where it is sent dense."""
@@ -106,7 +125,8 @@ class Layouts:
             return None
         if self._config.selection == "global":
             return self.allotment.entries[slot.name]
-        return entries(self.phase.density, slot.numel, least_entries(self._config, slot.numel, slot.piece.whole))
+        least, most = self._bounds(slot)
+        return entries(self.phase.density, most, least)
 
     def allotted(self) -> list[int]:
         """Returns the k's of one selection over all parameters, in their order, 0 where dense; else an empty list."""
@@ -152,6 +172,7 @@ class Layouts:
             self._buckets[key] = Bucket(
                 gradients,
                 [self._entries(slot) for slot in gradients.slots],
+                [self.alive.get(slot.name, slot.numel) for slot in gradients.slots],
                 self._parameters,
                 self._memory,
                 self._exchange,

@@ -47,6 +47,13 @@ class DensitySchedule:
             return self.final
         return self.phases[step * len(self.phases) // self.warmup_steps]
 
+    def steps_left(self, step: int) -> float:
+        """Returns the number of steps from a step (from 0) until density changes; infinity after the warm-up."""
+        if not self.warming_up(step):
+            return math.inf
+        phase = step * len(self.phases) // self.warmup_steps
+        return -(-(phase + 1) * self.warmup_steps // len(self.phases)) - step
+
 
 def entries(density: float, numel: int, least: int = 1) -> int:
     """Returns k, the number of entries that are sent of a parameter with numel > 0 elements.

@@ -32,6 +32,8 @@ class Member(NamedTuple):
     """Position in the bucket, from 0."""
     entries: int
     """k, the number of its entries that are sent."""
+    alive: int
+    """Number of its elements that are not masked."""
 
 
 class Sparse:
@@ -76,7 +78,7 @@ class Sparse:
         # Types and devices are written out everywhere, since users change torch's defaults.
         rows = [Segment(*gradients.places[m.position], m.slot.offset, m.slot.numel, m.entries) for m in members]
         self.receiving = Segments.from_rows(rows)
-        self.numel = sum(m.slot.numel for m in members)
+        self.alive = sum(m.alive for m in members)
         self.entries = sum(m.entries for m in members)
         self._updates: Tensor | None = None
         self.sending = self.receiving
@@ -84,7 +86,7 @@ class Sparse:
             begins = accumulate((row.numel for row in rows), initial=0)
             updates = zip(rows, begins, strict=False)
             self.sending = Segments.from_rows(row._replace(source=0, offset=begin) for row, begin in updates)
-            self._updates = torch.zeros(self.numel, dtype=torch.float32, device=device)
+            self._updates = torch.zeros(sum(row.numel for row in rows), dtype=torch.float32, device=device)
         self._workspace = ops.workspace(self.receiving, device)
         self._sending_workspace = self._workspace if rule.fused else ops.workspace(self.sending, device)
 

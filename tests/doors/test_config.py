@@ -23,6 +23,7 @@ OTHER = {
     "clip_norm": 0.25,
     "min_entries": 32,
     "selection": "global",
+    "exchange": "auto",
     "dense_below": 0,
     "dense_parameters": ("fc.weight", "1.0"),
     "wire_dtype": torch.bfloat16,
@@ -30,6 +31,7 @@ OTHER = {
     "on_nonfinite": "skip",
     "droppable": True,
     "on_changed_gradient": "ignore",
+    "check_every": 7,
 }
 
 
@@ -77,6 +79,8 @@ OTHER = {
         ("clip_norm", np.float32("inf")),
         ("clip_norm", "None"),
         ("clip_norm", True),
+        ("exchange", "dense"),
+        ("exchange", True),
         ("dense_below", -1),
         ("warmup_densities", 0.25),
         ("warmup_densities", None),

@@ -226,3 +226,19 @@ def test_framework_examples_are_short():
         if (lines := len(path.read_text().splitlines())) > 60
     }
     assert long == {}
+
+
+def test_rollback_has_the_weights_of_a_run_without_the_batch():
+    went_back = forked("examples/rollback_mnist.py", "--epochs", "2")
+    assert re.search(r"loss [\d.]+ at batch 70: back to batch 50, and on without it", went_back)
+    without = forked("examples/rollback_mnist.py", "--epochs", "2", "--leave-out", "70")
+    assert "back to batch" not in without
+    weights = [re.search(r"weights (\w{8})", output)[1] for output in (went_back, without)]
+    assert weights[0] == weights[1]
+
+
+def test_tracked_mnist_says_which_trackers_it_has(tmp_path):
+    output = forked("examples/tracked_mnist.py", "--epochs", "1", "--folder", str(tmp_path))
+    for package, name in (("tensorboard", "TensorBoard"), ("wandb", "Weights & Biases")):
+        assert (f"{name} is left out: pip install {package}" in output) == (find_spec(package) is None)
+    assert re.search(r"test accuracy [\d.]+ %, [\d,]+ bytes sent, \d trackers", output)

@@ -288,3 +288,18 @@ def test_ranks_agree_over_buckets_and_nothing_is_lost():
         sent = ranks[0]["moved"][name]
         waiting = (ranks[0]["waits"][name] + ranks[1]["waits"][name]) / 2
         assert torch.equal(sent + waiting, (ranks[0]["total"][name] + ranks[1]["total"][name]) / 2)
+
+
+def test_masked_parameters_send_no_more_than_what_is_alive():
+    one = alone()
+    for step in range(2 * EVERY + 1):
+        one.train(loud(step))
+    assert one.state.stats.entries["loud"] > 250
+    alive = torch.zeros(SHAPES["loud"], dtype=torch.bool)
+    alive[0, :50] = True
+    one.state.mask("loud", alive)
+    for step in range(2 * EVERY + 1):
+        one.train(loud(step))
+        sent = one.state.stats.entries
+        assert sent["loud"] <= 50
+        assert sum(sent.values()) == 2 + 300 + 6  # min_entries of what is alive of "loud"
