@@ -29,6 +29,7 @@ from .checkpoint_parts import check_replaceable, entries, on_the_host, remove, r
 from .checkpoint_reader import Reader, without_process_group
 from .exchange.distributed import DistributedExchange, everyone_of
 from .memory import share as shares
+from .memory.weights import taken
 from .state import DGCState
 
 _logger = logging.getLogger("dgc")
@@ -220,7 +221,7 @@ def _choose(
     complete = reader.complete()
     topology, places = exchange.topology, reader.places()
     there = [rank for rank in range(len(complete) // places) if all(complete[rank * places + i] for i in range(places))]
-    chosen = shares.taken(topology.share, topology.shares, len(complete) // places, there)
+    chosen = taken(topology.share, topology.shares, len(complete) // places, there)
     # Cut in the same way, a rank's own part is enough; else any part may have elements that this rank holds.
     parts = [topology.place] if places == topology.places else range(places)
     state_dicts = [reader.state_dict_of(rank * places + place) for rank in chosen for place in parts]

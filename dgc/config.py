@@ -53,6 +53,16 @@ class DGCConfig:
     """Local gradient clipping (section 3.2): the gradient norm at which a single worker would clip. Each rank clips its
     own gradient at sqrt(world size) * clip_norm before accumulating it. None: no clipping."""
 
+    min_entries: int = 1
+    """Entries that each compressed parameter sends at least, where it has so many; ranks that divide a parameter divide
+    these too. Larger: less staleness of small parameters, for few bytes. The paper: 1."""
+
+    selection: Literal["parameter", "global"] = "parameter"
+    """How the entries are divided among the parameters. "parameter": each sends the same share, `density` of its own
+    (the paper). "global": as many together, the largest of all of them: the entries move, after every eighth step,
+    to the parameters whose smallest sent value is the largest, so that one threshold comes to hold for all. A parameter
+    keeps `min_entries`. See docs/guide.md, and docs/results.md for what it is worth."""
+
     exchange: Literal["bytes", "auto"] = "bytes"
     """Rule by which a whole phase runs dense. "bytes": where all-gather would carry at least as many bytes as
     all-reduce. "auto": also where dense steps are quicker, by trials of a few steps of both kinds in every phase of 300
@@ -124,6 +134,8 @@ class DGCConfig:
             "None (null in JSON and YAML) or a finite number > 0",
             float,
         )
+        self._expect("min_entries", _is_count(self.min_entries) and self.min_entries > 0, "an integer >= 1", int)
+        self._expect("selection", _is_one_of(self.selection, "parameter", "global"), '"parameter" or "global"')
         self._expect("exchange", _is_one_of(self.exchange, "bytes", "auto"), '"bytes" or "auto"')
         self._expect("dense_below", _is_count(self.dense_below), "an integer >= 0", int)
         self._expect(
@@ -154,6 +166,7 @@ class DGCConfig:
             "warmup_densities": tuple(float(d) for d in self.warmup_densities),
             "residual_decay": float(self.residual_decay),
             "clip_norm": None if self.clip_norm is None else float(self.clip_norm),
+            "min_entries": int(self.min_entries),
             "dense_below": int(self.dense_below),
             "dense_parameters": tuple(self.dense_parameters),
             "wire_dtype": WIRE_DTYPES[wire_type],

@@ -66,6 +66,8 @@ class Stats:
     compression_ratio: float = 1.0
     """The paper's ratio: bytes of the whole gradient over bytes of one payload and the dense gradients. It counts one
     payload sent, not the N-1 received; for the traffic compare bytes_received with bytes_dense."""
+    entries: dict[str, int] = field(default_factory=dict)
+    """Entries that this rank sent of each compressed parameter: k."""
     dense: dict[str, str] = field(default_factory=dict)
     """Parameters that were not compressed, with the reason."""
     total_bytes_sent: int = 0

@@ -41,6 +41,18 @@ def entries_of(selection: Tensor, segments: Segments, dtype: torch.dtype) -> Ent
     )
 
 
+def values_of_all(selections: Tensor, segments: Segments, dtype: torch.dtype) -> Tensor:
+    """Returns the values of all ranks' selections, [rows, entries] in their type.
+
+    Args:
+        selections: uint8 [rows, bytes].
+        segments: of their bucket.
+        dtype: of the values.
+    """
+    at = segments.wire(dtype).values
+    return selections[:, at : at + dtype.itemsize * segments.n_entries].view(dtype)
+
+
 def positions(selection: Tensor, segments: Segments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Returns where a selection's entries stand in the flat tensors of memory, int64 [entries], and their values.
 

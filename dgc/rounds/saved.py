@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dgc.local import local
-from dgc.memory.share import Share, unwrap, weights
+from dgc.memory.share import Share, unwrap
+from dgc.memory.weights import weights
 
 VERSION = 1
 

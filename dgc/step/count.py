@@ -57,6 +57,7 @@ def count(
         bytes_in_node=inside,
         bytes_dense=traffic(0, whole, topology.rows),
         compression_ratio=whole / once if once else 1.0,
+        entries={m.slot.name: m.entries for s in sparse for m in s.members},
         dense=dict(phase.dense),
         total_bytes_sent=total_bytes_sent,
         skipped=skipped,

@@ -20,6 +20,7 @@ from dgc.ops.segments import Segment, Segments
 from dgc.ops.selection import first_indices
 from dgc.optim.base import Rule, Work
 
+from .allotment import evidence_of
 from .undo import Undo
 
 
@@ -226,6 +227,16 @@ class Sparse:
             names = [m.slot.name for m, mark in zip(self.members, marks, strict=True) if mark & wire.LEFT_OUT]
             found.add(f"{', '.join(names)} on rank {row}")
         return found
+
+    def look(self) -> Tensor:
+        """Returns what the received payloads say of each parameter, int64 [3, members]; see allotment.Evidence.
+
+        The tensor is on the host. On a GPU the copy is queued, and complete when the verdict on the step is.
+        """
+        found = evidence_of(self.selections, self.receiving, self._codec.dtype)
+        if not found.is_cuda:
+            return found
+        return torch.empty(found.shape, dtype=found.dtype, pin_memory=True).copy_(found, non_blocking=True)
 
     def _marks(self, selections: Tensor) -> Tensor:
         at = self._layout.used

@@ -25,6 +25,7 @@ from dgc.stats import Choice
 
 from . import advice, log
 from .agree import description
+from .allotment import NOT_IN_NODES
 from .auto import Auto
 from .layouts import Layouts
 from .masks import Masks
@@ -59,6 +60,8 @@ class Standing:
         self.divided = inside is not None
         if self.divided and rounded:
             raise ValueError(advice.dense_in_16_bits(config.dense_wire_dtype))
+        if self.divided and config.selection == "global":
+            raise ValueError(NOT_IN_NODES)
         if self.divided and config.exchange == "auto":
             raise ValueError(advice.no_auto())
         self.auto = Auto() if config.exchange == "auto" else None
@@ -182,6 +185,7 @@ class Standing:
             density=self._density,
             place=topology.place,
             places=topology.places,
+            entries=self.layouts.allotted(),
             choices=[] if self.auto is None else [asdict(choice) for choice in self.auto.choices.values()],
         )
 
@@ -197,6 +201,10 @@ class Standing:
         choice = shares.choose(self.memory, parts, topology.share, topology.shares, allow_missing_ranks)
         if choice.share.dense and self.divided:
             raise ValueError("state_dict: expected one that was saved with state.dense = False. " + advice.no_dense())
+        # The k's are those of this rank's own part of the model, where it was divided in the same way.
+        place = topology.place, topology.places
+        ks = next((s.entries for s in map(Share.of, parts) if (s.place, s.places) == place), [])
+        choice = choice._replace(share=replace(choice.share, entries=ks))
         rule, kinds = self.parameters.rule, choice.share.kinds
         # What waits is a sum of gradients beside momentum or nothing, and one of finished updates beside other kinds.
         known = rule.may_keep or (MOMENTUM,)
@@ -262,10 +270,12 @@ class Standing:
         self._use_density(old._density)
         self._settled()
         self.dropped = old.dropped
+        self.layouts.allotment = old.layouts.allotment
         return left
 
     def _go_to(self, share: Share) -> None:
         self.step, self.dense = share.step, share.dense
+        self.layouts.take_allotted(share.entries)
         self._use_density(share.density)
         if self.auto is not None:
             self.auto.load(map(Choice.of, share.choices))
