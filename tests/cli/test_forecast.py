@@ -152,6 +152,8 @@ def test_auto_decides_where_plan_cannot():
     assert decided(*all_of(1.2, 1.3, 1.3, 1.0)) == ("dgc 1 %, nodes", False)
     assert decided(*all_of(1.04, 1.3, 1.3, 1.0)) == ("dense, bf16", False)
     assert decided(*all_of(1.04, 1.3, 1.02, 1.0)) == ("dgc 0.1 %", True)
+    close = [*all_of(1.06, 1.3, 1.3, 1.04), of("dgc 0.1 %, nodes", 0.001, 1.0, nodes=True)]
+    assert decided(*close) == ("dgc 1 %, nodes", False)
 
 
 def test_auto_in_the_lines_and_below_them():
