@@ -3,8 +3,8 @@
     sudo python -m benchmarks.training.time_to_accuracy
     sudo python -m benchmarks.training.time_to_accuracy --tasks gpt-adamw --rates 1gbit 100mbit --minutes 20
 
-Ranks and links are those of network.py, tasks and recipes those of benchmarks/accuracy/tasks.py, as they were chosen for
-dense training on one process; trainings.py says what is in the time. A run ends at its target, which dense training
+Ranks and links are those of network.py, tasks and recipes those of benchmarks/accuracy/tasks.py, as they were chosen
+for dense training on one process; trainings.py says what is in the time. A run ends at its target, which dense training
 reaches long before its learning rate has fallen. Where the target is met is read off the straight line between two
 evaluations. One that misses it within --steps is reported with what it had. Runs go one at a time.
 

@@ -176,6 +176,11 @@ def worker(rank: int, run: Training, folder: str) -> None:
     torch.set_num_threads(1)
     link = namespaces.Link(rank) if run.rate != UNLIMITED else None
     dist.init_process_group("gloo", rank=rank, world_size=run.ranks, store=dist.FileStore(f"{folder}/store", run.ranks))
+    points = _trained(rank, run, link)
+    finish(points, folder)
+
+
+def _trained(rank: int, run: Training, link: namespaces.Link | None) -> list[list[float]]:
     learner = Learner(run)
     if link:
         link.limit(run.rate)
@@ -191,7 +196,7 @@ def worker(rank: int, run: Training, folder: str) -> None:
 
     points = curve(run, learner.learn, learner.judged, spent, rank)
     learner.check()
-    finish([[*point] for point in points], folder)
+    return [[*point] for point in points]
 
 
 def perform(run: Run) -> Sequence[Point]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -30,8 +32,10 @@ def spawned(worker: Callable[..., None], ranks: int, limited: bool, *arguments: 
 
 
 def finish(result: object, folder: str) -> None:
-    """Leaves the first rank's result, numbers in lists and dictionaries, and ends the process group; a collective."""
+    """Leaves the first rank's result, numbers in lists and dictionaries, and ends this process; a collective."""
     if dist.get_rank() == 0:
         torch.save(result, Path(folder, "result.pt"))
     dist.barrier()
     dist.destroy_process_group()
+    sys.stderr.flush()
+    os._exit(0)  # what still holds the group, as DDP does, has threads that abort a process in its teardown now and then
