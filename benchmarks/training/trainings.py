@@ -2,8 +2,9 @@
 
 Every rank is a process of one thread behind a cable of its own (links/namespaces.py). The clock runs from one
 evaluation to the next, and is that of the slowest rank: data, zero_grad, forward, backward, clipping, optimizer and
-schedule. Neither the start, with DDP's broadcast of the weights, nor the evaluations are in the time or the bytes: rank
-0 evaluates, and tells the others, so that all of them stop after the same step.
+schedule. Neither the start nor the evaluations are in the time or the bytes. The start is DDP's broadcast of the
+weights, and a few steps of a model that is thrown away. Rank 0 evaluates, and tells the others, so that all of them
+stop after the same step.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ DENSITY, WARM_UP = 0.01, 0.1
 """Of dgc, and the part of the run over which density falls."""
 DENSE_BELOW = 8192
 """In so small networks the default, 16,384 elements, would send 6 % of the GPT dense."""
+REHEARSED = 5  # steps, with DDP's rebuilt buckets and PowerSGD's first matrices
 METHODS = ("ddp", "ddp bf16", "powersgd", "dgc", "dgc, no warm-up", "dgc auto")
 RIVALS = METHODS[:2]
 """The better one of them is what counts."""
@@ -171,6 +173,16 @@ def curve(
     return points
 
 
+def rehearse(run: Training, rank: int) -> None:
+    """Takes a few steps with a model that is thrown away: what torch imports and sets up in a first step takes 1 to 2 s.
+
+    A collective.
+    """
+    learner = Learner(run)
+    for batch in islice(batches_of(learner.task, run.seed, REHEARSED, run.ranks), REHEARSED):
+        learner.learn(batch[rank])
+
+
 def worker(rank: int, run: Training, folder: str) -> None:
     """Trains on one rank."""
     torch.set_num_threads(1)
@@ -181,6 +193,7 @@ def worker(rank: int, run: Training, folder: str) -> None:
 
 
 def _trained(rank: int, run: Training, link: namespaces.Link | None) -> list[list[float]]:
+    rehearse(run, rank)
     learner = Learner(run)
     if link:
         link.limit(run.rate)

@@ -94,8 +94,13 @@ def test_a_run_stops_at_its_target_and_counts_only_steps(monkeypatch):
 
 def test_every_method_has_settings_of_its_own_and_runs_are_found_again(tmp_path):
     monkey = argparse.Namespace(
-        tasks=["mnist", "gpt-adamw"], rates=["1gbit", "100mbit"], ranks=[2], methods=list(trainings.METHODS), seeds=2,
-        steps=None, target={"mnist": 95.0},
+        tasks=["mnist", "gpt-adamw"],
+        rates=["1gbit", "100mbit"],
+        ranks=[2],
+        methods=list(trainings.METHODS),
+        seeds=2,
+        steps=None,
+        target={"mnist": 95.0},
     )
     plan = time_to_accuracy.plan(monkey)
     assert len(set(plan)) == len(plan) == 2 * 2 * 6 * 2

@@ -38,4 +38,6 @@ def finish(result: object, folder: str) -> None:
     dist.barrier()
     dist.destroy_process_group()
     sys.stderr.flush()
-    os._exit(0)  # what still holds the group, as DDP does, has threads that abort a process in its teardown now and then
+    os._exit(
+        0
+    )  # what still holds the group, as DDP does, has threads that abort a process in its teardown now and then
