@@ -60,6 +60,7 @@ def test_a_fast_link_gets_the_16_bit_hook(capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (PAPER, "--model: expected a function (train.py:make_model"),
         (["plan", "--model", "ResNet-50"], "expected a process group or --link, got neither"),
         (["plan", "--model", "ResNet-50", "--link", "1gbit"], "expected --ranks too"),
         ([*PAPER, "--model", "ResNet-50"], "give --step-ms, or --backward-ms"),
