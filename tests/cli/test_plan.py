@@ -81,6 +81,7 @@ def test_what_no_forecast_can_tell_is_left_to_the_run(capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (PAPER, "--model: expected a function (train.py:make_model"),
         (["plan", "--model", "ResNet-50"], "expected a process group or --link, got neither"),
         (["plan", "--model", "ResNet-50", "--link", "1gbit"], "expected --ranks too"),
         ([*PAPER, "--model", "ResNet-50"], "give --step-ms, or --backward-ms"),
