@@ -34,6 +34,12 @@ from .models import Model, load
 from .ranks import UsageError, everywhere, join, machine_name, places_of, started
 from .traffic import ddp_buckets
 
+ONE_MACHINE = (
+    "all ranks are on one machine, so the link that was measured is its memory, and the answer is for that alone. For "
+    "machines apart, start plan on them, or describe their link: --link 1gbit --ranks 8 --step-ms 200"
+)
+"""What is said below the lines where no network was measured."""
+
 
 def on_paper(args: argparse.Namespace, setting: Setting) -> list[Forecast]:
     """Returns the forecasts for a link that is only described."""
@@ -107,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
         _show(args, model, measured.found, ranks, where, link_rows(measured), half)
         if line := unsteady(measured.links.probes):
             print(f"\nplan: {line}", file=sys.stderr if args.json else sys.stdout)
+        if len(set(machines)) == 1:
+            print(f"\nplan: {ONE_MACHINE}", file=sys.stderr if args.json else sys.stdout)
     dist.barrier()
     return 0
 

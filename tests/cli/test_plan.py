@@ -215,6 +215,7 @@ def test_two_ranks_measure_and_agree(tmp_path):
 
     _, text, err = first[0]
     assert err.count("plan: link: all-") == 3  # progress
+    assert "plan: all ranks are on one machine" in err
     raw = json.loads(text)
     by_name = {f["name"]: f for f in raw["forecast"]}
     assert [*by_name] == ["dense, float32", "dense, fp16", "dgc 1 %", "dgc 0.1 %"]
