@@ -241,8 +241,8 @@ def tell(
     draw({TASK: effects}, "DGC - dense without the factor", False, folder / "interactions.png")
     about = (
         f"Test accuracy in % at the end: {WORKERS} workers simulated in one process, seeds {seeds[0]} to {seeds[-1]}, "
-        f"warm-up over the first tenth. One of {len(effects)} intervals of 95 % leaves out 0 by chance in "
-        f"{1 - 0.95 ** len(effects):.0%} of such tables.".replace("%.", " %.").replace("% of", " % of")
+        f"warm-up over the first tenth. Where nothing interacts, one of {len(effects)} intervals at least leaves out "
+        f"0 by chance in up to {100 * (1 - 0.95 ** len(effects)):.0f} % of such tables."
     )
     publish("interactions", about, tables, {TASK: found, f"{TASK}, interactions": effects}, records, folder)
 

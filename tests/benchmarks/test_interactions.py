@@ -208,7 +208,8 @@ def test_the_report_says_what_interacts(tmp_path):
     lines = (tmp_path / "interactions.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
     words = {row[0]: (row[2], row[4]) for row in rows[1:4]}
-    # channels_last: costs 0, -0.2, -0.1 for -0.1, -0.2, -0.1; and with EMA -1.9, -2.1, -2.1 for -2, -2.1, -2.
-    assert words == {A: ("+0.03", "no sign of it"), B: ("-1.90", "interacts"), "all": ("-1.90", "interacts")}
+    # Costs: -0.1, -0.2, -0.1 of none; 0, -0.2, -0.1 of channels_last; -2, -2.1, -2 of EMA; -1.9, -2.1, -2.1 of both.
+    # channels_last, the mean of alone and beside EMA: 0.1, 0, -0.05. EMA likewise: -1.9, -1.9, -1.95.
+    assert words == {A: ("+0.02", "no sign of it"), B: ("-1.92", "interacts"), "all": ("-1.90", "interacts")}
     assert rows[5][:4] == [none, "97.20", "97.07", "-0.13"]
     assert (tmp_path / "interactions.png").stat().st_size > 5000
