@@ -18,11 +18,15 @@ from .checks import bytes_a_second, check_arguments, check_memory
 from .cost import Cluster, Link, speeds_of
 from .forecast import (
     HALF,
+    WORTH,
     Forecast,
+    advice,
+    best_dense,
     forecasts,
     lines,
     local_steps,
     recommended,
+    undecided,
 )
 from .links import half_of_backend, unsteady
 from .measuring import Measured, Setting, measure, times
@@ -136,12 +140,14 @@ def _show(
 ) -> None:
     """Prints tables, the picture's name, and the lines to paste."""
     found = [replace(f, name=f.name.replace(HALF, half)) for f in found]
-    chosen = recommended(found)
-    text = lines(chosen, args.steps, half)
+    chosen, dense = recommended(found), best_dense(found)
+    auto = undecided(found, chosen)
+    text, further = lines(chosen, args.steps, half, dense if auto else None), advice(chosen, auto)
     if args.picture:
         report.draw(args.picture, f"{model.name}, {model.parameters / 1e6:.1f}M parameters, {where}", found, chosen)
     if args.json:
-        print(json.dumps({**report.as_json(found, chosen), "links": links, "lines": text, "where": where}, indent=1))
+        said = {**report.as_json(found, chosen), "links": links, "lines": text, "advice": further, "where": where}
+        print(json.dumps(said, indent=1))
         return
     print(f"\n{model.name}: {len(model.shapes)} parameters, {model.parameters:,} elements; {where}\n")
     if links:
@@ -151,9 +157,13 @@ def _show(
     )
     if args.picture:
         print(f"\npicture: {args.picture}")
-    best = min((f for f in found if f.density is None), key=lambda f: f.seconds)
-    if chosen.density is None:
+    if auto:
+        error = f"{100 * (WORTH - 1):.0f} %"
+        print(f"\n{chosen.name} and {dense.name} are within {error}, and no forecast is exacter. Let the run decide:\n")
+    elif chosen.density is None:
         print(f"\n{chosen.name} is as fast as DGC here, or faster, and loses nothing. Take:\n")
     else:
-        print(f"\n{chosen.name}: {best.seconds / chosen.seconds:.1f} times as fast as {best.name}. Take:\n")
+        print(f"\n{chosen.name}: {dense.seconds / chosen.seconds:.1f} times as fast as {dense.name}. Take:\n")
     print("\n".join(f"    {line}" if line else "" for line in text.split("\n")))
+    if further:
+        print(f"\n{further}")
