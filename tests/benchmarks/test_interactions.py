@@ -82,7 +82,7 @@ def test_channels_last_is_the_layout_of_weights_gradients_and_what_waits():
     slot = run.trainer.states[0].slot(weight)
     assert slot.strides == weight.stride() != torch.empty(weight.shape).stride()
     assert slot.name == "4.weight"
-    assert slot.name not in run.trainer.states[0].dense  # compressed, so that u and v are laid out so too
+    assert slot.name not in run.trainer.states[0].stats.dense  # compressed, so that u and v are laid out so too
 
 
 def test_recomputation_runs_the_forward_pass_twice():
