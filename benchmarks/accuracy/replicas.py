@@ -88,10 +88,14 @@ class Replicated(ABC):
         """Computes each worker's gradients, reduces them and applies the result."""
         for replica, (inputs, targets) in zip(self.replicas, batches, strict=True):
             replica.optimizer.zero_grad()
-            loss_of(replica.network(inputs), targets).backward()
+            self.loss(replica.network, inputs, targets).backward()
         self.reduce()
         for replica in self.replicas:
             replica.optimizer.step()
+
+    def loss(self, network: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Returns the loss of a worker's network on its batch."""
+        return loss_of(network(inputs), targets)
 
     def check(self) -> None:
         """Compares the replicas.
@@ -185,17 +189,20 @@ class DGC(Replicated):
         futures = []
         for replica, state in zip(self.replicas, self.states, strict=True):
             parameters = [*replica.network.parameters()]
-            buffer = torch.cat([g.view(-1) for g in gradients(replica.network)])
+            buffer = torch.empty(sum(p.numel() for p in parameters))
             starts = accumulate((p.numel() for p in parameters), initial=0)
             places = [(0, start) for start, _ in zip(starts, parameters, strict=False)]
             bucket = Gradients([state.slot(p) for p in parameters], [buffer], places)
+            # In the order of memory, which channels_last has changed.
+            inside = [bucket.of(i).as_strided(slot.shape, slot.strides) for i, slot in enumerate(bucket.slots)]
+            torch._foreach_copy_(inside, gradients(replica.network))
             state.begin()
-            futures.append((parameters, bucket, state.reduce(bucket)))
+            futures.append((parameters, inside, state.reduce(bucket)))
             state.end()
-        for parameters, bucket, future in futures:
+        for parameters, averages, future in futures:
             future.wait()
-            for i, parameter in enumerate(parameters):
-                parameter.grad = bucket.of(i).view_as(parameter)
+            for parameter, average in zip(parameters, averages, strict=True):
+                parameter.grad = average
 
 
 def dgc_replicas(network: nn.Module, task: Task) -> list[Replica[DGCOptimizer]]:
