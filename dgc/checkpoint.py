@@ -5,6 +5,9 @@
 
 Both are collectives. Model and optimizer are equal on all ranks and are saved as always. Save them first, so that a
 directory of DGC's shows that the whole step is saved.
+
+dgc.LocalSteps is saved in the same way, in place of its DGCState, with theta_0, the outer optimizer and, in the middle
+of a round, each island's weights. Inner optimizers and buffers differ between islands: each saves its own.
 """
 
 from __future__ import annotations
@@ -24,18 +27,20 @@ from torch import Tensor
 from .checkpoint_reader import Reader, without_process_group
 from .exchange.distributed import DistributedExchange, everyone_of
 from .local import crc32
+from .local_steps import LocalSteps
 from .memory import share as shares
+from .rounds.saved import ROUNDS
 from .state import DGCState
 
 
-def save(state: DGCState, directory: str | Path) -> None:
+def save(state: DGCState | LocalSteps, directory: str | Path) -> None:
     """Writes all ranks' state_dict() to a directory; a collective.
 
     The directory is there only when every rank's part is: until then it is called <directory>.partial. A checkpoint of
     that name is replaced.
 
     Args:
-        state: between step() and the next backward().
+        state: between step() and the next backward(); a LocalSteps where no round is under way.
         directory: for this alone, on a file system that all ranks share.
 
     Raises:
@@ -74,14 +79,15 @@ def save(state: DGCState, directory: str | Path) -> None:
     _raise_on_all(exchange, failure, "save", whole)
 
 
-def load(state: DGCState, directory: str | Path, *, allow_missing_ranks: bool = False) -> None:
+def load(state: DGCState | LocalSteps, directory: str | Path, *, allow_missing_ranks: bool = False) -> None:
     """Continues from a saved checkpoint; a collective. On an error, no rank's state has changed.
 
     On another number of ranks or nodes, or with a model that is divided among ranks in another way, each takes over its
-    part of the saved shares, so that the mean over the ranks stays the same (docs/reliability.md).
+    part of the saved shares, so that the mean over the ranks stays the same (docs/reliability.md). A LocalSteps sets
+    the model's weights too.
 
     Args:
-        state: of the same model and DGCConfig.
+        state: of the same model and DGCConfig; a LocalSteps, of the same outer optimizer too.
         directory: that of save().
         allow_missing_ranks: goes on without ranks whose file is not there, and logs what is lost.
 
@@ -108,7 +114,7 @@ def load(state: DGCState, directory: str | Path, *, allow_missing_ranks: bool = 
 
 
 def _choose(
-    state: DGCState, exchange: DistributedExchange, directory: Path, allow_missing_ranks: bool
+    state: DGCState | LocalSteps, exchange: DistributedExchange, directory: Path, allow_missing_ranks: bool
 ) -> shares.Choice:
     if not directory.is_dir():
         whole = directory.absolute()
@@ -125,10 +131,14 @@ def _choose(
     # Cut in the same way, a rank's own part is enough; else any part may have elements that this rank holds.
     parts = [topology.place] if places == topology.places else range(places)
     state_dicts = [reader.state_dict_of(rank * places + place) for rank in chosen for place in parts]
+    if isinstance(state, DGCState) and any(ROUNDS in one for one in state_dicts):
+        raise ValueError(
+            "expected a DGCState's, got that of a LocalSteps, with theta_0: dgc.checkpoint.load(local, directory)"
+        )
     return state.choose(state_dicts, allow_missing_ranks)
 
 
-def _exchange_of(state: DGCState) -> DistributedExchange:
+def _exchange_of(state: DGCState | LocalSteps) -> DistributedExchange:
     if not isinstance(state.exchange, DistributedExchange):
         raise TypeError(
             "dgc.checkpoint: expected ranks that talk over torch.distributed, got "
@@ -167,13 +177,17 @@ def _raise_on_all(exchange: DistributedExchange, failure: BaseException | None, 
 
 def _entries(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     """Returns a rank's share as tensors alone, by name: DCP would pickle everything else."""
-    kinds = {kind: state_dict[kind] for kind in {"residual": 0, "momentum": 0, **dict.fromkeys(state_dict["kinds"])}}
+    kinds = {kind: named for kind, named in state_dict.items() if _are_tensors(named)}
     tensors = {f"{kind}.{name}": tensor for kind, named in kinds.items() for name, tensor in named.items()}
     about = {key: value for key, value in state_dict.items() if key not in kinds}
     about["version"] = shares.VERSION
     about["crc32"] = {name: crc32(tensor) for name, tensor in tensors.items()}
     tensors["about"] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
     return tensors
+
+
+def _are_tensors(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(tensor, Tensor) for tensor in value.values())
 
 
 def _check_replaceable(whole: Path) -> None:

@@ -14,7 +14,7 @@ theta_0 - theta, and a DGCState reduces it as it reduces any gradient. docs/loca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from .exchange.base import Exchange
 from .local import local
 from .memory.names import by_name
 from .memory.refusals import unwrapped
+from .memory.share import Choice, unwrap, wrap
 from .optim.sgd import SGD
 from .rounds import checks, saved
 from .rounds.rounds import Rounds
@@ -124,6 +125,11 @@ class LocalSteps(Rounds):
         """Says where the run stands."""
         return f"LocalSteps(every {self.every}, round {self.rounds}, step {self.position} of it, {self.state})"
 
+    @property
+    def exchange(self) -> Exchange:
+        """The collectives between islands."""
+        return self.state.exchange
+
     def remove(self) -> None:
         """Removes the hook from the inner optimizer, which then takes its steps alone."""
         self._hook.remove()
@@ -133,25 +139,19 @@ class LocalSteps(Rounds):
     def state_dict(self) -> dict[str, Any]:
         """Returns this island's theta_0, e, outer optimizer and place in the round; each island saves its own.
 
-        Where the weights have left theta_0 it has them too. Tensors are views, not copies. Save the inner
-        optimizer and buffers beside it, of each island, since they differ. torch.load(weights_only=True) reads it back.
+        It is the state_dict() of a DGCState with more in it. Where the weights have left theta_0 it has them too.
+        Tensors are views, not copies. Save the inner optimizer and buffers beside it, of each island, since they
+        differ. torch.load(weights_only=True) reads it back; dgc.checkpoint.save(local, dir) writes those of all.
 
         Raises:
             RuntimeError: a round is under way, as for `delay` steps after it was sent.
         """
         self._check_between("state_dict")
-        return {
-            "version": saved.VERSION,
-            "every": self.every,
-            "rounds": self.rounds,
-            "position": self.position,
-            "start": {name: local(p.detach()) for name, p in self._start.items()},
-            "weights": {name: local(p.detach()) for name, p in self._weights.items()} if self.moved else {},
-            "outer": self.outer.state_dict(),
-            "dgc": self.state.state_dict(),
-        }
+        (share,) = unwrap(self.state.state_dict())
+        weights = self._weights if self.moved else {}
+        beside = saved.entries(self._start, weights, self.outer, self.every, self.rounds, self.position)
+        return wrap({self.exchange.topology.share: {**share, **beside}})
 
-    @torch.no_grad()
     def load_state_dict(
         self, state_dict: Mapping[str, Any] | Iterable[Mapping[str, Any]], *, allow_missing_ranks: bool = False
     ) -> None:
@@ -167,17 +167,29 @@ class LocalSteps(Rounds):
             ValueError: it is of another model or version, islands are missing, or values are damaged.
             RuntimeError: a round is under way.
         """
+        state_dicts = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
+        self.take_up(self.choose([share for one in state_dicts for share in unwrap(one)], allow_missing_ranks))
+
+    def choose(self, parts: Sequence[Mapping[str, Any]], allow_missing_ranks: bool = False) -> Choice:
+        """Returns this island's part of the shares that islands have saved; changes nothing.
+
+        Raises:
+            ValueError, RuntimeError: as load_state_dict().
+        """
         self._check_between("load_state_dict")
-        several = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
-        found = saved.read(several, self._start, self.every)
-        choice = self.state.choose(found.shares, allow_missing_ranks)
-        self.outer.load_state_dict(found.outer)
+        return self.state.choose(saved.read(parts, self._start, self.outer, self.every), allow_missing_ranks)
+
+    @torch.no_grad()
+    def take_up(self, choice: Choice) -> None:
+        """Continues from the shares chosen for this island."""
+        first = choice.parts[0][1]
+        self.outer.load_state_dict(saved.outer_state(first, self._start, self.outer))
         self.state.take_up(choice)
-        topology = self.state.exchange.topology
-        self.rounds, self.position = found.rounds, found.position_of(topology.share, topology.shares)
+        self.rounds = first[saved.ROUNDS]["rounds"]
+        self.position = max(part[saved.ROUNDS]["position"] for _, part in choice.parts)
         for name, start in self._start.items():
-            local(start).copy_(found.start[name])
-            local(self._weights[name]).copy_(found.weights_of(name, topology.share, topology.shares))
+            local(start).copy_(first[saved.THETA_0][name])
+            local(self._weights[name]).copy_(saved.theta(choice, name))
         self._compare_weights = True
 
     def _check_between(self, method: str) -> None:
