@@ -31,7 +31,7 @@ from .memory.names import by_name
 from .memory.refusals import unwrapped
 from .memory.share import Choice, unwrap, wrap
 from .optim.sgd import SGD
-from .rounds import checks, saved
+from .rounds import checks, host, saved
 from .rounds.rounds import Rounds
 from .state import DGCState
 
@@ -53,7 +53,8 @@ class LocalSteps(Rounds):
         theta_0 <- outer(theta_0, mean of all q_r);  theta_r <- theta_0
 
     Of other parameters the whole difference is averaged. Buffers, as BatchNorm's, stay each island's own. The weights
-    of all islands are compared when this is made, which is a collective. Memory: 8 bytes a parameter for theta_0 and e.
+    of all islands are compared when this is made, which is a collective. Memory: 8 bytes a parameter for theta_0 and e,
+    on the model's device or in the host's.
 
     Args:
         model: a plain module; one in DistributedDataParallel whose process group is the island; or one that fully_shard
@@ -71,10 +72,14 @@ class LocalSteps(Rounds):
         process_group: the ranks that exchange: one of each island. None: all ranks, each an island.
         mesh: as DGCState's: islands of several ranks, which divide e and the outer exchange among themselves.
         exchange: as DGCState's.
+        cpu_offload: whether theta_0, e and the outer optimizer are in the host's memory, where rounds are then computed
+            and exchanged, with the same bits. On a GPU the model then needs nothing there but itself; the process group
+            needs a backend for the CPU, as init_process_group("cpu:gloo,cuda:nccl") has it.
 
     Raises:
-        ValueError: weights differ between islands, or every does; a DGC hook is on the model; DDP averages over ranks
-            that are to be islands; or the inner optimizer has other parameters than the model.
+        ValueError: weights differ between islands, or every, delay or cpu_offload does; a DGC hook is on the model; DDP
+            averages over ranks that are to be islands; the inner optimizer has other parameters than the model; or
+            cpu_offload is asked for a model that fully_shard has sharded on a GPU, or without a backend for the CPU.
         TypeError: the inner optimizer is dgc's, or none; or outer is an optimizer.
     """
 
@@ -90,6 +95,7 @@ class LocalSteps(Rounds):
         process_group: dist.ProcessGroup | None = None,
         mesh: DeviceMesh | Literal["auto"] | None = None,
         exchange: Exchange | None = None,
+        cpu_offload: bool = False,
     ) -> None:
         """Checks the arguments, copies the weights and compares them with all islands'; see the class."""
         config = config or SPARSELOCO
@@ -97,8 +103,9 @@ class LocalSteps(Rounds):
         checks.check_arguments(model, inner, config, every, delay)
         weights = by_name(model.named_parameters())
         checks.check_optimizer(inner, weights)
-        # In float32, since a round may move a weight by less than a 16-bit type can say.
-        start = {name: nn.Parameter(p.detach().to(torch.float32, copy=True)) for name, p in weights.items()}
+        if cpu_offload:
+            host.check_weights(weights)
+        start = {name: host.theta_0_of(p, cpu_offload) for name, p in weights.items()}
         if not callable(outer):
             raise TypeError(
                 f"outer: expected a function that makes the outer optimizer, as partial(dgc.SGD, lr=1.0), got "
@@ -116,9 +123,13 @@ class LocalSteps(Rounds):
             late=False,
         )
         checks.check_islands(model, state.exchange)
+        if cpu_offload:
+            host.check_groups(state.exchange)
         state.exchange_in_step()
-        state.exchange.agree({"every": int(every), "delay": int(delay)})
-        super().__init__(model, inner, weights, start, outer_optimizer, state, int(every), int(delay))
+        state.exchange.agree({"every": int(every), "delay": int(delay), "cpu_offload": bool(cpu_offload)})
+        super().__init__(
+            model, inner, weights, start, outer_optimizer, state, int(every), int(delay), on_host=bool(cpu_offload)
+        )
         self._hook = inner.register_step_post_hook(self._stepped)
 
     def __repr__(self) -> str:
