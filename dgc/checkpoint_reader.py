@@ -103,7 +103,7 @@ class Reader(dcp.FileSystemReader):
         kinds: dict[str, dict[str, Tensor]] = {"momentum": {}, "residual": {}}
         for key, tensor in tensors.items():
             kind, name = key.split(".", 1)
-            kinds.setdefault(kind, {})[name] = tensor
+            kinds.setdefault(kind, {})[name] = tensor.float()  # save() may have rounded the residual
         version = about.pop("version", None)
         if version not in (1, shares.VERSION):
             raise ValueError(

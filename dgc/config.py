@@ -38,7 +38,7 @@ class DGCConfig:
 
     warmup_densities: tuple[float, ...] = (0.25, 0.0625, 0.015625, 0.004)
     """Densities of the warm-up's phases, which are equally long, in falling order. Those not above `density` are left
-    out. A phase runs dense where all-gather would carry at least as many bytes as all-reduce."""
+    out. `exchange` says which of them run dense."""
 
     momentum_masking: bool | Literal["auto"] = "auto"
     """Momentum factor masking (section 3.2): u becomes 0 where an entry was sent. Masking keeps stale momentum from
@@ -52,6 +52,22 @@ class DGCConfig:
     clip_norm: float | None = None
     """Local gradient clipping (section 3.2): the gradient norm at which a single worker would clip. Each rank clips its
     own gradient at sqrt(world size) * clip_norm before accumulating it. None: no clipping."""
+
+    min_entries: int = 1
+    """Entries that each compressed parameter sends at least, where it has so many; ranks that divide a parameter divide
+    these too. Larger: less staleness of small parameters, for few bytes. The paper: 1."""
+
+    selection: Literal["parameter", "global"] = "parameter"
+    """How the entries are divided among the parameters. "parameter": each sends the same share, `density` of its own
+    (the paper). "global": as many together, the largest of all of them: the entries move, after every eighth step,
+    to the parameters whose smallest sent value is the largest, so that one threshold comes to hold for all. A parameter
+    keeps `min_entries`. See docs/guide.md, and docs/results.md for what it is worth."""
+
+    exchange: Literal["bytes", "auto"] = "bytes"
+    """Rule by which a whole phase runs dense. "bytes": where all-gather would carry at least as many bytes as
+    all-reduce. "auto": also where dense steps are quicker, by trials of a few steps of both kinds in every phase of 300
+    steps or more and every 2,000 steps or more after that. What waits in the residual stays there until a compressed
+    step. See docs/choosing.md."""
 
     dense_below: int = 16384
     """Number of elements below which a parameter is sent dense. Parameters with fewer than two dimensions always are.
@@ -87,11 +103,17 @@ class DGCConfig:
     not compare. Such changes (clip_grad_norm_, weight decay by hand, noise) act on the few entries that were sent,
     which are sums of many steps, and not on the gradient."""
 
+    check_every: int = 1000
+    """Steps between two comparisons of the ranks' parameters and settings. A rank that differs is named, by a
+    PayloadError on all ranks. Each takes one pass over the parameters, and 8 bytes a parameter on the network. Smaller:
+    what went wrong is found sooner. 0: never. See docs/reliability.md for what it finds, and what it cannot."""
+
     def __post_init__(self) -> None:
         """Checks every field, and stores it in its declared type."""
         wire_type, dense_type = (str(x).removeprefix("torch.") for x in (self.wire_dtype, self.dense_wire_dtype))
-        self._expect("density", _in_unit_interval(self.density), "a number in (0, 1]", float)
-        self._expect("warmup_steps", _is_count(self.warmup_steps), "an integer >= 0", int)
+        self._expect("density", _in_unit_interval(self.density), "a number in (0, 1], such as 0.01 for 1 %", float)
+        self._expect("warmup_steps", _is_count(self.warmup_steps), "an integer >= 0, a number of steps", int)
+        self._expect("check_every", _is_count(self.check_every), "an integer >= 0", int)
         self._expect(
             "warmup_densities",
             isinstance(self.warmup_densities, (tuple, list))
@@ -112,6 +134,9 @@ class DGCConfig:
             "None (null in JSON and YAML) or a finite number > 0",
             float,
         )
+        self._expect("min_entries", _is_count(self.min_entries) and self.min_entries > 0, "an integer >= 1", int)
+        self._expect("selection", _is_one_of(self.selection, "parameter", "global"), '"parameter" or "global"')
+        self._expect("exchange", _is_one_of(self.exchange, "bytes", "auto"), '"bytes" or "auto"')
         self._expect("dense_below", _is_count(self.dense_below), "an integer >= 0", int)
         self._expect(
             "dense_parameters",
@@ -141,6 +166,7 @@ class DGCConfig:
             "warmup_densities": tuple(float(d) for d in self.warmup_densities),
             "residual_decay": float(self.residual_decay),
             "clip_norm": None if self.clip_norm is None else float(self.clip_norm),
+            "min_entries": int(self.min_entries),
             "dense_below": int(self.dense_below),
             "dense_parameters": tuple(self.dense_parameters),
             "wire_dtype": WIRE_DTYPES[wire_type],

@@ -73,7 +73,7 @@ class Door:
         self._group([*parameters.values()][::-1])
         self._order: dict[str, None] | None = {}
         """Names in the order in which gradients have come in the first pass; None once groups go by it."""
-        self._closed = self._in_step = in_step
+        self._closed = self.in_step = in_step
         self._pass: int | None = None
         self._missing: list[set[Tensor]] = []
         self.without: frozenset[str] = frozenset()
@@ -136,7 +136,7 @@ class Door:
 
     def collect(self, exchange: Exchange) -> None:
         """Exchanges the present gradients in place, if step() is to do that and any rank has one other than zero."""
-        if not self._in_step:
+        if not self.in_step:
             return
         if not self._ahead:
             self.send(exchange)
@@ -148,7 +148,7 @@ class Door:
         self._group_of = {p: i for i, group in enumerate(self._groups) for p in group}
 
     def _begin(self) -> None:
-        if self._order and len(self._order) >= len(self._parameters) and not self._in_step:
+        if self._order and len(self._order) >= len(self._parameters) and not self.in_step:
             # As DDP does: after the first pass groups go by the order in which gradients come, that of rank 0.
             (first, *_) = self._state.exchange.everyone(json.dumps([*self._order]))
             self._group([self._parameters[name] for name in json.loads(first)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,23 +13,23 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import ddp, fsdp
+from . import ddp, fsdp, left
 from .door import Door
 from .exchange.distributed import DistributedExchange
 from .optim.convert import convert_back
 from .step import advice
-from .step.saving import Saved
+from .step.changing import Changing
 
 logger = logging.getLogger("dgc")
 
 
-class Registered(Saved):
+class Registered(Changing):
     """A reducer of gradients that is registered on a model, which then passes them on."""
 
     _model: weakref.ref[DistributedDataParallel] | None = None
     _plain: weakref.ref[nn.Module] | None = None
     _door: Door | None = None
-    _unused: frozenset[str] = frozenset()  # parameters of the model that a pass gave no gradient
+    _places: list[tuple[Mapping[str, Any], str, object]] | None = None  # where the model holds its parts
     _wrapped_later = False  # whether it was looked whether DDP has wrapped a plain module since
     follower: ddp.Reducer | None = None
     """The state that was attached to the same DDP module after this one was detached."""
@@ -43,9 +44,9 @@ class Registered(Saved):
             model: a DistributedDataParallel module, or one that fully_shard (FSDP2) has sharded inside the node, with
                 the parameters that the state was made of; once torch.distributed has been initialised again, the new
                 module.
-            in_step: exchanges in the optimizer's step(), what .grad then holds, for any wrapper that leaves gradients
-                unsynchronised there: DDP under no_sync(), a pipeline, a sharding of its own. Nothing overlaps with the
-                backward pass then, and each step() begins with a further small exchange.
+            in_step: exchanges in the optimizer's step(), what .grad then holds: for loops of several backward passes
+                before a step, and for wrappers that leave gradients unsynchronised, as a pipeline. DDP is told to leave
+                them. Nothing overlaps with the backward pass, and each step() begins with a further small exchange.
 
         Raises:
             TypeError: it is neither a DDP module, nor sharded by fully_shard.
@@ -54,6 +55,8 @@ class Registered(Saved):
             RuntimeError: a state_dict was loaded for other ranks than those of DDP's group; or an update is
                 outstanding.
         """
+        if in_step and isinstance(model, DistributedDataParallel):
+            left.register(self, self.bind(model))
         if in_step or fsdp.is_sharded(model):
             self._open(model, in_step).check_weights(self.exchange)
             return
@@ -182,14 +185,12 @@ class Registered(Saved):
             self._wrapped_later = True
             if ddp.holding(known) is not None:
                 raise ValueError(advice.wrapped("DistributedDataParallel has wrapped it since"))
-        # Those that have been replaced get no gradient any more; others may have none either, and are looked at once.
-        without = frozenset(name for name, p in known.items() if p.grad is None)
-        without = (without if self._door is None else without | self._door.without) - self._unused
-        if without:
-            held = {id(p) for p in model.parameters()}
-            if replaced := [name for name in known if name in without and id(known[name]) not in held]:
+        # A tenth of what model.parameters() takes, which has to be asked only where something has moved.
+        if self._places is None or any(held.get(key) is not value for held, key, value in self._places):
+            present = {id(p) for p in model.parameters()}
+            if replaced := [name for name, p in known.items() if id(p) not in present]:
                 raise RuntimeError(advice.replaced(replaced))
-            self._unused = self._unused | without
+            self._places = _places(model)
 
     def bind(self, model: nn.Module) -> DistributedDataParallel:
         """Checks a DDP module, takes its process group, and returns the module.
@@ -221,3 +222,9 @@ class Registered(Saved):
         if self._detached:
             return False
         return self._door is not None or self.model is not None or bool(ddp.registered_on(self))
+
+
+def _places(model: nn.Module) -> list[tuple[Mapping[str, Any], str, object]]:
+    """Returns where a model holds each of its modules and parameters: the dict, the key and the object."""
+    held = [part for module in model.modules() for part in (module._modules, module._parameters)]
+    return [(part, key, value) for part in held for key, value in part.items()]

@@ -16,19 +16,19 @@ from torch.optim.optimizer import Optimizer
 
 from .config import DGCConfig
 from .copied import Copy
-from .doors import Registered
 from .exchange.base import Exchange
 from .exchange.distributed import DistributedExchange
 from .exchange.islands import IslandExchange, nodes_of
 from .memory.parameters import Parameters
 from .ops.codec import Codec, EliasFano
+from .rebind import Rebound, note_saved
 from .stats import Stats
 from .step import advice, log
 from .step.lifecycle import Pass
 from .step.standing import Standing
 
 
-class DGCState(Registered):
+class DGCState(Rebound):
     """Reduces gradients by Deep Gradient Compression, and holds what has not been sent yet.
 
     All ranks compare configuration and parameters before the first exchange: if process_group is given, when the state
@@ -92,9 +92,10 @@ class DGCState(Registered):
         super().__init__(standing, scaler, average, device.type == "cuda" if late is None else late)
         if device.type != "cpu" and exchange.rank == 0:
             log.log_backend(device.type)
+        log.log_masked(parameters.compressed)
         # The optimizer does not own the state, so that a state that the user drops frees its memory at once.
         parameters.rule.attach(self)
-        parameters.optimizer.register_state_dict_post_hook(partial(_note_saved, weakref.ref(self)))
+        parameters.optimizer.register_state_dict_post_hook(partial(note_saved, weakref.ref(self)))
 
     def __repr__(self) -> str:
         """Says what is compressed, and where the run stands."""
@@ -104,6 +105,11 @@ class DGCState(Registered):
             f"{', switched off' if self.dense else ''}, step {self.step}, {self._stats.total_bytes_sent:,} bytes sent, "
             f"rank {exchange.rank} of {exchange.world_size})"
         )
+
+    @property
+    def made_with(self) -> DGCConfig:
+        """The configuration that the state was made with; `config` has the density of set_density()."""
+        return self._standing.made_with
 
     # Figures.
 
@@ -149,11 +155,6 @@ class DGCState(Registered):
     def __deepcopy__(self, memo: dict[int, Any]) -> Copy:
         """Returns an empty Copy: a copy of a model with the hook, as for a weight average, needs no second u and v."""
         return Copy()
-
-
-def _note_saved(state: weakref.ref[DGCState], optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    if (alive := state()) is not None:
-        alive.note_saved_optimizer()
 
 
 def _exchange(

@@ -2,7 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The exchange that DGCConfig.exchange "auto" has chosen for a phase, with the figures of its last trial."""
+
+    density: float
+    """Density of the phase."""
+    rows: int
+    """Number of payloads that are gathered."""
+    dense: bool
+    """Whether its steps are dense."""
+    dense_ms: float
+    """Milliseconds of a dense step."""
+    sparse_ms: float
+    """Milliseconds of a step that compresses."""
+    step: int
+    """Step at which it was chosen."""
+    again: int
+    """Step at which the next trial begins."""
+
+    @classmethod
+    def of(cls, saved: object) -> Choice:
+        """Returns a saved choice.
+
+        Raises:
+            ValueError: a value is missing or wrong.
+        """
+        values: Mapping[str, Any] = saved if isinstance(saved, Mapping) else {}
+        types: dict[str, type] = {"dense": bool, "rows": int, "step": int, "again": int}
+        typed = all(type(value) is types.get(name, float) for name, value in values.items())
+        complete = values.keys() == {one.name for one in fields(cls)}
+        good = complete and typed and all(0 <= value < math.inf for value in values.values())
+        if not good:
+            raise ValueError(f"state_dict['choices']: expected what \"auto\" has chosen by density, got {saved!r:.200}")
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -27,12 +66,29 @@ class Stats:
     compression_ratio: float = 1.0
     """The paper's ratio: bytes of the whole gradient over bytes of one payload and the dense gradients. It counts one
     payload sent, not the N-1 received; for the traffic compare bytes_received with bytes_dense."""
+    entries: dict[str, int] = field(default_factory=dict)
+    """Entries that this rank sent of each compressed parameter: k."""
     dense: dict[str, str] = field(default_factory=dict)
     """Parameters that were not compressed, with the reason."""
     total_bytes_sent: int = 0
     """Bytes sent since the state was made, warm-up included."""
+    forgotten: int = 0
+    """Entries that forget() and mask() have dropped on this rank since the state was made."""
     skipped: int = 0
     """Backward passes that were left out: non-finite, or discarded."""
+    choice: Choice | None = None
+    """What DGCConfig.exchange "auto" has chosen for this phase; None without it, or before its first trial is over."""
+
+    def scalars(self) -> dict[str, float]:
+        """Returns every figure but `choice` by its name, as TensorBoard and Weights & Biases take them.
+
+        They are plain numbers that the host has already, so nothing is copied, and no GPU is waited for. `entries` is
+        the number of entries that this rank sent of all parameters together, `dense` that of the parameters that were
+        not compressed.
+        """
+        values = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "choice"}
+        values |= {"entries": sum(self.entries.values()), "dense": len(self.dense)}
+        return {name: float(value) for name, value in values.items()}
 
 
 def traffic(payload_bytes: int, dense_bytes: int, world_size: int) -> int:

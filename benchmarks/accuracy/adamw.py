@@ -21,7 +21,7 @@ from benchmarks.harness import RESULTS, Table
 from .adam_variants import DENSE_BELOW, WARMUP, DenseAdamW
 from .compare import HEADERS, Difference, draw, publish, reaches, table
 from .replicas import DGC, WORKERS, train
-from .runs import Record, Run, gather, options
+from .runs import Record, Run, gather, options, told
 from .tasks import TASKS, Task
 from .traffic import share_of_dense, shown
 
@@ -63,7 +63,7 @@ def plan(tasks: Sequence[str], seeds: int, steps: int | None) -> list[Run]:
             task = TASKS[name]
             length = steps or task.steps
             runs += [
-                Run(name, method, seed, length, f"{task.recipe}, {config(method, task, length)}")
+                Run(name, method, seed, length, f"{task.recipe}, {told(config(method, task, length))}")
                 for method in OF_TASK.get(name, METHODS)
             ]
     return runs

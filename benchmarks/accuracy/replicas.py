@@ -114,7 +114,7 @@ def train(task: Task, make: Callable[[nn.Module, Task], Trainer], seed: int, ste
     trainer = make(task.network(), task)
     schedules = [schedule_of(task, optimizer, steps) for optimizer in trainer.optimizers]
     found = []
-    for step, batches in enumerate(_batches(task, seed, steps), start=1):
+    for step, batches in enumerate(batches_of(task, seed, steps), start=1):
         trainer.learn(batches)
         for schedule in schedules:
             schedule.step()
@@ -124,11 +124,11 @@ def train(task: Task, make: Callable[[nn.Module, Task], Trainer], seed: int, ste
     return found
 
 
-def _batches(task: Task, seed: int, steps: int) -> Iterator[list[Batch]]:
+def batches_of(task: Task, seed: int, steps: int, workers: int = WORKERS) -> Iterator[list[Batch]]:
     """Yields each worker's samples, for each step: passes over all samples in an order of their own."""
     data = task.load()
     generator = torch.Generator().manual_seed(seed)
-    each, order = WORKERS * task.batch_size, torch.empty(0, dtype=torch.int64)
+    each, order = workers * task.batch_size, torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
         if len(order) < each:
             order = torch.randperm(len(data.inputs), generator=generator)
@@ -200,10 +200,11 @@ class DGC(Replicated):
 
 def dgc_replicas(network: nn.Module, task: Task) -> list[Replica[DGCOptimizer]]:
     """Returns replicas with dgc.SGD or dgc.AdamW."""
-    return [Replica(replica, _dgc_optimizer(replica.parameters(), task)) for replica in copies_of(network)]
+    return [Replica(replica, dgc_optimizer(replica.parameters(), task)) for replica in copies_of(network)]
 
 
-def _dgc_optimizer(parameters: Iterable[nn.Parameter], task: Task) -> DGCOptimizer:
+def dgc_optimizer(parameters: Iterable[nn.Parameter], task: Task) -> DGCOptimizer:
+    """Returns dgc.SGD or dgc.AdamW, with the task's recipe."""
     if task.optimizer == "AdamW":
         adamw: DGCOptimizer = dgc.AdamW(
             parameters, lr=task.lr, betas=task.betas, eps=task.eps, weight_decay=task.weight_decay

@@ -33,7 +33,7 @@ def share_of_dense(network: nn.Module, config: dgc.DGCConfig, steps: int, worker
 
     Args:
         network: of which only the shapes are used.
-        config: of which density, warm-up, dense_below and wire_dtype are used.
+        config: of which density, warm-up, min_entries, dense_below and wire_dtype are used.
         steps: of the run.
         workers: that send a payload each.
     """
@@ -58,6 +58,7 @@ def payload_bytes(numels: Sequence[int], density: float, config: dgc.DGCConfig) 
     """Returns the bytes of a payload of tensors with these numbers of elements."""
     begins = accumulate(numels, initial=0)
     rows = [
-        Segment(0, begin, begin, numel, entries(density, numel)) for begin, numel in zip(begins, numels, strict=False)
+        Segment(0, begin, begin, numel, entries(density, numel, config.min_entries))
+        for begin, numel in zip(begins, numels, strict=False)
     ]
     return EliasFano(config.wire_dtype).nbytes(Segments.from_rows(rows))

@@ -21,7 +21,8 @@ Bytes are those of Ethernet frames that leave a rank, counted by the kernel arou
 acknowledgements for what it receives among them; `stats` is what dgc's state.stats.bytes_sent says of tensors alone.
 
 --only names some of the competitors, no_sync and dgc among them: beside fewer others in one process each is faster.
-"dgc door" is dgc on a module without DDP, and takes part only so.
+"dgc door" is dgc on a module without DDP, "dgc auto" dgc with exchange="auto", which chooses anew at each rate, by
+steps of its own before the timed ones. Both take part only so.
 
 With --nodes, two nodes of two ranks and so on, a namespace is a node's. Its ranks share the one limited link and reach
 each other over the loopback; the rates are 1 Gbit/s, 100 Mbit/s and `open`, a limit of 100 Gbit/s that nothing here
@@ -53,7 +54,7 @@ from tqdm import tqdm
 from benchmarks import architectures
 from benchmarks.harness import keep_freed_memory
 
-from .competitors import DOOR, NAMES, WARM_UP, Competitor, competitor
+from .competitors import AUTO, DOOR, NAMES, WARM_UP, Competitor, competitor
 from .links import namespaces
 from .links.meter import OPEN, bytes_a_step, limit_of, reached, slowest, timed
 from .links.report import report
@@ -150,6 +151,9 @@ def worker(
             if link:
                 link.limit(limit_of(rate), args.latency)
             dist.barrier()
+        for c in competitors:
+            c.settle()
+        if limited:
             result["bytes"] = result["bytes"] or {c.name: bytes_a_step(link, c.step, links) for c in competitors}
             result["reached"][rate] = reached(link, rate)
         result["rates"][rate] = measure(competitors, args.seconds)
@@ -198,7 +202,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS))
     parser.add_argument("--nodes", nargs="*", help="nodes by ranks of a node, in place of --ranks; default 2x2 2x4")
     parser.add_argument("--models", nargs="+", choices=[*MODELS, "tiny"])
-    parser.add_argument("--only", nargs="+", choices=[*NAMES, DOOR], default=list(NAMES), help="of the competitors")
+    parser.add_argument(
+        "--only", nargs="+", choices=[*NAMES, DOOR, AUTO], default=list(NAMES), help="of the competitors"
+    )
     parser.add_argument("--seconds", type=float, default=20, help="for the timed steps of a setting, about")
     parser.add_argument("--latency", type=float, default=0, help="ms in each direction; needs netem in the kernel")
     parser.add_argument("--out", help="name under results/; default: network if all settings run, else nothing")

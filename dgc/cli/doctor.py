@@ -73,22 +73,20 @@ def compilers() -> list[Finding]:
 
 def kernels() -> list[Finding]:
     """Returns what runs the ops on each device."""
-    install = "install g++, then: pip install --no-build-isolation --force-reinstall --no-deps ."
+    install = "install g++, then: pip install --force-reinstall --no-deps ."
     cpu = dgc.backend("cpu")
     slow = f"the kernels were not built, and plain PyTorch is many times slower: {install}" if cpu != "native" else ""
     found = [Finding("kernels, CPU", cpu, slow)]
     if not torch.cuda.is_available():
-        return [*found, Finding("GPUs", f"none that torch sees (built for CUDA {torch.version.cuda})")]
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        return [*found, Finding("GPUs", f"none that torch sees, which is {built}")]
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
         memory = torch.cuda.get_device_properties(i).total_memory
         text = f"{torch.cuda.get_device_name(i)}, capability {major}.{minor}, {memory / 2**30:.0f} GiB"
         found.append(Finding(f"GPU {i}", text))
     gpu = dgc.backend("cuda")
-    slow = (
-        "no CUDA kernels, and plain PyTorch is slower: with nvcc, pip install --no-build-isolation .; without, "
-        "pip install --no-build-isolation '.[cupy]'"
-    )
+    slow = "no CUDA kernels, and plain PyTorch is slower: with nvcc, pip install .; without, pip install '.[cupy]'"
     nccl = torch.cuda.nccl.version() if dist.is_nccl_available() else None
     without = "torch was built without NCCL, which DDP on GPUs wants: install torch from its own index"
     return [

@@ -77,8 +77,8 @@ def measure(setting: Setting, device: torch.device, places: int, say: Callable[[
             name = way if isinstance(way, str) else f"dgc {100 * way:g} %"
             say(f"step without network, {turn + 1} of {PASSES}: {name}")
             rehearsal.rehearse(way, left / len(ways) / PASSES)
-        [took] = slowest([time.monotonic() - turned])
-        if took > 0.75 * left:  # long steps: the fewest of them have taken the time of all turns
+        [share] = slowest([(time.monotonic() - turned) / left])
+        if share > 0.75:  # long steps: the fewest of them have taken the time of all turns
             break
     rehearsed = rehearsal.found
     say("link: again")

@@ -165,7 +165,7 @@ class Rehearsal:
 
         Args:
             way: of exchanging.
-            seconds: for warming up and measuring; some steps are taken in any case.
+            seconds: for warming up and measuring; some steps are taken in any case. The longest of all ranks counts.
         """
         marks: list[Mark] = []
         hook = _Hook(marks, [], self._device, self._ranks)
@@ -200,7 +200,9 @@ class Rehearsal:
             ) from error
         for _ in range(WARM_UP):
             [one] = slowest([timed(step)])
-        count = min(max(int(seconds / one) - WARM_UP - 1, FEWEST), MOST)
+        # Each rank has looked at its own clock: the number of steps, which are collectives, is agreed upon here.
+        [wanted] = slowest([seconds / one])
+        count = min(max(int(wanted) - WARM_UP - 1, FEWEST), MOST)
         own: list[float] = []
         for _ in range(count):
             marks.clear()

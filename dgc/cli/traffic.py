@@ -16,7 +16,7 @@ from dgc.ops import Segments
 from dgc.ops.codec import EliasFano
 from dgc.optim.base import MASKED_BELOW
 from dgc.step.phase import phase_at
-from dgc.step.schedule import entries
+from dgc.step.schedule import entries, least_entries
 
 from .shapes import Shapes
 
@@ -70,14 +70,18 @@ def dgc_traffic(buckets: Sequence[Shapes], workers: int, config: DGCConfig) -> l
         never,
         rows=workers,
         entry_bytes=codec.entry_bytes(config.density),
-        switched_off=False,
+        whole="",
         divided=False,
         masked_below=MASKED_BELOW,
     )
     found = []
     for bucket in buckets:
         numel = {name: math.prod(shape) for name, shape in bucket.items()}
-        rows = [(0, 0, 0, n, entries(phase.density, n)) for name, n in numel.items() if name not in phase.dense]
+        rows = [
+            (0, 0, 0, n, entries(phase.density, n, least_entries(config, n, n)))
+            for name, n in numel.items()
+            if name not in phase.dense
+        ]
         payload = codec.nbytes(Segments.from_rows(rows)) if rows else 0
         compressed = sum(row[3] for row in rows)
         dense = config.dense_wire_dtype.itemsize * (sum(numel.values()) - compressed)
@@ -101,8 +105,10 @@ def node_traffic(buckets: Sequence[Shapes], places: int, config: DGCConfig) -> l
             parts = []
             for shape in compressed:
                 first, last = rows_of(shape[0], place, places)
-                parts.append((last - first) * math.prod(shape[1:]))
-            rows = [(0, 0, 0, n, entries(config.density, n)) for n in parts if n]
+                parts.append(((last - first) * math.prod(shape[1:]), math.prod(shape)))
+            rows = [
+                (0, 0, 0, n, entries(config.density, n, least_entries(config, n, whole))) for n, whole in parts if n
+            ]
             payload += EliasFano(config.wire_dtype).nbytes(Segments.from_rows(rows)) if rows else 0
             sent += sum(row[4] for row in rows)
         dense = config.dense_wire_dtype.itemsize * (sum(map(math.prod, bucket.values())) - elements)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -99,7 +99,9 @@ def regroup(exchange: Exchange, memory: Memory, mine: Share | None, averages: Co
         )
         if lost := sorted(set(range(before)) - {share.rank for share in survivors.values()}):
             log_lost(lost, before)
-    return one
+    # Ranks that hold the model together have k's of their own.
+    entries = next((s.entries for s in survivors.values() if s.place == topology.place), [])
+    return replace(one, entries=entries)
 
 
 def _average(exchange: Exchange, memory: Memory, survivor: bool, survivors: int, kinds: Sequence[str]) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
+
+from dgc import stats
 
 from . import pieces
 from .memory import Memory
+from .weights import taken, weights
 
 logger = logging.getLogger("dgc")
 
@@ -38,6 +41,11 @@ class Share:
     """Number of this part of the share, where the ranks of a node hold the model together."""
     places: int = 1
     """Number of parts of each share."""
+    entries: list[int] = field(default_factory=list)
+    """k of each parameter that may be compressed, in their order, where DGCConfig.selection is "global"; else empty.
+    Equal on all ranks that hold the same part."""
+    choices: list[dict[str, Any]] = field(default_factory=list)
+    """The fields of each Choice that DGCConfig.exchange "auto" has made."""
 
     @classmethod
     def of(cls, state_dict: Mapping[str, Any]) -> Share:
@@ -78,6 +86,8 @@ class Share:
             [kind for kind in kinds if state_dict[kind]],
             None if density is None else float(check("density", good, "None or a number in (0, 1]")),
             *_place(state_dict),
+            _entries(state_dict),
+            _choices(state_dict.get("choices", [])),
         )
 
 
@@ -88,6 +98,20 @@ def _place(state_dict: Mapping[str, Any]) -> tuple[int, int]:
         raise ValueError(f"state_dict['place']: expected one of {places!r:.20} places, got {place!r:.20}")
     pieces.check(state_dict.get("pieces", {}))
     return place, places
+
+
+def _entries(state_dict: Mapping[str, Any]) -> list[int]:
+    """Reads the k's, which earlier versions did not save."""
+    ks = state_dict.get("entries", [])
+    if not (isinstance(ks, (list, tuple)) and all(type(k) is int and 0 <= k < 2**47 for k in ks)):
+        raise ValueError(f"state_dict['entries']: expected a number of entries for each parameter, got {ks!r:.100}")
+    return list(ks)
+
+
+def _choices(saved: object) -> list[dict[str, Any]]:
+    if not isinstance(saved, (list, tuple)):
+        raise ValueError(f"state_dict['choices']: expected a list, got {saved!r:.100}")
+    return [asdict(stats.Choice.of(one)) for one in saved]
 
 
 def _strings(value: object) -> bool:
@@ -102,7 +126,12 @@ def differences(shares: Mapping[str, Share]) -> str:
     """
     shares = dict(zip(shares, united([*shares.values()]), strict=True))
     one = next(iter(shares.values()))
-    if all({**asdict(share), "rank": one.rank, "place": one.place} == asdict(one) for share in shares.values()):
+    first = {share.place: share for share in reversed(shares.values())}  # parts have entries of their own
+    if all(
+        replace(share, rank=one.rank, place=one.place, entries=one.entries) == one
+        and share.entries == first[share.place].entries
+        for share in shares.values()
+    ):
         return ""
     return "; ".join(
         f"{what} was rank {share.rank} of {share.world_size} at step {share.step}" for what, share in shares.items()
@@ -160,41 +189,6 @@ def unwrap(state_dict: object) -> list[Mapping[str, Any]]:
         if isinstance(share, Mapping) and _key(share) != str(name):
             raise ValueError(f"state_dict['ranks'][{name!r}]: expected the share of that rank, got {_key(share):.100}")
     return list(ranks.values())
-
-
-def weights(rank: int, world_size: int, before: int) -> dict[int, float]:
-    """Returns the weights with which a rank takes over the shares of another group; proof in docs/reliability.md.
-
-    The M old shares are the unit intervals [s, s+1) of a line, which is divided anew into N equal intervals, one for
-    each new rank. Rank r gets share s with the weight (N/M) * |[rM/N, (r+1)M/N) intersected with [s, s+1)|. Each rank's
-    weights add up to 1 and each share's to N/M, so the mean over the ranks stays the same. With N = M each rank gets
-    its own share.
-
-    Args:
-        rank: r, in the new group.
-        world_size: N, the size of the new group.
-        before: M, the size of the old group.
-
-    Returns:
-        Weights by s, without those that are 0.
-    """
-    begin, end = rank * before, (rank + 1) * before
-    pieces = range(begin // world_size, -(-end // world_size))
-    return {s: (min(end, (s + 1) * world_size) - max(begin, s * world_size)) / before for s in pieces}
-
-
-def taken(rank: int, world_size: int, before: int, there: Iterable[int]) -> list[int]:
-    """Returns the shares that a rank reads, among those that can be read, in their order.
-
-    Args:
-        rank: this process's present share.
-        world_size: present number of shares.
-        before: number of shares when they were saved.
-        there: the shares that can be read.
-    """
-    wanted = weights(rank, world_size, before)
-    # Where all are missing, any share supplies the momentum that is equal on all ranks.
-    return sorted(wanted.keys() & set(there)) or sorted(there)[:1]
 
 
 class Choice(NamedTuple):

@@ -164,6 +164,11 @@ class Segments:
         return torch.repeat_interleave(torch.arange(len(self), dtype=torch.int64, device="cpu"), self.tiles)
 
     @cached_property
+    def segment_of_entry(self) -> Tensor:
+        """The parameter that each entry belongs to: int64 [entries]."""
+        return torch.repeat_interleave(torch.arange(len(self), dtype=torch.int64, device="cpu"), self.entries)
+
+    @cached_property
     def tile_begin(self) -> Tensor:
         """The first element of each tile, counted in its parameter: int64 [tiles]."""
         tile = torch.arange(self.n_tiles, dtype=torch.int64, device="cpu")

@@ -42,7 +42,10 @@ STATUS = {
 
 
 class PayloadError(RuntimeError):
-    """Bytes from another rank that cannot be what this rank's peers should have sent. Nothing of them was used."""
+    """Bytes from another rank that cannot be what this rank's peers should have sent, or that show other replicas.
+
+    Nothing of them was used.
+    """
 
 
 def div_up(a: int, b: int) -> int:

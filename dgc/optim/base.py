@@ -103,10 +103,7 @@ class Rule(ABC):
 
     @property
     def masked(self) -> tuple[str, ...]:
-        """The kinds that become 0 where an entry is sent, in steps that mask (paper, section 3.2).
-
-        An op masks the first kind, a momentum. A rule in plain PyTorch may name any.
-        """
+        """The kinds that become 0 where an entry is sent (section 3.2): an op's first, or any of a rule without one."""
         return self.kept[:1] if self.fused else self.kept
 
     @property
@@ -183,6 +180,10 @@ class Rule(ABC):
 
     def added(self) -> dict[Tensor, dict[str, Tensor]]:
         """Removes what the optimizer keeps beside the rule's tensors and adds to them, by parameter and kind."""
+        return {}
+
+    def beside(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Returns what the optimizer keeps of a parameter in its own state, and moves it by in later steps."""
         return {}
 
     @property

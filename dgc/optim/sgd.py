@@ -79,6 +79,11 @@ class MomentumCorrection(Own):
         """Whether there is momentum."""
         return bool(self.kept)
 
+    def beside(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Returns the momentum of weight decay, where there is one."""
+        u = self.optimizer.state.get(parameter, {}).get("decay_momentum")
+        return {} if u is None or u.shape != parameter.shape else {"decay_momentum": u}
+
     def brought(self) -> dict[Tensor, dict[str, Tensor]]:
         """Removes the momentum of a dense run, and returns it; see SGD.take_momentum."""
         return {p: {MOMENTUM: buffer} for p, buffer in self.optimizer.take_momentum().items()}

@@ -41,6 +41,11 @@ def check_arguments(model: nn.Module, inner: Optimizer, config: DGCConfig, every
             f"clip_norm: expected None for LocalSteps, got {config.clip_norm}: it would clip the way of a whole round. "
             "Clip gradients in the loop, by torch.nn.utils.clip_grad_norm_ before the inner step()"
         )
+    if config.exchange == "auto":
+        raise ValueError(
+            'exchange: expected "bytes" for LocalSteps, got "auto": rounds are few, and mostly local steps, so that '
+            "timing them says little"
+        )
     refuse_dgc(model)
 
 

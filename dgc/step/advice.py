@@ -27,8 +27,12 @@ def second_pass() -> str:
     """Says that a backward pass, of this module or another, came where step() was expected."""
     return (
         "DGCState: expected optimizer.step() after the last backward pass, got another backward pass. The ways on:\n"
-        "To accumulate over several passes, run all but the last without exchange (Horovod: "
-        f"backward_passes_per_step; FSDP2: state.no_sync(), or set_requires_gradient_sync(False)):\n{NO_SYNC}\n"
+        "Where the loop has several passes before each step (a loss by parts, a GAN, accumulation), exchange their sum "
+        "in step(), on a DDP module that is wrapped anew; the loop stays as it is:\n"
+        "    state.register(model, in_step=True)  # in place of state.register(model)\n"
+        "Or, so that the exchange overlaps with the last pass, run all but that one without exchange (Horovod: "
+        "backward_passes_per_step; FSDP2: state.no_sync(), or set_requires_gradient_sync(False); without DDP: "
+        f"optimizer.dgc.no_sync()):\n{NO_SYNC}\n"
         "Where this model's own gradients are not wanted, as a GAN's discriminator's in the generator's step, run that "
         "pass without its exchange, in the same way, and call zero_grad() as always.\n"
         "To leave an update out on purpose, make the state with DGCConfig(droppable=True) and, in place of step(), "
@@ -190,6 +194,23 @@ def no_dense() -> str:
     )
 
 
+def no_masks() -> str:
+    """Says that weights cannot be masked where the ranks of a node divide memory."""
+    return (
+        "DGCState.mask: expected ranks that each keep momentum and residual of the whole model, or FSDP2's shards, got "
+        "ranks of a node that divide them (mesh=). Leave mesh out; state.forget() works there"
+    )
+
+
+def no_auto() -> str:
+    """Says that dense steps cannot be tried where the ranks of a node divide memory."""
+    return (
+        'exchange: expected "bytes" where the ranks of a node divide momentum and residual (mesh=), got "auto": no '
+        "rank has the momentum that a dense step needs, so there is nothing to choose. Leave mesh out, or shard the "
+        "model by fully_shard"
+    )
+
+
 def dense_in_16_bits(dtype: torch.dtype) -> str:
     """Says that dense gradients travel in float32 where nodes are the workers under DDP."""
     return (
@@ -235,8 +256,8 @@ def replaced(which: Sequence[str]) -> str:
     return (
         f"DGCState: expected the model to have the parameters that the optimizer holds, got others for {names(which)}, "
         "which have been replaced since: by load_state_dict(assign=True), an assignment, or a swap of weights. Nobody "
-        "would train the new ones. Replace them first, and make optimizer and DGCState after; or copy values into the "
-        "old ones, load_state_dict() without assign"
+        "would train the new ones. state.rebind(model) goes on with them, with what was accumulated; or copy values "
+        "into the old ones, load_state_dict() without assign"
     )
 
 

@@ -18,6 +18,7 @@ from dgc.memory.slots import Gradients
 from dgc.ops.codec import Codec
 from dgc.ops.wire import PayloadError
 
+from .allotment import EVERY
 from .dense import NOT_FINITE, Dense
 from .probes import Probes
 from .sparse import Member, Sparse
@@ -53,6 +54,7 @@ class Bucket:
         name: the name of its first parameter, equal on all ranks and unique among the model's buckets.
         sparse: the compressed half; None without compressed parameters.
         dense: the dense half; None without dense parameters.
+        evidence: of the last pass, int64 [3, compressed parameters] on the host; None where no k changes by it.
         report: int32 [rows + 1] on the device, the findings of the last pass: the status of each payload, then a number
             whose bits say which averages are not finite.
     """
@@ -61,6 +63,7 @@ class Bucket:
         self,
         gradients: Gradients,
         entries: Sequence[int | None],
+        alive: Sequence[int],
         parameters: Parameters,
         memory: Memory,
         exchange: Exchange,
@@ -73,6 +76,7 @@ class Bucket:
         Args:
             gradients: the bucket, of which only sizes and places are used.
             entries: k of each slot; None where it is dense.
+            alive: number of elements of each slot that are not masked.
             parameters: for the optimizer's rule, and its factors for each parameter.
             memory: v, and the rule's tensors.
             exchange: the collectives.
@@ -84,8 +88,8 @@ class Bucket:
         self._parameters, self._memory, self._exchange = parameters, memory, exchange
         topology = exchange.topology
         members = [
-            Member(slot, index, k)
-            for index, (slot, k) in enumerate(zip(gradients.slots, entries, strict=True))
+            Member(slot, index, k, n)
+            for index, (slot, k, n) in enumerate(zip(gradients.slots, entries, alive, strict=True))
             if k is not None
         ]
         self.sparse: Sparse | None = None
@@ -106,6 +110,8 @@ class Bucket:
         self.dense: Dense | None = None
         if dense:
             self.dense = Dense(gradients, dense, memory, exchange.reducible, config.dense_wire_dtype)
+        self._one_selection = config.selection == "global"
+        self.evidence: Tensor | None = None
         device = gradients.buffers[0].device
         self.report = torch.zeros(topology.rows + 1, dtype=torch.int32, device=device)
 
@@ -158,6 +164,8 @@ class Bucket:
             self.sparse.decompress(gradients, context.loss_scale, self.report)
             if not late:
                 self.sparse.findings(self.report[:-1].tolist())
+            looks = self._one_selection and context.step % EVERY == EVERY - 1
+            self.evidence = self.sparse.look() if looks else None
             self.sparse.restore_unused(self._memory)
         if self.dense is not None:
             self.dense.store(gradients, self._memory, context.loss_scale, self.report[-1:])

@@ -190,14 +190,14 @@ class Claims:
             for bucket in last.buckets:
                 bucket.uncount(verdict.zeroed)  # the device has dropped their pass
         if not found:
+            self._standing.layouts.learn(last.buckets)
             if self._late:
                 if verdict.zeroed and not self._standing.config.droppable:
                     raise RuntimeError(advice.thrown_away(verdict.zeroed))
                 self._look_at_changes(verdict.changed)
             return True
-        if shadow or not self._late:
-            for bucket in last.buckets:
-                bucket.restore()
+        for bucket in last.buckets if shadow or not self._late else ():
+            bucket.restore()
         self._take_off_the_count()
         if shadow:
             return False
@@ -287,6 +287,7 @@ class Claims:
             steps=standing.step,
             total_bytes_sent=self._total_bytes,
             skipped=skipped,
+            choice=standing.choice,
         )
 
     def _tell(self, what: str, message: str, everywhere: bool = False, stacklevel: int = 4) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from dgc.exchange.base import Topology
 from dgc.memory.slots import Slot
-from dgc.stats import Stats, traffic
+from dgc.stats import Choice, Stats, traffic
 
 from .bucket import Bucket
 from .phase import Phase
@@ -28,6 +28,7 @@ def count(
     steps: int,
     total_bytes_sent: int,
     skipped: int,
+    choice: Choice | None,
 ) -> Stats:
     """Returns the figures of a backward pass.
 
@@ -40,6 +41,7 @@ def count(
         steps: passes so far, without skipped ones.
         total_bytes_sent: since the state was made.
         skipped: passes that were left out.
+        choice: of DGCConfig.exchange "auto"; None without one.
     """
     buckets = list(buckets)
     once = sum(sum(bucket.bytes_once) for bucket in buckets)
@@ -49,13 +51,15 @@ def count(
     return Stats(
         steps=steps,
         density=phase.density,
-        sent_density=sum(s.entries for s in sparse) / sum(s.numel for s in sparse) if sparse else 0.0,
+        sent_density=sum(s.entries for s in sparse) / max(1, sum(s.alive for s in sparse)) if sparse else 0.0,
         bytes_sent=sent,
         bytes_received=sent,
         bytes_in_node=inside,
         bytes_dense=traffic(0, whole, topology.rows),
         compression_ratio=whole / once if once else 1.0,
+        entries={m.slot.name: m.entries for s in sparse for m in s.members},
         dense=dict(phase.dense),
         total_bytes_sent=total_bytes_sent,
         skipped=skipped,
+        choice=choice,
     )

@@ -21,6 +21,7 @@ from dgc.memory.slots import Gradients
 from .bucket import Bucket, PassContext
 from .node import Inside
 from .probes import Probes
+from .replicas import Replicas
 from .verdict import Verdict
 
 
@@ -61,6 +62,8 @@ class Pass:
         self.buckets: list[Bucket] = []
         self.reduced: set[str] = set()
         """Names of the parameters whose gradients DDP or Horovod has passed."""
+        self.replicas: Replicas | None = None
+        """The comparison of the ranks' parameters, in a step that has one."""
         self.verdict: Verdict | None = None
         self._stage = Stage.OPEN
 
@@ -113,6 +116,12 @@ class Pass:
         if self._stage not in stages:
             raise RuntimeError(f"Pass: expected {' or '.join(s.name for s in stages)}, got {self._stage.name}")
 
+    def compares(self, replicas: Replicas | None) -> None:
+        """Takes the comparison of this step; a rank that takes no part in it does not judge either."""
+        if replicas is not None:
+            self.sent.append(replicas.future)
+            self.replicas = None if self._shadow else replicas
+
     def finish(self, exchange: Exchange) -> None:
         """Waits for all started transfers.
 
@@ -137,5 +146,5 @@ class Pass:
         if parameters is not None:
             zeroed = self.context.probes.zeroed(parameters)
             changed = self.context.probes.compare(parameters, self.context.unscale)
-        self.verdict = Verdict(self.buckets, exchange, self.context.step, zeroed, changed)
+        self.verdict = Verdict(self.buckets, exchange, self.context.step, zeroed, changed, self.replicas)
         return self.verdict

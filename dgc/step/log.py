@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
+
+import torch.distributed as dist
 
 from dgc import ops
 from dgc.memory.slots import Slot
+from dgc.stats import Choice
 
 from .phase import Phase
 from .schedule import DensitySchedule
@@ -28,6 +32,18 @@ def log_backend(device_type: str) -> None:
         logger.info("dgc: %s kernels %s", device_type, how)
 
 
+def log_alone() -> None:
+    """Warns where a launcher has started several ranks that are about to train apart, without a process group."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if ranks != "1" and not dist.is_initialized():
+        logger.warning(
+            "dgc: WORLD_SIZE is %s, but torch.distributed is not initialised, so each process trains alone. Call "
+            "torch.distributed.init_process_group(); a framework that has made none takes the CPU by "
+            "Accelerator(cpu=True) or TrainingArguments(use_cpu=True)",
+            ranks,
+        )
+
+
 def log_phase(phase: Phase, slots: Mapping[str, Slot], schedule: DensitySchedule, step: int, off: bool) -> None:
     """Logs what is compressed from this step on; warns where nothing is, though warm-up is over and DGC is on."""
     warming_up = schedule.warming_up(step)
@@ -39,6 +55,37 @@ def log_phase(phase: Phase, slots: Mapping[str, Slot], schedule: DensitySchedule
         step,
         phase.describe(slots),
         f"; {100 * schedule.final:.4g} % after {warmup} more steps of warm-up" if warmup else "",
+    )
+
+
+def log_masked(names: Sequence[str]) -> None:
+    """Logs a hint for parameters that seem to have a mask of torch's, by their names."""
+    if found := [name for name in names if name.endswith("_orig") or ".parametrizations." in f".{name}"]:
+        logger.info(
+            "dgc: %s: if torch.nn.utils.prune or a parametrization masks them, tell it by state.mask(name, mask), or "
+            "what waits of masked weights comes back where they grow again",
+            ", ".join(found[:5]),
+        )
+
+
+def log_choice(choice: Choice, before: bool | None) -> None:
+    """Logs which exchange a trial has chosen, with its figures.
+
+    Args:
+        choice: the new one.
+        before: whether steps were dense by an earlier trial; None without one.
+    """
+    ways = {True: "dense", False: "compressed"}
+    logger.info(
+        "dgc: step %d, density %.4g %%: a dense step takes %.3g ms, a compressed one %.3g ms: %s steps from here on%s; "
+        "next trial at step %d",
+        choice.step,
+        100 * choice.density,
+        choice.dense_ms,
+        choice.sparse_ms,
+        ways[choice.dense],
+        "" if before is None else ", as before" if before == choice.dense else f", {ways[before]} ones before",
+        choice.again,
     )
 
 

@@ -20,6 +20,7 @@ from torch.futures import Future
 from torch.profiler import record_function
 
 from dgc import ops
+from dgc.config import DGCConfig
 from dgc.exchange.islands import IslandExchange
 from dgc.local import Piece, rows_of
 from dgc.memory.slots import Gradients, Slot
@@ -27,7 +28,7 @@ from dgc.ops.segments import Segment, Segments
 from dgc.ops.wire import GROUP, NON_FINITE_STATUS, align_up
 
 from .bucket import NODE_DIFFERS, Bucket
-from .schedule import entries
+from .schedule import entries, least_entries
 
 
 class Span(NamedTuple):
@@ -66,6 +67,7 @@ class Node:
         self,
         gradients: Gradients,
         compressed: Collection[str],
+        config: DGCConfig,
         density: float,
         exchange: IslandExchange,
         dtype: torch.dtype,
@@ -75,6 +77,7 @@ class Node:
         Args:
             gradients: the bucket, of which only sizes and places are used.
             compressed: the names of all parameters whose rows are compressed.
+            config: the user's.
             density: share of the entries of each place's rows that it sends.
             exchange: between nodes and inside them.
             dtype: of the values on the wire.
@@ -99,7 +102,7 @@ class Node:
         self.inner = Gradients(slots, [shard], [(0, span.offset) for span in self._spans])
         self._sparse = [i for i, slot in enumerate(slots) if slot.name in compressed]
         self._dense = [i for i, slot in enumerate(slots) if slot.name not in compressed]
-        self._tables = [self._table(gradients, place, density) for place in range(self._places)]
+        self._tables = [self._table(gradients, place, config, density) for place in range(self._places)]
         self._workspaces = [ops.workspace(table, device) if len(table) else None for table in self._tables]
         nbytes = [self._rows * table.wire(dtype).nbytes if len(table) else 0 for table in self._tables]
         self._nbytes = nbytes
@@ -108,14 +111,15 @@ class Node:
         self._length = align_up(self._dense_at + dense)
         self._one = torch.ones(1, dtype=torch.float32, device=device)
 
-    def _table(self, gradients: Gradients, place: int, density: float) -> Segments:
+    def _table(self, gradients: Gradients, place: int, config: DGCConfig, density: float) -> Segments:
         """Returns the segments that a place sends, where they lie in the whole gradients."""
         rows, state = [], 0  # nothing is kept by this table, but its segments must not overlap
         for i in self._sparse:
             begins = self._spans[i].begins
             source, offset = gradients.places[i]
             if numel := begins[place + 1] - begins[place]:
-                rows.append(Segment(source, offset + begins[place], state, numel, entries(density, numel)))
+                k = entries(density, numel, least_entries(config, numel, self._spans[i].numel))
+                rows.append(Segment(source, offset + begins[place], state, numel, k))
                 state = align_up(state + numel, GROUP)
         return Segments.from_rows(rows)
 

@@ -44,6 +44,27 @@ def masks(config: DGCConfig, density: float, masked_below: float) -> bool:
     return density < masked_below if config.momentum_masking == "auto" else config.momentum_masking
 
 
+def compresses(
+    density: float,
+    config: DGCConfig,
+    slots: Mapping[str, Slot],
+    never_compressed: Mapping[str, str],
+    *,
+    rows: int,
+    entry_bytes: float,
+) -> bool:
+    """Returns whether steps at a density compress a parameter, of this rank or of another; arguments as phase_at's."""
+    return any(
+        name not in never_compressed and not dense_is_cheaper(density, rows, _itemsize(slot, config), entry_bytes)
+        for name, slot in slots.items()
+    )
+
+
+def _itemsize(slot: Slot, config: DGCConfig) -> int:
+    """Returns the bytes of an element of a dense gradient on the wire."""
+    return min(slot.dtype.itemsize, config.dense_wire_dtype.itemsize)
+
+
 def phase_at(
     density: float,
     config: DGCConfig,
@@ -52,7 +73,7 @@ def phase_at(
     *,
     rows: int,
     entry_bytes: float,
-    switched_off: bool,
+    whole: str,
     divided: bool,
     masked_below: float,
 ) -> Phase:
@@ -65,14 +86,14 @@ def phase_at(
         never_compressed: those dense in every phase, with the reason.
         rows: payloads that are gathered.
         entry_bytes: bytes of an entry on the wire.
-        switched_off: whether the user has asked for dense steps.
+        whole: why all parameters are sent dense; empty where they are not.
         divided: whether the ranks of a node divide what is compressed. It is compressed at every density then, since no
             rank has all of the momentum that a dense step needs.
         masked_below: density below which the rule masks by default.
     """
     dense, dearer = {}, ""
     for name, slot in slots.items():
-        itemsize = min(slot.dtype.itemsize, config.dense_wire_dtype.itemsize)
+        itemsize = _itemsize(slot, config)
         if name in never_compressed:
             dense[name] = never_compressed[name]
         elif not slot.numel:
@@ -80,8 +101,8 @@ def phase_at(
         elif divided:
             if dense_is_cheaper(density, rows, itemsize, entry_bytes):
                 dearer = f"; a dense all-reduce between {rows} nodes would take fewer bytes than this density"
-        elif switched_off:
-            dense[name] = "state.dense is set"
+        elif whole:
+            dense[name] = whole
         elif density >= 1:
             dense[name] = "density 1"
         elif dense_is_cheaper(density, rows, itemsize, entry_bytes):

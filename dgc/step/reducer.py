@@ -24,7 +24,7 @@ from dgc.memory.memory import Memory
 from dgc.memory.parameters import Parameters
 from dgc.memory.slots import Gradients
 
-from . import advice, log
+from . import advice, replicas
 from .bucket import Bucket, PassContext
 from .claims import Claims
 from .clip import clip_scale, squared_norm
@@ -159,10 +159,8 @@ class Reducer(Claims):
         loss_scale = None if self.grad_scaler is None else self.grad_scaler.scale(one)
         self._pass = Pass(PassContext(standing.step, loss_scale, standing.dropped, Probes(looks)), shadow)
         standing.memory.allocate(standing.parameters.rule.kept)
-        layouts = standing.layouts
-        if layouts.enter(standing.step, standing.dense) and self.exchange.rank == 0:
-            slots = standing.parameters.slots
-            log.log_phase(layouts.phase, slots, layouts.schedule, standing.step, standing.dense)
+        standing.enter()
+        self._pass.compares(replicas.compare(standing, shadow))
 
     def reduce(self, gradients: Gradients) -> Future[Tensor]:
         """Reduces one bucket of gradients in place, between begin() and end().

@@ -47,11 +47,35 @@ class DensitySchedule:
             return self.final
         return self.phases[step * len(self.phases) // self.warmup_steps]
 
+    def steps_left(self, step: int) -> float:
+        """Returns the number of steps from a step (from 0) until density changes; infinity after the warm-up."""
+        if not self.warming_up(step):
+            return math.inf
+        phase = step * len(self.phases) // self.warmup_steps
+        return -(-(phase + 1) * self.warmup_steps // len(self.phases)) - step
 
-def entries(density: float, numel: int) -> int:
-    """Returns k, the number of entries that are sent of a parameter with numel > 0 elements: at least one."""
+
+def entries(density: float, numel: int, least: int = 1) -> int:
+    """Returns k, the number of entries that are sent of a parameter with numel > 0 elements.
+
+    Args:
+        density: share of the entries that is sent.
+        numel: of the parameter, or of a piece of it.
+        least: the number of entries below which k does not fall, where there are so many; see least_entries().
+    """
     # In double precision: in float32, ceil(0.001 * n) is one too many for many multiples of 1000.
-    return min(numel, max(1, math.ceil(density * numel)))
+    return min(numel, max(least, math.ceil(density * numel)))
+
+
+def least_entries(config: DGCConfig, numel: int, whole: int) -> int:
+    """Returns the entries that a piece of a parameter sends at least: its part of DGCConfig.min_entries, at least one.
+
+    Args:
+        config: the user's.
+        numel: elements of the piece, > 0.
+        whole: those of the whole parameter.
+    """
+    return min(numel, -(-config.min_entries * numel // whole))
 
 
 def dense_is_cheaper(density: float, ranks: int, gradient_bytes: int, entry_bytes: float) -> bool:

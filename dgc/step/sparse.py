@@ -20,6 +20,7 @@ from dgc.ops.segments import Segment, Segments
 from dgc.ops.selection import first_indices
 from dgc.optim.base import Rule, Work
 
+from .allotment import evidence_of
 from .undo import Undo
 
 
@@ -31,6 +32,8 @@ class Member(NamedTuple):
     """Position in the bucket, from 0."""
     entries: int
     """k, the number of its entries that are sent."""
+    alive: int
+    """Number of its elements that are not masked."""
 
 
 class Sparse:
@@ -75,7 +78,7 @@ class Sparse:
         # Types and devices are written out everywhere, since users change torch's defaults.
         rows = [Segment(*gradients.places[m.position], m.slot.offset, m.slot.numel, m.entries) for m in members]
         self.receiving = Segments.from_rows(rows)
-        self.numel = sum(m.slot.numel for m in members)
+        self.alive = sum(m.alive for m in members)
         self.entries = sum(m.entries for m in members)
         self._updates: Tensor | None = None
         self.sending = self.receiving
@@ -83,7 +86,7 @@ class Sparse:
             begins = accumulate((row.numel for row in rows), initial=0)
             updates = zip(rows, begins, strict=False)
             self.sending = Segments.from_rows(row._replace(source=0, offset=begin) for row, begin in updates)
-            self._updates = torch.zeros(self.numel, dtype=torch.float32, device=device)
+            self._updates = torch.zeros(sum(row.numel for row in rows), dtype=torch.float32, device=device)
         self._workspace = ops.workspace(self.receiving, device)
         self._sending_workspace = self._workspace if rule.fused else ops.workspace(self.sending, device)
 
@@ -224,6 +227,16 @@ class Sparse:
             names = [m.slot.name for m, mark in zip(self.members, marks, strict=True) if mark & wire.LEFT_OUT]
             found.add(f"{', '.join(names)} on rank {row}")
         return found
+
+    def look(self) -> Tensor:
+        """Returns what the received payloads say of each parameter, int64 [3, members]; see allotment.Evidence.
+
+        The tensor is on the host. On a GPU the copy is queued, and complete when the verdict on the step is.
+        """
+        found = evidence_of(self.selections, self.receiving, self._codec.dtype)
+        if not found.is_cuda:
+            return found
+        return torch.empty(found.shape, dtype=found.dtype, pin_memory=True).copy_(found, non_blocking=True)
 
     def _marks(self, selections: Tensor) -> Tensor:
         at = self._layout.used

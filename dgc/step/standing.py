@@ -16,14 +16,19 @@ from dgc.exchange.islands import IslandExchange
 from dgc.memory import group
 from dgc.memory import share as shares
 from dgc.memory.memory import MOMENTUM, Memory
+from dgc.memory.moved import move
 from dgc.memory.parameters import Parameters
 from dgc.memory.pieces import pieces_of
 from dgc.memory.share import Share
 from dgc.ops.codec import Codec
+from dgc.stats import Choice
 
-from . import advice
+from . import advice, log
 from .agree import description
+from .allotment import NOT_IN_NODES
+from .auto import Auto
 from .layouts import Layouts
+from .masks import Masks
 
 
 class Standing:
@@ -36,7 +41,9 @@ class Standing:
         dense: whether DGC is switched off.
         joined: whether memory is this rank's share of a group's.
         dropped: fingerprint of the parameters whose gradients were thrown away before the last step(); 0 for none.
+        masks: the weights that are dead.
         divided: whether the ranks of a node divide the memory of parameters that all of them have.
+        auto: chooses between dense and compressed steps; None where bytes alone decide (DGCConfig.exchange).
     """
 
     def __init__(
@@ -53,7 +60,13 @@ class Standing:
         self.divided = inside is not None
         if self.divided and rounded:
             raise ValueError(advice.dense_in_16_bits(config.dense_wire_dtype))
+        if self.divided and config.selection == "global":
+            raise ValueError(NOT_IN_NODES)
+        if self.divided and config.exchange == "auto":
+            raise ValueError(advice.no_auto())
+        self.auto = Auto() if config.exchange == "auto" else None
         self.layouts = Layouts(config, parameters, self.memory, exchange, codec, inside)
+        self.masks = Masks()
         self.step, self.dense, self.joined = 0, False, False
         self.dropped = 0
         self.codec, self._loss_scaling = codec, loss_scaling
@@ -81,6 +94,35 @@ class Standing:
         if slots := self.parameters.lay_out_again():
             self.memory.lay_out_again(slots)
             self.layouts.leave()
+
+    def enter(self) -> None:
+        """Enters the phase of the next pass, and logs it where it is new.
+
+        With DGCConfig.exchange "auto" it is a collective at the end of each round of a trial; see Auto.
+        """
+        whole = (
+            "state.dense is set" if self.dense else 'exchange="auto" takes dense steps' if self._auto_is_dense() else ""
+        )
+        new = self.layouts.enter(self.step, whole)
+        on_trial = self.auto is not None and self.auto.on_trial(self.step)
+        if new and not on_trial and self.exchange.rank == 0:
+            layouts = self.layouts
+            log.log_phase(layouts.phase, self.parameters.slots, layouts.schedule, self.step, off=bool(whole))
+
+    def _auto_is_dense(self) -> bool:
+        if self.auto is None:
+            return False
+        schedule, rows = self.layouts.schedule, self.exchange.topology.rows
+        density = schedule.density(self.step)
+        if self.dense or rows == 1 or not self.layouts.compresses(density):
+            self.auto.leave()
+            return False
+        return self.auto.enter(self.step, density, rows, schedule.steps_left(self.step), self.exchange)
+
+    @property
+    def choice(self) -> Choice | None:
+        """The choice of the present phase; None where bytes alone decide, or before the first trial is over."""
+        return None if self.auto is None else self.auto.choice
 
     def take_what_was_brought(self) -> None:
         """Moves the tensors of a dense run, equal on all ranks, from the optimizer into memory."""
@@ -143,6 +185,8 @@ class Standing:
             density=self._density,
             place=topology.place,
             places=topology.places,
+            entries=self.layouts.allotted(),
+            choices=[] if self.auto is None else [asdict(choice) for choice in self.auto.choices.values()],
         )
 
     def own(self) -> dict[str, Any]:
@@ -157,6 +201,10 @@ class Standing:
         choice = shares.choose(self.memory, parts, topology.share, topology.shares, allow_missing_ranks)
         if choice.share.dense and self.divided:
             raise ValueError("state_dict: expected one that was saved with state.dense = False. " + advice.no_dense())
+        # The k's are those of this rank's own part of the model, where it was divided in the same way.
+        place = topology.place, topology.places
+        ks = next((s.entries for s in map(Share.of, parts) if (s.place, s.places) == place), [])
+        choice = choice._replace(share=replace(choice.share, entries=ks))
         rule, kinds = self.parameters.rule, choice.share.kinds
         # What waits is a sum of gradients beside momentum or nothing, and one of finished updates beside other kinds.
         known = rule.may_keep or (MOMENTUM,)
@@ -214,11 +262,27 @@ class Standing:
         self._settled()
         self._loaded_for = loaded_for
 
+    def take_over(self, old: Standing) -> dict[str, dict[str, Tensor]]:
+        """Goes on with another standing's step, density and memory; returns what finds no place in this one's."""
+        self.memory.allocate(old.memory.kinds)
+        left = move(old.memory, self.memory)
+        self.step, self.dense = old.step, old.dense
+        self._use_density(old._density)
+        self._settled()
+        self.dropped = old.dropped
+        self.layouts.allotment = old.layouts.allotment
+        return left
+
     def _go_to(self, share: Share) -> None:
         self.step, self.dense = share.step, share.dense
+        self.layouts.take_allotted(share.entries)
         self._use_density(share.density)
+        if self.auto is not None:
+            self.auto.load(map(Choice.of, share.choices))
 
     def _settled(self) -> None:
         self.joined, self.dropped = True, 0
         self._loaded_for = None
         self.layouts.leave()
+        if self.auto is not None:
+            self.auto.leave()

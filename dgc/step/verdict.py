@@ -12,6 +12,7 @@ from dgc.exchange.base import Exchange
 from dgc.ops.wire import PayloadError
 
 from .bucket import Bucket
+from .replicas import Replicas
 
 
 class Verdict:
@@ -28,6 +29,7 @@ class Verdict:
         step: int,
         zeroed: Mapping[str, Tensor] | None = None,
         changed: Mapping[str, Tensor] | None = None,
+        replicas: Replicas | None = None,
     ) -> None:
         """Collects the reports, once all buckets have been received; a collective of ranks that hold a model together.
 
@@ -37,13 +39,15 @@ class Verdict:
             step: for messages.
             zeroed: by name, a bool scalar on the device: whether the gradient has been set to zero.
             changed: by name, a bool scalar on the device: whether the gradient has changed in any way.
+            replicas: the comparison of the ranks' parameters; None in a step without one.
         """
         self.buckets = buckets
+        self._reporting: list[Bucket | Replicas] = [*buckets, *([] if replicas is None else [replicas])]
         self.step = step
         self._exchange = exchange
         self._found: list[str] | None = None
         self._zeroed, self._changed = zeroed or {}, changed or {}
-        reports = torch.cat([bucket.report for bucket in buckets])
+        reports = torch.cat([one.report for one in self._reporting])
         bad = (reports != 0).any().to(torch.int32)
         exchange.sum_in_node(bad)
         self.bad = (bad != 0).to(torch.uint8)
@@ -74,11 +78,11 @@ class Verdict:
         found: set[str] = set()
         reports = self._reports.tolist()
         at, error = 0, ""
-        for bucket in self.buckets:
-            report = reports[at : at + len(bucket.report)]
+        for one in self._reporting:
+            report = reports[at : at + len(one.report)]
             at += len(report)
             try:
-                found |= bucket.findings(report)
+                found |= one.findings(report)
             except PayloadError as wrong:
                 error = error or str(wrong)
         if reports[at]:

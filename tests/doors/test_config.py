@@ -21,6 +21,9 @@ OTHER = {
     "momentum_masking": True,
     "residual_decay": 0.95,
     "clip_norm": 0.25,
+    "min_entries": 32,
+    "selection": "global",
+    "exchange": "auto",
     "dense_below": 0,
     "dense_parameters": ("fc.weight", "1.0"),
     "wire_dtype": torch.bfloat16,
@@ -28,6 +31,7 @@ OTHER = {
     "on_nonfinite": "skip",
     "droppable": True,
     "on_changed_gradient": "ignore",
+    "check_every": 7,
 }
 
 
@@ -54,6 +58,11 @@ OTHER = {
         ("warmup_densities", (0.1, 0.0)),
         ("warmup_densities", "0.25"),
         ("warmup_densities", (True, 0.1)),
+        ("min_entries", 0),
+        ("min_entries", 1.5),
+        ("min_entries", True),
+        ("selection", "all"),
+        ("selection", True),
         ("momentum_masking", "sometimes"),
         ("momentum_masking", "True"),
         ("momentum_masking", 1),
@@ -70,6 +79,8 @@ OTHER = {
         ("clip_norm", np.float32("inf")),
         ("clip_norm", "None"),
         ("clip_norm", True),
+        ("exchange", "dense"),
+        ("exchange", True),
         ("dense_below", -1),
         ("warmup_densities", 0.25),
         ("warmup_densities", None),
@@ -146,7 +157,9 @@ def test_a_number_that_came_as_a_string_is_told_what_to_write(field, value, stri
 
 @pytest.mark.parametrize("value", ["a lot", "inf", "nan", ""])
 def test_a_string_that_is_no_number_is_not_explained_as_one(value):
-    with pytest.raises(ValueError, match=f"^density: expected a number in .0, 1., got '{value}'$"):
+    with pytest.raises(
+        ValueError, match=f"^density: expected a number in .0, 1., such as 0.01 for 1 %, got '{value}'$"
+    ):
         DGCConfig(density=value)
 
 

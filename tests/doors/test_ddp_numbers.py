@@ -17,6 +17,7 @@ from support.training import (
     oracle_for,
     seed_of,
 )
+from support.wire_oracle import payload_bytes
 
 
 def test_integer_gradients_on_two_ranks_match_the_oracle_exactly():
@@ -130,14 +131,11 @@ def count_bytes(rank, world_size):
         run.train(normals(SHAPES, step))
         total += run.state.stats.bytes_sent  # the first step's buckets are others
         assert run.state.stats.total_bytes_sent == total
-    align = lambda n: -(-n // 16) * 16  # noqa: E731
     formula = 0
     for bucket in run.state._pass.buckets:
         rows = bucket.sparse.receiving.rows if bucket.sparse else []
         if rows:
-            k = sum(r[4] for r in rows)
-            tiles = sum(-(-r[3] // 65536) for r in rows)
-            formula += align(32 + len(rows)) + align(4 * tiles) + align(2 * k) + align(4 * k)
+            formula += payload_bytes((r.numel, r.entries) for r in rows)
     assert sum(sizes["gather"]) == formula
     assert sum(sizes["reduce"]) == 4 * (100 + 1200)
     return {

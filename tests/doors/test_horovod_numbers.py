@@ -16,6 +16,7 @@ from support.training import (
     oracle_for,
     seed_of,
 )
+from support.wire_oracle import payload_bytes
 
 # the same numbers
 
@@ -217,12 +218,8 @@ def count_bytes():
         patch.setattr(hvd, "allgather_async", spy_gather)
         patch.setattr(hvd, "allreduce_async_", spy_reduce)
         run.train(normals(SHAPES, hvd.rank()))
-    align = lambda n: -(-n // 16) * 16  # noqa: E731
-    formula = 0
-    for bucket in run.state._pass.buckets:
-        rows = bucket.sparse.receiving.rows if bucket.sparse else []
-        k, tiles = sum(r[4] for r in rows), sum(-(-r[3] // 65536) for r in rows)
-        formula += align(32 + len(rows)) + align(4 * tiles) + align(2 * k) + align(4 * k)
+    tables = [bucket.sparse.receiving.rows for bucket in run.state._pass.buckets if bucket.sparse]
+    formula = sum(payload_bytes((r.numel, r.entries) for r in rows) for rows in tables)
     return sizes, formula, run.state.stats.bytes_sent
 
 

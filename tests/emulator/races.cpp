@@ -25,7 +25,10 @@ struct Bucket {
     for (const int64_t n : sizes) {
       const auto k = std::max<int64_t>(1, static_cast<int64_t>(density * n));
       const int64_t tiles = dgc::div_up(n, dgc::kTile);
-      table.push_back({0, offset, state, n, k, static_cast<int64_t>(segment_of_tile.size()), tiles, entries});
+      table.push_back(
+          {0, offset, state, n, k, static_cast<int64_t>(segment_of_tile.size()), tiles, entries, uppers, lowers});
+      uppers += dgc::upper_words(n, k);
+      lowers += dgc::lower_words(n, k);
       segment_of_tile.insert(segment_of_tile.end(), tiles, static_cast<int32_t>(table.size()) - 1);
       offset += n;
       state += dgc::div_up(n, dgc::kGroup) * dgc::kGroup;
@@ -91,6 +94,30 @@ struct Bucket {
       if (code != 0) std::printf("unpack: status %d\n", code);
   }
 
+  // Through the wire and back, as three ranks: the selections have to be what was encoded.
+  void encode_and_decode(int64_t value_bits) {
+    dgc::CodecArgs a{};
+    a.bucket = args;
+    a.selections = payload.data();
+    a.residual = v.data();
+    a.ranks = 1;
+    a.uppers = uppers;
+    a.lowers = lowers;
+    a.value_bits = value_bits;
+    std::vector<uint8_t> coded(3 * a.layout().bytes), back(3 * payload.size());
+    a.payloads = coded.data();
+    dgc_cuda_encode(&a, 0, nullptr);
+    for (int i = 1; i < 3; ++i) std::copy_n(coded.begin(), a.layout().bytes, coded.begin() + i * a.layout().bytes);
+    a.selections = back.data();
+    a.ranks = 3;
+    dgc_cuda_decode(&a, 0, nullptr);
+    const dgc::WireLayout at = args.wire();
+    for (int i = 0; i < 3; ++i)
+      if (!std::equal(payload.begin() + at.values, payload.begin() + at.values + 4 * entries,
+                      back.begin() + i * payload.size() + at.values))
+        std::puts("decode: other values");
+  }
+
   void restore() {
     const std::vector<uint8_t> which(args.segments, 1);
     const dgc::RestoreArgs a{args, payload.data(), which.data(), sent.data(), m.data(), v.data()};
@@ -98,7 +125,7 @@ struct Bucket {
   }
 
   std::mt19937 random;
-  int64_t entries = 0;
+  int64_t entries = 0, uppers = 0, lowers = 0;
   float scale = 1.0f;
   std::vector<float> gradient, m, s, v, numbers, sent;
   std::vector<uint8_t> workspace, payload;
@@ -144,6 +171,7 @@ int main(int argc, char** argv) {
         Bucket bucket({70'000, 33, 20'000}, density, order);
         bucket.compress(dgc::kFloat, dgc::Accumulation::kMomentum);
         bucket.unpack(3);
+        for (const int64_t bits : {32, 8, 4}) bucket.encode_and_decode(bits);
         bucket.restore();
         bucket.compress(dgc::kBFloat16, dgc::Accumulation::kSum);
         std::fill(bucket.v.begin(), bucket.v.end(), 0.0f);  // all equal: ties

@@ -33,6 +33,11 @@ def test_a_state_dict_in_the_middle_of_a_step_is_refused():
         (lambda s: s.update(dense=1), r"state_dict\['dense'\]: expected True or False, got 1"),
         (lambda s: s.update(diverged={}), r"state_dict\['diverged'\]: expected a list of parameter names, got {}"),
         (lambda s: s.update(diverged=[1]), r"state_dict\['diverged'\]: expected a list of parameter names"),
+        (
+            lambda s: s.update(entries=[1.0]),
+            r"\['entries'\]: expected a number of entries for each parameter",
+        ),
+        (lambda s: s.update(entries=[-1]), r"state_dict\['entries'\]: expected a number of .*, got \[-1\]"),
         (lambda s: s.update(momentum=None), r"state_dict\['momentum'\]: expected tensors by parameter name, got None"),
         (lambda s: s["residual"].pop("big"), "residual of big is missing"),
     ],

@@ -16,6 +16,7 @@ import torch
 import dgc
 from dgc.ops import cuda
 from dgc.ops import cupy as jit
+from dgc.ops.library import OPS
 
 ROOT = Path(__file__).parents[2]
 # Where setup.py looks, in its order.
@@ -35,6 +36,9 @@ KERNELS = {
         "average",
         "restore",
         "subtract",
+        "scale",
+        "encode",
+        "decode",
     )
 }
 
@@ -102,7 +106,7 @@ def test_the_source_for_cupy_needs_no_other_file():
 def test_the_library_has_the_cuda_ops_and_needs_no_cuda_to_load():
     # That the CPU ops of this very file work is what all other tests say.
     assert dgc.backend("cuda") == "native"
-    for op in ("compress_", "unpack", "restore_", "subtract_"):
+    for op in OPS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dgc::{op}", "CUDA")
     library = next(Path(dgc.__file__).parent.glob("_native*.so"))
     needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout

@@ -57,7 +57,7 @@ def test_mnist_and_its_report(tmp_path, launch_dense, launch, script, library):
     assert "2 of 8 parameters compressed, 99.61 % of 824,458 elements" in output
     dense, compressed = (json.loads(log.read_text()) for log in logs)
     assert dense["bytes_sent"] == 4 * 824_458
-    assert 50 < dense["bytes_sent"] / compressed["bytes_sent"] < 55
+    assert 58 < dense["bytes_sent"] / compressed["bytes_sent"] < 62
     assert compressed["bytes_total"] > 124 * compressed["bytes_sent"]  # warm-up sends more
     assert dense["accuracy"][-1][0] == compressed["accuracy"][-1][0] == 124
     assert min(dense["accuracy"][-1][1], compressed["accuracy"][-1][1]) > 80
@@ -226,3 +226,19 @@ def test_framework_examples_are_short():
         if (lines := len(path.read_text().splitlines())) > 60
     }
     assert long == {}
+
+
+def test_rollback_has_the_weights_of_a_run_without_the_batch():
+    went_back = forked("examples/rollback_mnist.py", "--epochs", "2")
+    assert re.search(r"loss [\d.]+ at batch 70: back to batch 50, and on without it", went_back)
+    without = forked("examples/rollback_mnist.py", "--epochs", "2", "--leave-out", "70")
+    assert "back to batch" not in without
+    weights = [re.search(r"weights (\w{8})", output)[1] for output in (went_back, without)]
+    assert weights[0] == weights[1]
+
+
+def test_tracked_mnist_says_which_trackers_it_has(tmp_path):
+    output = forked("examples/tracked_mnist.py", "--epochs", "1", "--folder", str(tmp_path))
+    for package, name in (("tensorboard", "TensorBoard"), ("wandb", "Weights & Biases")):
+        assert (f"{name} is left out: pip install {package}" in output) == (find_spec(package) is None)
+    assert re.search(r"test accuracy [\d.]+ %, [\d,]+ bytes sent, \d trackers", output)

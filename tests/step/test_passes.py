@@ -28,6 +28,13 @@ def test_stats_are_the_bytes_of_the_payload():
     assert stats.bytes_sent == stats.bytes_received == stats.bytes_dense == 0  # one rank
     assert stats.dense == {"small": "fewer than 16384 elements", "bias": "fewer than two dimensions"}
     assert json.loads(json.dumps(asdict(stats))) == asdict(stats)  # nothing of the model hangs on them
+    scalars = stats.scalars()
+    assert scalars["sent_density"] == 0.01
+    assert scalars["dense"] == 2
+    assert scalars["entries"] == 900 == sum(stats.entries.values())
+    assert scalars["compression_ratio"] == stats.compression_ratio
+    assert scalars.keys() == asdict(stats).keys() - {"choice"}  # which is no number
+    assert {type(value) for value in scalars.values()} == {float}
     assert one.state.residual_norm == pytest.approx(float(one.state.memory.residual.double().norm()), rel=1e-12)
     assert one.state.residual_norm > 100
 

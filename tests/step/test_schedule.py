@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 
 from dgc.config import DGCConfig
-from dgc.step.schedule import DensitySchedule, dense_is_cheaper, entries
+from dgc.step.schedule import DensitySchedule, dense_is_cheaper, entries, least_entries
 
 
 def densities(steps, **fields):
@@ -48,6 +48,20 @@ def test_entries_is_the_ceiling_at_multiples_and_beside_them(density, share):
 def test_at_least_one_entry_and_at_most_all():
     assert entries(0.001, 1) == 1
     assert entries(1.0, 7) == 7
+
+
+def test_a_least_number_of_entries_holds_where_there_are_so_many():
+    assert entries(0.001, 20_000, least=32) == 32
+    assert entries(0.001, 40_000, least=32) == 40
+    assert entries(0.001, 20, least=32) == 20
+
+
+def test_pieces_of_a_parameter_divide_the_least_number():
+    config = DGCConfig(min_entries=32)
+    assert least_entries(config, 20_000, 20_000) == 32
+    assert [least_entries(config, n, 20_000) for n in (5_000, 10_000, 1)] == [8, 16, 1]
+    assert least_entries(DGCConfig(), 1, 20_000) == 1
+    assert least_entries(config, 10, 20) == 10
 
 
 def test_all_gather_is_weighed_against_all_reduce():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import log2
 
@@ -13,6 +14,15 @@ FORMATS = [(torch.float32, 32), (torch.bfloat16, 16), (torch.float16, 16), (torc
 """The type of the values in a selection, and the bits of a value on the wire."""
 LARGEST = 0x7F7FFFFF
 """The bits of the largest finite float32."""
+
+
+def payload_bytes(shapes: Iterable[tuple[int, int]]) -> int:
+    """Returns the bytes of a payload with float32 values, of parameters with so many elements and entries each."""
+    low = [(n, k, min(int(log2(n // k)), 16)) for n, k in shapes]
+    upper = sum(4 * -(-(k + (n - 1 >> b)) // 32) for n, k, b in low)
+    lower = sum(4 * -(-k * b // 32) for _, k, b in low)
+    sections = 32 + len(low), upper, lower, 4 * sum(k for _, k, _ in low)
+    return sum(-(-nbytes // 16) * 16 for nbytes in sections)
 
 
 @dataclass

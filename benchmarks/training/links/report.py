@@ -23,6 +23,7 @@ COLOURS = {
     "topk": "tab:green",
     "dgc": "tab:blue",
     "dgc door": "tab:cyan",
+    "dgc auto": "tab:olive",
 }
 Run = dict[str, Any]
 """Of one number of ranks and one model: what network.worker returns."""
