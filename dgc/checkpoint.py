@@ -7,6 +7,9 @@ With save(..., background=True) the run goes on as soon as momentum and residual
 
 Both are collectives. Model and optimizer are equal on all ranks and are saved as always. Save them first, so that a
 directory of DGC's shows that the whole step is saved.
+
+dgc.LocalSteps is saved in the same way, in place of its DGCState, with theta_0, the outer optimizer and, in the middle
+of a round, each island's weights. Inner optimizers and buffers differ between islands: each saves its own.
 """
 
 from __future__ import annotations
@@ -28,13 +31,15 @@ import torch.distributed.checkpoint as dcp
 from .checkpoint_parts import check_replaceable, entries, on_the_host, remove, replace
 from .checkpoint_reader import Reader, without_process_group
 from .exchange.distributed import DistributedExchange, everyone_of
+from .local_steps import LocalSteps
 from .memory import share as shares
 from .memory.weights import taken
+from .rounds.saved import ROUNDS
 from .state import DGCState
 
 _logger = logging.getLogger("dgc")
 
-_under_way: WeakKeyDictionary[DGCState, Saving] = WeakKeyDictionary()
+_under_way: WeakKeyDictionary[DGCState | LocalSteps, Saving] = WeakKeyDictionary()
 _groups: WeakKeyDictionary[DistributedExchange, tuple[object, dist.ProcessGroup]] = WeakKeyDictionary()
 """By exchange: the group that a thread in the background talks in, and the group that it was made for."""
 
@@ -61,7 +66,7 @@ class Saving:
 
 
 def save(
-    state: DGCState,
+    state: DGCState | LocalSteps,
     directory: str | Path,
     *,
     background: bool = False,
@@ -73,7 +78,7 @@ def save(
     that name is replaced.
 
     Args:
-        state: between step() and the next backward().
+        state: between step() and the next backward(); a LocalSteps where no round is under way.
         directory: for this alone, on a file system that all ranks share.
         background: whether to return as soon as momentum and residual are copied to the host's memory, and write the
             copy while the run goes on. A save() that comes before it is written waits for it. Its ranks talk in a group
@@ -174,14 +179,15 @@ def _log_failure(whole: Path, written: Future[None]) -> None:
         _logger.error("dgc: the checkpoint %s was not written: %s", whole, error)
 
 
-def load(state: DGCState, directory: str | Path, *, allow_missing_ranks: bool = False) -> None:
+def load(state: DGCState | LocalSteps, directory: str | Path, *, allow_missing_ranks: bool = False) -> None:
     """Continues from a saved checkpoint; a collective. On an error, no rank's state has changed.
 
     On another number of ranks or nodes, or with a model that is divided among ranks in another way, each takes over its
-    part of the saved shares, so that the mean over the ranks stays the same (docs/reliability.md).
+    part of the saved shares, so that the mean over the ranks stays the same (docs/reliability.md). A LocalSteps sets
+    the model's weights too.
 
     Args:
-        state: of the same model and DGCConfig.
+        state: of the same model and DGCConfig; a LocalSteps, of the same outer optimizer too.
         directory: that of save().
         allow_missing_ranks: goes on without ranks whose file is not there, and logs what is lost.
 
@@ -208,7 +214,7 @@ def load(state: DGCState, directory: str | Path, *, allow_missing_ranks: bool = 
 
 
 def _choose(
-    state: DGCState, exchange: DistributedExchange, directory: Path, allow_missing_ranks: bool
+    state: DGCState | LocalSteps, exchange: DistributedExchange, directory: Path, allow_missing_ranks: bool
 ) -> shares.Choice:
     if not directory.is_dir():
         whole = directory.absolute()
@@ -225,10 +231,14 @@ def _choose(
     # Cut in the same way, a rank's own part is enough; else any part may have elements that this rank holds.
     parts = [topology.place] if places == topology.places else range(places)
     state_dicts = [reader.state_dict_of(rank * places + place) for rank in chosen for place in parts]
+    if isinstance(state, DGCState) and any(ROUNDS in one for one in state_dicts):
+        raise ValueError(
+            "expected a DGCState's, got that of a LocalSteps, with theta_0: dgc.checkpoint.load(local, directory)"
+        )
     return state.choose(state_dicts, allow_missing_ranks)
 
 
-def _exchange_of(state: DGCState) -> DistributedExchange:
+def _exchange_of(state: DGCState | LocalSteps) -> DistributedExchange:
     if not isinstance(state.exchange, DistributedExchange):
         raise TypeError(
             "dgc.checkpoint: expected ranks that talk over torch.distributed, got "

@@ -32,13 +32,17 @@ def entries(state_dict: Mapping[str, Any], residual_dtype: torch.dtype, rank: in
     """Returns a rank's share as tensors alone, by name: DCP would pickle everything else."""
     if residual_dtype != torch.float32:
         state_dict = {**state_dict, "residual": rounded(state_dict["residual"], residual_dtype, rank)}
-    kinds = {kind: state_dict[kind] for kind in {"residual": 0, "momentum": 0, **dict.fromkeys(state_dict["kinds"])}}
+    kinds = {kind: named for kind, named in state_dict.items() if _are_tensors(named)}
     tensors = {f"{kind}.{name}": tensor for kind, named in kinds.items() for name, tensor in named.items()}
     about = {key: value for key, value in state_dict.items() if key not in kinds}
     about["version"] = shares.VERSION
     about["crc32"] = {name: crc32(tensor) for name, tensor in tensors.items()}
     tensors["about"] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
     return tensors
+
+
+def _are_tensors(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(tensor, Tensor) for tensor in value.values())
 
 
 def rounded(residual: Mapping[str, Tensor], dtype: torch.dtype, rank: int) -> dict[str, Tensor]:

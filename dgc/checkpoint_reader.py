@@ -25,7 +25,7 @@ _IN_METADATA = {
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
-    *(("torch", name) for name in ("Size", "float32", "bfloat16", "uint8")),
+    *(("torch", name) for name in ("Size", "float32", "bfloat16", "float16", "uint8")),
     *((module, "PosixPath") for module in ("pathlib", "pathlib._local")),
 }
 """All that the metadata of our checkpoints is pickled from."""

@@ -14,7 +14,7 @@ theta_0 - theta, and a DGCState reduces it as it reduces any gradient. docs/loca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -29,8 +29,9 @@ from .exchange.base import Exchange
 from .local import local
 from .memory.names import by_name
 from .memory.refusals import unwrapped
+from .memory.share import Choice, unwrap, wrap
 from .optim.sgd import SGD
-from .rounds import checks, saved
+from .rounds import checks, host, saved
 from .rounds.rounds import Rounds
 from .state import DGCState
 from .step import log
@@ -53,7 +54,8 @@ class LocalSteps(Rounds):
         theta_0 <- outer(theta_0, mean of all q_r);  theta_r <- theta_0
 
     Of other parameters the whole difference is averaged. Buffers, as BatchNorm's, stay each island's own. The weights
-    of all islands are compared when this is made, which is a collective. Memory: 8 bytes a parameter for theta_0 and e.
+    of all islands are compared when this is made, which is a collective. Memory: 8 bytes a parameter for theta_0 and e,
+    on the model's device or in the host's.
 
     Args:
         model: a plain module; one in DistributedDataParallel whose process group is the island; or one that fully_shard
@@ -71,10 +73,14 @@ class LocalSteps(Rounds):
         process_group: the ranks that exchange: one of each island. None: all ranks, each an island.
         mesh: as DGCState's: islands of several ranks, which divide e and the outer exchange among themselves.
         exchange: as DGCState's.
+        cpu_offload: whether theta_0, e and the outer optimizer are in the host's memory, where rounds are then computed
+            and exchanged, with the same bits. On a GPU the model then needs nothing there but itself; the process group
+            needs a backend for the CPU, as init_process_group("cpu:gloo,cuda:nccl") has it.
 
     Raises:
-        ValueError: weights differ between islands, or every does; a DGC hook is on the model; DDP averages over ranks
-            that are to be islands; or the inner optimizer has other parameters than the model.
+        ValueError: weights differ between islands, or every, delay or cpu_offload does; a DGC hook is on the model; DDP
+            averages over ranks that are to be islands; the inner optimizer has other parameters than the model; or
+            cpu_offload is asked for a model that fully_shard has sharded on a GPU, or without a backend for the CPU.
         TypeError: the inner optimizer is dgc's, or none; or outer is an optimizer.
     """
 
@@ -90,6 +96,7 @@ class LocalSteps(Rounds):
         process_group: dist.ProcessGroup | None = None,
         mesh: DeviceMesh | Literal["auto"] | None = None,
         exchange: Exchange | None = None,
+        cpu_offload: bool = False,
     ) -> None:
         """Checks the arguments, copies the weights and compares them with all islands'; see the class."""
         if exchange is None:
@@ -99,8 +106,9 @@ class LocalSteps(Rounds):
         checks.check_arguments(model, inner, config, every, delay)
         weights = by_name(model.named_parameters())
         checks.check_optimizer(inner, weights)
-        # In float32, since a round may move a weight by less than a 16-bit type can say.
-        start = {name: nn.Parameter(p.detach().to(torch.float32, copy=True)) for name, p in weights.items()}
+        if cpu_offload:
+            host.check_weights(weights)
+        start = {name: host.theta_0_of(p, cpu_offload) for name, p in weights.items()}
         if not callable(outer):
             raise TypeError(
                 f"outer: expected a function that makes the outer optimizer, as partial(dgc.SGD, lr=1.0), got "
@@ -118,14 +126,23 @@ class LocalSteps(Rounds):
             late=False,
         )
         checks.check_islands(model, state.exchange)
+        if cpu_offload:
+            host.check_groups(state.exchange)
         state.exchange_in_step()
-        state.exchange.agree({"every": int(every), "delay": int(delay)})
-        super().__init__(model, inner, weights, start, outer_optimizer, state, int(every), int(delay))
+        state.exchange.agree({"every": int(every), "delay": int(delay), "cpu_offload": bool(cpu_offload)})
+        super().__init__(
+            model, inner, weights, start, outer_optimizer, state, int(every), int(delay), on_host=bool(cpu_offload)
+        )
         self._hook = inner.register_step_post_hook(self._stepped)
 
     def __repr__(self) -> str:
         """Says where the run stands."""
         return f"LocalSteps(every {self.every}, round {self.rounds}, step {self.position} of it, {self.state})"
+
+    @property
+    def exchange(self) -> Exchange:
+        """The collectives between islands."""
+        return self.state.exchange
 
     def remove(self) -> None:
         """Removes the hook from the inner optimizer, which then takes its steps alone."""
@@ -136,25 +153,19 @@ class LocalSteps(Rounds):
     def state_dict(self) -> dict[str, Any]:
         """Returns this island's theta_0, e, outer optimizer and place in the round; each island saves its own.
 
-        Where the weights have left theta_0 it has them too. Tensors are views, not copies. Save the inner
-        optimizer and buffers beside it, of each island, since they differ. torch.load(weights_only=True) reads it back.
+        It is the state_dict() of a DGCState with more in it. Where the weights have left theta_0 it has them too.
+        Tensors are views, not copies. Save the inner optimizer and buffers beside it, of each island, since they
+        differ. torch.load(weights_only=True) reads it back; dgc.checkpoint.save(local, dir) writes those of all.
 
         Raises:
             RuntimeError: a round is under way, as for `delay` steps after it was sent.
         """
         self._check_between("state_dict")
-        return {
-            "version": saved.VERSION,
-            "every": self.every,
-            "rounds": self.rounds,
-            "position": self.position,
-            "start": {name: local(p.detach()) for name, p in self._start.items()},
-            "weights": {name: local(p.detach()) for name, p in self._weights.items()} if self.moved else {},
-            "outer": self.outer.state_dict(),
-            "dgc": self.state.state_dict(),
-        }
+        (share,) = unwrap(self.state.state_dict())
+        weights = self._weights if self.moved else {}
+        beside = saved.entries(self._start, weights, self.outer, self.every, self.rounds, self.position)
+        return wrap({self.exchange.topology.share: {**share, **beside}})
 
-    @torch.no_grad()
     def load_state_dict(
         self, state_dict: Mapping[str, Any] | Iterable[Mapping[str, Any]], *, allow_missing_ranks: bool = False
     ) -> None:
@@ -170,17 +181,29 @@ class LocalSteps(Rounds):
             ValueError: it is of another model or version, islands are missing, or values are damaged.
             RuntimeError: a round is under way.
         """
+        state_dicts = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
+        self.take_up(self.choose([share for one in state_dicts for share in unwrap(one)], allow_missing_ranks))
+
+    def choose(self, parts: Sequence[Mapping[str, Any]], allow_missing_ranks: bool = False) -> Choice:
+        """Returns this island's part of the shares that islands have saved; changes nothing.
+
+        Raises:
+            ValueError, RuntimeError: as load_state_dict().
+        """
         self._check_between("load_state_dict")
-        several = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
-        found = saved.read(several, self._start, self.every)
-        choice = self.state.choose(found.shares, allow_missing_ranks)
-        self.outer.load_state_dict(found.outer)
+        return self.state.choose(saved.read(parts, self._start, self.outer, self.every), allow_missing_ranks)
+
+    @torch.no_grad()
+    def take_up(self, choice: Choice) -> None:
+        """Continues from the shares chosen for this island."""
+        first = choice.parts[0][1]
+        self.outer.load_state_dict(saved.outer_state(first, self._start, self.outer))
         self.state.take_up(choice)
-        topology = self.state.exchange.topology
-        self.rounds, self.position = found.rounds, found.position_of(topology.share, topology.shares)
+        self.rounds = first[saved.ROUNDS]["rounds"]
+        self.position = max(part[saved.ROUNDS]["position"] for _, part in choice.parts)
         for name, start in self._start.items():
-            local(start).copy_(found.start[name])
-            local(self._weights[name]).copy_(found.weights_of(name, topology.share, topology.shares))
+            local(start).copy_(first[saved.THETA_0][name])
+            local(self._weights[name]).copy_(saved.theta(choice, name))
         self._compare_weights = True
 
     def _check_between(self, method: str) -> None:

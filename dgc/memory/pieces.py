@@ -52,8 +52,9 @@ def fitted(parts: Sequence[Mapping[str, Any]], kinds: Sequence[str], slots: Mapp
     joined = dict(parts[0])
     for kind in kinds:
         named = [part[kind] if isinstance(part[kind], Mapping) else {} for part in parts]
+        saved = [*zip(parts, named, strict=True)]
         joined[kind] = {
-            name: _cut([(_begin(part, name), tensors[name]) for part, tensors in zip(parts, named, strict=True)], slot)
+            name: _cut([(_begin(part, name, tensors[name], slot), tensors[name]) for part, tensors in saved], slot)
             for name, slot in slots.items()
             if all(isinstance(tensors.get(name), Tensor) for tensors in named)
         }
@@ -61,8 +62,9 @@ def fitted(parts: Sequence[Mapping[str, Any]], kinds: Sequence[str], slots: Mapp
     return joined
 
 
-def _begin(part: Mapping[str, Any], name: str) -> int:
-    return int((part.get("pieces") or {}).get(name, [0])[0])
+def _begin(part: Mapping[str, Any], name: str, tensor: Tensor, slot: Slot) -> int:
+    """Returns the first element of a saved tensor in its parameter: 0 where it has all, as weights under DDP do."""
+    return 0 if tensor.numel() == slot.piece.whole else int((part.get("pieces") or {}).get(name, [0])[0])
 
 
 def _cut(saved: Sequence[tuple[int, Tensor]], slot: Slot) -> Tensor:

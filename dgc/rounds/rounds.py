@@ -14,7 +14,7 @@ from dgc.local import crc32, local
 from dgc.optim.sgd import SGD
 from dgc.state import DGCState
 
-from . import checks
+from . import checks, host
 
 logger = logging.getLogger("dgc")
 
@@ -41,11 +41,13 @@ class Rounds:
         state: DGCState,
         every: int,
         delay: int,
+        on_host: bool,
     ) -> None:
         """Takes what LocalSteps has made."""
         self._model, self._inner, self._weights, self._start = model, inner, weights, start
         self.outer, self.state, self.every, self.delay = outer, state, every, delay
         self.position = self.rounds = 0
+        self._on_host = on_host  # whether theta_0 is in the host's memory, wherever the weights are
         self._compare_weights = False
         self._finished = False  # whether all islands were finishing in the last comparison
         self._sent_at: dict[str, Tensor] | None = None  # the weights when the round under way was sent
@@ -54,7 +56,7 @@ class Rounds:
     def moved(self) -> bool:
         """Whether this island's weights are others than theta_0."""
         pairs = ((local(p), local(self._start[name])) for name, p in self._weights.items())
-        return not all(torch.equal(weight, start.to(weight.dtype)) for weight, start in pairs)
+        return not all(torch.equal(weight, start.to(weight)) for weight, start in pairs)
 
     @property
     def under_way(self) -> bool:
@@ -113,9 +115,9 @@ class Rounds:
         self._finished = self._compare(finishing)
         last = self.state.last_pass
         for name, start in self._start.items():
-            p = self._weights[name].detach()
-            start.grad = start.detach().to(p.dtype).float() - p.float()
-        self._sent_at = {name: local(p).clone() for name, p in self._weights.items()} if self.delay else {}
+            start.grad = host.way_of(self._weights[name], start, self._on_host)
+        copied = self._weights if self.delay else {}
+        self._sent_at = {name: host.copy_of(local(p), self._on_host) for name, p in copied.items()}
         try:
             self.state.send()
         except Exception:
@@ -174,7 +176,7 @@ class Rounds:
         """Sets a weight to theta_0 plus what was moved since the round was sent."""
         weight, start = local(self._weights[name]), local(self._start[name])
         if self._sent_at:
-            weight.copy_(start.to(weight.dtype) + (weight - self._sent_at[name]))
+            weight.copy_(start.to(weight) + (weight - self._sent_at[name].to(weight)))
         else:
             weight.copy_(start)
 
@@ -194,7 +196,7 @@ class Rounds:
             if name in names:
                 self._go_on_from_start(name)
             weight, start = local(p), local(self._start[name])
-            weight.copy_(torch.where(weight.isfinite(), weight, start.to(weight.dtype)))
+            weight.copy_(torch.where(weight.isfinite(), weight, start.to(weight)))
         self._end()
         if broken := checks.forget_broken(self._inner, self._weights):
             logger.warning(

@@ -229,9 +229,13 @@ def averaged(rank, world_size):
     return found, steps_of(net, torch.optim.SGD(net.parameters(), lr=0.3), rank)
 
 
-def test_a_round_at_every_step_that_sends_all_is_ddp_with_sgd():
-    for found, expected in run_ranks(2, averaged):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_round_at_every_step_that_sends_all_is_ddp_with_sgd(ranks):
+    """To the bit on one rank, to rounding on two."""
+    for found, expected in run_ranks(ranks, averaged):
         for one, other in zip(found, expected, strict=True):
+            if ranks == 1:
+                assert torch.equal(one, other)
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 

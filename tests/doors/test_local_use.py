@@ -128,28 +128,39 @@ def test_another_number_of_islands_takes_over_what_waits_and_what_was_begun(resu
 
 def test_what_is_saved_is_checked(resumed):
     good = [result["averaging"][1]["local"] for result in resumed]
+    share = good[0]["ranks"]["0"]
     run = RoundRun(CONFIG, EVERY, **ADAMW)
     before = copy.deepcopy(run.result())
 
     def wrong(**changes):
-        return [{**good[0], **changes}, good[1]]
+        return [{"version": 2, "ranks": {"0": {**share, **changes}}}, good[1]]
 
-    start = {**good[0]["start"], "a": good[0]["start"]["a"] * torch.nan}
-    other = {**good[0]["start"], "a": good[0]["start"]["a"] + 1}
-    missing = {n: t for n, t in good[0]["start"].items() if n != "a"}
+    def about(**changes):
+        return wrong(local_steps={**share["local_steps"], **changes})
+
+    start = {**share["theta_0"], "a": share["theta_0"]["a"] * torch.nan}
+    other = {**share["theta_0"], "a": share["theta_0"]["a"] + 1}
+    missing = {n: t for n, t in share["theta_0"].items() if n != "a"}
+    groups = [{**share["local_steps"]["groups"][0], "params": ["a"]}]
+    only = {key: value for key, value in share.items() if key not in ("theta_0", "local_steps")}
     for state_dict, text in (
         ([], "expected at least one, got none"),
-        ([None], "expected that of a LocalSteps, got NoneType"),
-        ([{"version": 1}], "one without dgc, every, outer"),
-        (wrong(version=2), "state_dict['version']: expected 1, got 2"),
-        (wrong(position=4), "state_dict['position']: expected a number in [0, 4), got 4"),
-        (wrong(rounds="1"), "state_dict['rounds']: expected a number"),
-        (wrong(rounds=2), "expected one round, got 2 and 1"),
-        (wrong(every=5), "every: expected 5, as in the round that was saved half way, got 4"),
-        (wrong(start=start), "a: expected finite values; the file is damaged"),
-        (wrong(start=other), "expected the same theta_0 of all islands"),
-        (wrong(start=missing), "expected this model's parameters, but it differs in a"),
-        (wrong(weights={**good[0]["weights"], "b": torch.zeros(3)}), "b: expected numbers (100,)"),
+        ([None], "expected that of a DGCState, got NoneType"),
+        ([{"version": 3}], "state_dict['version']: expected 1 or 2, got 3"),
+        ({"version": 2, "ranks": {"0": only}}, "not of its DGCState, got one without local_steps, theta_0"),
+        (wrong(local_steps=None), "state_dict['local_steps']: expected every, groups"),
+        (about(position=4), "state_dict['position']: expected a number in [0, 4), got 4"),
+        (about(rounds="1"), "state_dict['rounds']: expected a number"),
+        (about(rounds=2), "expected one round, got 2 and 1"),
+        (about(every=5), "every: expected 5, as in the round that was saved half way, got 4"),
+        (about(groups=groups), "outer: expected the parameter groups that were saved, 1 of a, got 1 of a, b, c, d, e"),
+        (about(groups=None), "expected groups and numbers by parameter name"),
+        (wrong(theta_0=start), "a: expected finite values; the file is damaged"),
+        (wrong(theta_0=other), "expected the same theta_0 of all islands"),
+        (wrong(theta_0=missing), "expected this model's parameters, but it differs in a"),
+        (wrong(theta_0=None), "state_dict['theta_0']: expected tensors by parameter name, got None"),
+        (wrong(theta={**share["theta"], "b": torch.zeros(3)}), "b: expected numbers (100,)"),
+        (wrong(**{"outer step": {"b": torch.zeros(3)}}), "state_dict['outer step']: b: expected numbers (100,)"),
         (good[0], "which is missing: expected its state_dict"),
     ):
         assert text in error_of(partial(run.local.load_state_dict, state_dict)), text
@@ -158,9 +169,7 @@ def test_what_is_saved_is_checked(resumed):
     run.local.load_state_dict(good[0], allow_missing_ranks=True)
     assert run.local.position == 2
     # The missing island's half counts as zero.
-    torch.testing.assert_close(
-        run.result()["residual"]["a"], good[0]["dgc"]["ranks"]["0"]["residual"]["a"].flatten() / 2
-    )
+    torch.testing.assert_close(run.result()["residual"]["a"], share["residual"]["a"].flatten() / 2)
 
 
 class Failing(DistributedExchange):
@@ -211,7 +220,7 @@ def test_an_island_that_is_left_alone_keeps_everything():
     (saved, error, position), _ = run_ranks(2, left_alone)
     assert "a rank has gone" in error
     assert position == EVERY
-    assert saved["rounds"] == 1
+    assert saved["ranks"]["0"]["local_steps"]["rounds"] == 1
 
 
 def refused(rank, world_size):
@@ -243,7 +252,7 @@ def refused(rank, world_size):
     run.local.outer.param_groups[0]["lr"] = 1.0
     run.local.exchange_now()  # and goes on
     saved = run.local.state_dict()
-    saved["start"]["b"] += rank
+    saved["ranks"][str(rank)]["theta_0"]["b"] += rank
     run.local.load_state_dict(saved)
     found["theta_0"] = error_of(run.local.exchange_now)
     return found
@@ -344,7 +353,7 @@ def test_nothing_is_saved_or_loaded_while_a_round_is_under_way():
     for call in (run.local.state_dict, partial(run.local.load_state_dict, saved)):
         assert "got one that arrives 2 steps after it was sent" in error_of(call)
     go_on(run, 0, range(1))
-    assert run.local.state_dict()["rounds"] == 1
+    assert run.local.state_dict()["ranks"]["0"]["local_steps"]["rounds"] == 1
 
 
 def half_precision(rank, world_size):
