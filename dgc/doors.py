@@ -17,7 +17,7 @@ from . import ddp, fsdp, left
 from .door import Door
 from .exchange.distributed import DistributedExchange
 from .optim.convert import convert_back
-from .step import advice
+from .step import advice, log
 from .step.changing import Changing
 
 logger = logging.getLogger("dgc")
@@ -187,9 +187,11 @@ class Registered(Changing):
                 raise ValueError(advice.wrapped("DistributedDataParallel has wrapped it since"))
         # A tenth of what model.parameters() takes, which has to be asked only where something has moved.
         if self._places is None or any(held.get(key) is not value for held, key, value in self._places):
-            present = {id(p) for p in model.parameters()}
+            present = {id(p): name for name, p in model.named_parameters()}
             if replaced := [name for name, p in known.items() if id(p) not in present]:
                 raise RuntimeError(advice.replaced(replaced))
+            if self.exchange.rank == 0:
+                log.log_masked_since({name: present[id(p)] for name, p in known.items()})
             self._places = _places(model)
 
     def bind(self, model: nn.Module) -> DistributedDataParallel:

@@ -15,6 +15,7 @@ from torch.optim.optimizer import Optimizer
 
 from . import ddp
 from .doors import Registered
+from .exchange.base import Exchange
 from .memory.moved import norm_of, place
 from .memory.names import by_name
 from .memory.parameters import Parameters
@@ -79,7 +80,9 @@ class Rebound(Registered):
                 raise error
             if other := next((f"rank {rank}: {text}" for rank, text in enumerate(errors) if text), None):
                 raise ValueError(f"rebind: expected all ranks to go on, but {other}. Nothing has changed")
-            standing = Standing(old.made_with, parameters, exchange, old.codec, self.grad_scaler is not None)
+            standing = Standing(
+                old.made_with, parameters, self._exchange_of(parameters), old.codec, self.grad_scaler is not None
+            )
         except Exception:
             for group, params in zip(into.param_groups, before[0], strict=True):
                 group["params"][:] = params
@@ -120,6 +123,10 @@ class Rebound(Registered):
             if wrong := [tuple(t.shape) for t in held.values() if tuple(t.shape) != shape]:
                 raise ValueError(f"back: expected tensors of the new model's {name}, {shape}, got {wrong[0]}")
         return parameters
+
+    def _exchange_of(self, parameters: Parameters) -> Exchange:
+        """Returns the collectives of a changed model."""
+        return self._standing.own_exchange
 
     def _go_on_with(self, standing: Standing, into: Optimizer) -> None:
         """Makes the state that of the new parameters."""
