@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import ddp, fsdp, left
-from .door import Door
+from .door import Door, check_weights
 from .exchange.distributed import DistributedExchange
 from .optim.convert import convert_back
 from .step import advice, log
@@ -58,7 +58,8 @@ class Registered(Changing):
         if in_step and isinstance(model, DistributedDataParallel):
             left.register(self, self.bind(model))
         if in_step or fsdp.is_sharded(model):
-            self._open(model, in_step).check_weights(self.exchange)
+            self._open(model, in_step)
+            check_weights(self._standing.parameters.by_name, self.exchange)
             return
         module = self.bind(model)
         if self.exchange.changed:
@@ -84,7 +85,8 @@ class Registered(Changing):
 
     def exchange_in_step(self) -> None:
         """Exchanges in step() what .grad of its parameters then holds, whatever made it; a collective."""
-        self._open(nn.Module(), in_step=True).check_weights(self.exchange)
+        self._open(nn.Module(), in_step=True)
+        check_weights(self._standing.parameters.by_name, self.exchange)
 
     def _open(self, model: nn.Module, in_step: bool = False) -> Door:
         parameters = self._standing.parameters.by_name

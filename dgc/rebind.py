@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 
-from . import ddp
+from . import ddp, fsdp
+from .door import check_weights
 from .doors import Registered
 from .exchange.base import Exchange
 from .memory.moved import norm_of, place
@@ -49,7 +50,8 @@ class Rebound(Registered):
             model: the changed model: a new DDP module, one sharded by fully_shard, or a plain one, on which the state
                 is then registered as it was before; or named parameters, to register it afterwards.
             optimizer: of all its trainable parameters, dgc's; None for the present one. In the present one a parameter
-                that was replaced gives its place to the new one of its name.
+                that was replaced gives its place to the new one of its name. With Horovod, one that
+                dgc.horovod.DistributedOptimizer has wrapped anew, as it wrapped the present one.
             back: what an earlier rebind() has returned, for parameters that have come back.
 
         Returns:
@@ -58,7 +60,7 @@ class Rebound(Registered):
 
         Raises:
             ValueError: as DGCState: two parameters of one name, or a parameter that the optimizer does not hold; ranks
-                have other models; an old DDP module is still there; or `back` is of another shape. Nothing has changed
+                have other models; with Horovod, an optimizer that is not wrapped, or wrapped otherwise; an old DDP module is still there; or `back` is of another shape. Nothing has changed
                 then.
             RuntimeError: an update is outstanding.
         """
@@ -83,6 +85,8 @@ class Rebound(Registered):
             standing = Standing(
                 old.made_with, parameters, self._exchange_of(parameters), old.codec, self.grad_scaler is not None
             )
+            if fsdp.is_sharded(model):
+                check_weights(parameters.by_name, exchange)
         except Exception:
             for group, params in zip(into.param_groups, before[0], strict=True):
                 group["params"][:] = params
@@ -114,6 +118,8 @@ class Rebound(Registered):
                 "rebind: expected the old DistributedDataParallel module to be gone, got one that is still there, and "
                 "would reduce gradients too: del it, or set its name to None, before the model is wrapped again"
             )
+        if isinstance(model, nn.Module) and fsdp.is_sharded(model):
+            fsdp.check_module(model, new)
         _follow(old.parameters, new, into)
         topology = self.exchange.topology
         places = (topology.place, topology.places) if old.divided else (0, 1)

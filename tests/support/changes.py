@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import dgc
-from support.models import integers
+from support.models import integers, normals
 from support.training import seed_of
 
 SHAPES = {"a": (200, 100), "b": (130, 130), "bias": (50,)}
@@ -48,6 +48,17 @@ def full(tensor):
     """Returns a copy of a whole parameter, also of one that is sharded."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+
+
+def save(run):
+    """Returns a copy of all that training changes."""
+    return copy.deepcopy([part.state_dict() for part in (run.net, run.optimizer, run.state)])
+
+
+def load(run, saved):
+    """Goes back to where save() was called."""
+    for part, state in zip((run.net, run.optimizer, run.state), copy.deepcopy(saved), strict=True):
+        part.load_state_dict(state)
 
 
 class Account:
@@ -102,13 +113,11 @@ class Account:
         self.drop(name, self.waits(name))
 
     def save(self):
-        parts = (self.run.net, self.run.optimizer, self.run.state)
-        return copy.deepcopy(([part.state_dict() for part in parts], self.given, self.gone))
+        return save(self.run), copy.deepcopy((self.given, self.gone))
 
     def rewind(self, saved):
-        states, self.given, self.gone = copy.deepcopy(saved)
-        for part, state in zip((self.run.net, self.run.optimizer, self.run.state), states, strict=True):
-            part.load_state_dict(state)
+        load(self.run, saved[0])
+        self.given, self.gone = copy.deepcopy(saved[1])
 
     def result(self):
         layers = dict(self.run.net.named_children())
@@ -190,3 +199,57 @@ def assert_nothing_lost(results, places=1):
     gone = [sum(float(result["gone"][name].abs().sum()) for result in results) for name in ("a", "c")]
     assert min(gone) > 0, "expected something to go"
     assert all(result["gone"].keys() == {"a", "c"} for result in results)
+
+
+# Rewinding.
+
+REWOUND = dgc.DGCConfig(density=1 / 256, warmup_steps=8, dense_below=1000)
+OPTIMIZERS = {
+    dgc.SGD: {"lr": 0.25, "momentum": 0.5, "weight_decay": 0.25},
+    dgc.AdamW: {"lr": 0.01, "weight_decay": 0.25},
+}
+
+
+def standing(run):
+    """Returns copies of all that a run is made of, by name."""
+    memory = run.state.memory
+    found = {"step": run.state.step, "density": run.state.density, "v": memory.residual, **memory.kinds}
+    for name, p in run.net.named_parameters():
+        found[name] = p
+        found |= {f"{name} {kind}": value for kind, value in run.optimizer.state.get(p, {}).items()}
+    return {name: full(value) if isinstance(value, torch.Tensor) else value for name, value in found.items()}
+
+
+def differing(one, other):
+    """Returns the names of what differs in a bit."""
+    assert one.keys() == other.keys()
+    same = {n: torch.equal(a, other[n]) if isinstance(a, torch.Tensor) else a == other[n] for n, a in one.items()}
+    return [name for name, equal in same.items() if not equal]
+
+
+def rewind(run, rank):
+    """Trains in a warm-up, goes back, and trains again; returns what the run was made of at four times."""
+
+    def train(steps):
+        for i in steps:
+            run.train(normals(SHAPES, seed_of(i, rank)))
+
+    train(range(4))
+    saved, times = save(run), {"saved": standing(run)}
+    train(range(4, 9))
+    times["end"] = standing(run)
+    load(run, saved)
+    times["back"] = standing(run)
+    train(range(4, 9))
+    times["again"] = standing(run)
+    return times
+
+
+def assert_rewound(times):
+    assert differing(times["saved"], times["back"]) == []
+    assert differing(times["end"], times["again"]) == []
+    changed = differing(times["saved"], times["end"])
+    assert {"step", "density", "v", "a.weight"} <= set(changed)
+    assert (times["back"]["step"], times["again"]["step"]) == (4, 9)
+    assert times["again"]["density"] == 1 / 256 < times["back"]["density"]
+    assert times["back"]["v"].any()
