@@ -31,7 +31,7 @@ class Changing(Saved):
 
         Args:
             parameter: it or its name.
-            keep: bool, of the parameter's shape: True where nothing is dropped. None to keep nothing.
+            keep: bool, of the whole parameter's shape: True where nothing is dropped. None to keep nothing.
 
         Returns:
             The number of entries and the norms of what was dropped on this rank.
@@ -70,8 +70,8 @@ class Changing(Saved):
 
         Args:
             parameter: it or its name.
-            mask: bool, of the parameter's shape, True for entries that are alive; the same on all ranks. None for no
-                mask.
+            mask: bool, of the whole parameter's shape, True for entries that are alive; the same on all ranks. None for
+                no mask.
 
         Returns:
             What was dropped on this rank; None without a mask.

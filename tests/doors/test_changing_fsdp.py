@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 
 import dgc
 from support import changes
@@ -32,12 +33,16 @@ def test_nothing_is_lost_but_what_was_asked_to_go(places):
         changes.assert_rewound(times)
 
 
-def masked(run, rank):
+def masked(run, rank, is_sharded):
     """Prunes, looks at all gradients, forgets and grows; returns how many entries of a gradient were not zero."""
     counts = []
     for i in range(8):
         if i == 2:
             run.state.mask("a.weight", ALIVE)
+            with torch.no_grad():
+                weight = run.net.a.weight
+                alive = distribute_tensor(ALIVE, weight.device_mesh, weight.placements) if is_sharded else ALIVE
+                weight.mul_(alive)
         elif i == 4:
             run.state.dense_step()
         elif i == 5:
@@ -50,11 +55,11 @@ def masked(run, rank):
 
 
 def sharded(rank, world_size):
-    return masked(IslandRun(1, changes.CONFIG, module=changes.Layers(), bucket_cap_mb=25, **SGD), rank)
+    return masked(IslandRun(1, changes.CONFIG, module=changes.Layers(), bucket_cap_mb=25, **SGD), rank, True)
 
 
 def plain(rank, world_size):
-    return masked(Run(changes.CONFIG, module=changes.Layers(), ddp={"bucket_cap_mb": 25}, **SGD), rank)
+    return masked(Run(changes.CONFIG, module=changes.Layers(), ddp={"bucket_cap_mb": 25}, **SGD), rank, False)
 
 
 def test_masks_on_nodes_of_one_rank_have_the_bits_of_ddp():

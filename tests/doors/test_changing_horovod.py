@@ -95,6 +95,15 @@ def refused():
         compressor = dgc_hvd.DGCCompressor(config, bucket_cap_mb=0.1)
         return dgc_hvd.DistributedOptimizer(dgc.SGD(net.parameters(), **SGD), named, compressor, **horovod)
 
+    def other_groups():
+        held = run.optimizer.param_groups[0]["params"]
+        if rank:
+            held.reverse()
+        try:
+            run.rebind()
+        finally:
+            held[:] = [p for _, p in named]
+
     extra = nn.Parameter(torch.zeros(3))
     for what, call in {
         "plain": lambda: state.rebind(net, dgc.SGD(net.parameters(), **SGD)),
@@ -103,6 +112,7 @@ def refused():
         "twice": lambda: state.rebind([*named, ("a.weight", extra)]),
         "not held": lambda: state.rebind([*named, ("extra", extra)]),
         "order": lambda: state.rebind(named[::-1] if rank else named),
+        "groups": other_groups,
         "one rank": lambda: state.rebind(named[1:] if rank else named),
         "back": lambda: state.rebind(net, back={"a.weight": {"residual": torch.zeros(3)}}),
     }.items():
@@ -131,7 +141,10 @@ def test_what_is_wrong_is_said_and_changes_nothing(horovod):
             "twice": "got 'a.weight' twice",
             "not held": "hold every parameter, but not extra",
             "order": "expected the same configuration and parameters",
-            "one rank": "expected all that the optimizer holds" if rank else "but rank 1: named_parameters: expected all",
+            "groups": "group of ",
+            "one rank": "expected all that the optimizer holds"
+            if rank
+            else "but rank 1: named_parameters: expected all",
             "back": "expected tensors of the new model's a.weight, (200, 100), got (3,)",
             "in a pass": "rebind: expected to be called between",
             "replaced": "got others for a.weight",

@@ -14,7 +14,6 @@ from support.ranks import run_ranks
 from support.training import assert_replicas_equal
 
 
-
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("unused", [True, False])
 def test_a_replaced_parameter_is_found(gloo, set_to_none, unused):
