@@ -97,7 +97,7 @@ def refused(rank, world_size):
         "plain layer": lambda: added(torch.zeros(100, 90), sharded=False),
         "another weight": lambda: added(torch.full((100, 90), float(rank // 2)), sharded=True),
     }.items():
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match="expected") as error:
             call()
         messages[what] = str(error.value)
         if hasattr(net, "c"):

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import dgc
 from support import changes
 from support.ddp_run import Run
 from support.models import integers, normals
