@@ -10,7 +10,6 @@ its gradients without DDP, and broadcasts parameters and buffers once. `optimize
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -25,6 +24,8 @@ from .config import DGCConfig
 from .memory.refusals import unwrapped
 from .optim.convert import convert
 from .state import DGCState
+from .step import log
+from .step.advice import no_config
 
 logger = logging.getLogger("dgc")
 
@@ -43,7 +44,7 @@ def attach(
 
     torch.optim.SGD, AdamW and Adam become dgc's of that name in place: the same object, groups and state, so that
     schedulers go on with it, and so does a run that was dense until now. Other optimizers are taken as DGCState takes
-    them. A second call with the same arguments changes nothing.
+    them. A second call with the same arguments changes nothing, and one with another config is an error.
 
     Args:
         model: a DistributedDataParallel module, a module that fully_shard has sharded, or a plain one whose ranks
@@ -67,12 +68,13 @@ def attach(
     if isinstance(attached, DGCState) and attached.registered:
         known = {id(p) for p in attached.parameters.by_name.values()}
         if known == {id(p) for p in model.parameters() if p.requires_grad}:
+            _check_again(attached, config)
             return optimizer
         raise ValueError(
             "attach: expected an optimizer without a DGCState, got one that is attached to another model. Make an "
             "optimizer for this one"
         )
-    convert(inside)
+    converted = convert(inside)
     state = DGCState(
         model.named_parameters(),
         inside,
@@ -85,8 +87,11 @@ def attach(
     if isinstance(model, DistributedDataParallel) or fsdp.is_sharded(model):
         state.register(model)
     else:
-        _warn_if_alone()
+        log.log_alone()
         state.register_plain(model)
+    if converted and state.exchange.rank == 0:
+        name = type(inside).__name__
+        logger.info("dgc: torch.optim.%s has become dgc.%s: the same object, groups and state", name, name)
     for one in {id(inside): inside, id(optimizer): optimizer}.values():
         one.dgc = state  # type: ignore[attr-defined]
     if hasattr(optimizer, "_optimizer_original_step_method"):
@@ -94,19 +99,28 @@ def attach(
     return optimizer
 
 
+def _check_again(attached: DGCState, config: DGCConfig | None) -> None:
+    """Refuses a second call with another configuration, which would have no effect.
+
+    Raises:
+        ValueError: neither the configuration of the first call nor the one in force is given.
+    """
+    if config in (None, attached.made_with, attached.config):
+        return
+    if not isinstance(config, DGCConfig):
+        raise TypeError(no_config(config))
+    now = attached.made_with.as_dict()
+    other = [
+        f"{name} {value!r} in place of {now[name]!r}" for name, value in config.as_dict().items() if value != now[name]
+    ]
+    raise ValueError(
+        f"attach: expected the configuration of the first call, got {', '.join(other)}. For another density call "
+        "optimizer.dgc.set_density(density) on all ranks; for anything else detach first, optimizer.dgc.detach(), and "
+        "attach again"
+    )
+
+
 def _scaler_of(optimizer: Any) -> GradScaler | None:
     """Returns the GradScaler that Accelerate's wrapper of an optimizer uses; None without one."""
     scaler = getattr(optimizer, "__dict__", {}).get("scaler")
     return scaler if isinstance(scaler, GradScaler) else None
-
-
-def _warn_if_alone() -> None:
-    """Warns where a launcher has started several ranks that are about to train apart, without a process group."""
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    if ranks != "1" and not dist.is_initialized():
-        logger.warning(
-            "dgc: WORLD_SIZE is %s, but torch.distributed is not initialised, so each process trains alone. Call "
-            "torch.distributed.init_process_group(); a framework that has made none takes the CPU by "
-            "Accelerator(cpu=True) or TrainingArguments(use_cpu=True)",
-            ranks,
-        )

@@ -111,8 +111,8 @@ class DGCConfig:
     def __post_init__(self) -> None:
         """Checks every field, and stores it in its declared type."""
         wire_type, dense_type = (str(x).removeprefix("torch.") for x in (self.wire_dtype, self.dense_wire_dtype))
-        self._expect("density", _in_unit_interval(self.density), "a number in (0, 1]", float)
-        self._expect("warmup_steps", _is_count(self.warmup_steps), "an integer >= 0", int)
+        self._expect("density", _in_unit_interval(self.density), "a number in (0, 1], such as 0.01 for 1 %", float)
+        self._expect("warmup_steps", _is_count(self.warmup_steps), "an integer >= 0, a number of steps", int)
         self._expect("check_every", _is_count(self.check_every), "an integer >= 0", int)
         self._expect(
             "warmup_densities",

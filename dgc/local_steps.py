@@ -33,6 +33,7 @@ from .optim.sgd import SGD
 from .rounds import checks, saved
 from .rounds.rounds import Rounds
 from .state import DGCState
+from .step import log
 
 Outer = Callable[[list[nn.Parameter]], Optimizer]
 """Makes the outer optimizer of theta_0."""
@@ -91,6 +92,8 @@ class LocalSteps(Rounds):
         exchange: Exchange | None = None,
     ) -> None:
         """Checks the arguments, copies the weights and compares them with all islands'; see the class."""
+        if exchange is None:
+            log.log_alone()
         config = config or SPARSELOCO
         inner = unwrapped(inner_optimizer)
         checks.check_arguments(model, inner, config, every, delay)

@@ -106,6 +106,11 @@ class DGCState(Rebound):
             f"rank {exchange.rank} of {exchange.world_size})"
         )
 
+    @property
+    def made_with(self) -> DGCConfig:
+        """The configuration that the state was made with; `config` has the density of set_density()."""
+        return self._standing.made_with
+
     # Figures.
 
     @property

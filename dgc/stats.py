@@ -82,11 +82,13 @@ class Stats:
     def scalars(self) -> dict[str, float]:
         """Returns every figure but `choice` by its name, as TensorBoard and Weights & Biases take them.
 
-        They are plain numbers that the host has already, so nothing is copied, and no GPU is waited for. `dense` is the
-        number of parameters that were not compressed.
+        They are plain numbers that the host has already, so nothing is copied, and no GPU is waited for. `entries` is
+        the number of entries that this rank sent of all parameters together, `dense` that of the parameters that were
+        not compressed.
         """
         values = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "choice"}
-        return {name: float(len(value) if isinstance(value, dict) else value) for name, value in values.items()}
+        values |= {"entries": sum(self.entries.values()), "dense": len(self.dense)}
+        return {name: float(value) for name, value in values.items()}
 
 
 def traffic(payload_bytes: int, dense_bytes: int, world_size: int) -> int:

@@ -19,7 +19,15 @@ from typing import Any
 from urllib.parse import unquote
 
 ROOT = Path(__file__).parent.parent
-MODULES = ["dgc", "dgc.checkpoint", "dgc.horovod", "dgc.accelerate", "dgc.lightning", "dgc.transformers"]
+MODULES = [
+    "dgc",
+    "dgc.checkpoint",
+    "dgc.horovod",
+    "dgc.accelerate",
+    "dgc.lightning",
+    "dgc.transformers",
+    "dgc.torchft",
+]
 """The public API."""
 GENERATED = {"build", "dist", "runs"}
 """Folders that hold no source."""
@@ -28,6 +36,7 @@ NEEDED = {
     "dgc.accelerate": ("accelerate", "pip install '.[accelerate]'"),
     "dgc.lightning": ("lightning", "pip install '.[lightning]'"),
     "dgc.transformers": ("transformers", "pip install '.[transformers]'"),
+    "dgc.torchft": ("torchft", "pip install '.[torchft]'"),
 }
 """What has to be installed for a module to be imported, and what installs it."""
 

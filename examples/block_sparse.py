@@ -73,8 +73,7 @@ def main() -> None:
     args, device = start(options(__doc__), steps=1500, quick=400)
     train, test_images, test_labels = split(device)
     images, labels = (tensor.to(device) for tensor in train.tensors)
-    # The layout is no part of the weights: DDP has buffers of the same values on all ranks, and need not send them.
-    model = DistributedDataParallel(SparseLSTM(args.seed).to(device), broadcast_buffers=False)
+    model = DistributedDataParallel(SparseLSTM(args.seed).to(device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     if not args.dense:
         dgc.attach(model, optimizer, dgc.DGCConfig(args.density, warmup_steps=args.steps // 5, clip_norm=1.0))

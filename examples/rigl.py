@@ -99,7 +99,7 @@ def main() -> None:
             share = REPLACED / 2 * (1 + math.cos(math.pi * step / end))
             for p, alive in masks.alive.items():
                 masks.use(p, replace(p.data, alive, scores[p], share))
-    alive = sum(int(p.count_nonzero()) for p in masks.alive) / sum(p.numel() for p in masks.alive)
+    alive = sum(int((of | (p != 0)).sum()) for p, of in masks.alive.items()) / sum(p.numel() for p in masks.alive)
     finish(f"{100 * (1 - alive):.1f} % sparse, accuracy", accuracy(model.module, test_images, test_labels), traffic)
 
 

@@ -32,7 +32,7 @@ export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 "$python" docs/check_docs.py
 
 modules=(dgc) # with dgc.checkpoint, which it names in __all__
-for framework in horovod accelerate lightning transformers; do
+for framework in horovod accelerate lightning transformers torchft; do
   if "$python" -c "import sys, importlib.util; sys.exit(importlib.util.find_spec('$framework') is None)"; then
     modules+=("dgc.$framework")
   else

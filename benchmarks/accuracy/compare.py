@@ -25,6 +25,13 @@ class Difference(NamedTuple):
     """Of the 95 % confidence interval of the mean (Student's t)."""
 
 
+def interval(values: Sequence[float]) -> Difference:
+    """Returns mean and interval of independent values, at least two."""
+    mean = statistics.fmean(values)
+    spread = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return Difference(mean, mean - spread, mean + spread)
+
+
 def paired(task: str, scores: Sequence[float], reference: Sequence[float]) -> list[float]:
     """Returns the difference of each score to a reference's, in points of accuracy or in per cent of perplexity."""
     relative = TASKS[task].metric == "perplexity"
@@ -33,10 +40,7 @@ def paired(task: str, scores: Sequence[float], reference: Sequence[float]) -> li
 
 def difference(task: str, scores: Sequence[float], reference: Sequence[float]) -> Difference:
     """Returns the paired difference of scores to a reference's, of the same seeds in the same order."""
-    values = paired(task, scores, reference)
-    mean = statistics.fmean(values)
-    spread = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return Difference(mean, mean - spread, mean + spread)
+    return interval(paired(task, scores, reference))
 
 
 def reaches(task: str, found: Difference) -> bool:

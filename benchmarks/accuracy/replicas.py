@@ -88,10 +88,14 @@ class Replicated(ABC):
         """Computes each worker's gradients, reduces them and applies the result."""
         for replica, (inputs, targets) in zip(self.replicas, batches, strict=True):
             replica.optimizer.zero_grad()
-            loss_of(replica.network(inputs), targets).backward()
+            self.loss(replica.network, inputs, targets).backward()
         self.reduce()
         for replica in self.replicas:
             replica.optimizer.step()
+
+    def loss(self, network: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Returns the loss of a worker's network on its batch."""
+        return loss_of(network(inputs), targets)
 
     def check(self) -> None:
         """Compares the replicas.
@@ -114,7 +118,7 @@ def train(task: Task, make: Callable[[nn.Module, Task], Trainer], seed: int, ste
     trainer = make(task.network(), task)
     schedules = [schedule_of(task, optimizer, steps) for optimizer in trainer.optimizers]
     found = []
-    for step, batches in enumerate(_batches(task, seed, steps), start=1):
+    for step, batches in enumerate(batches_of(task, seed, steps), start=1):
         trainer.learn(batches)
         for schedule in schedules:
             schedule.step()
@@ -124,11 +128,11 @@ def train(task: Task, make: Callable[[nn.Module, Task], Trainer], seed: int, ste
     return found
 
 
-def _batches(task: Task, seed: int, steps: int) -> Iterator[list[Batch]]:
+def batches_of(task: Task, seed: int, steps: int, workers: int = WORKERS) -> Iterator[list[Batch]]:
     """Yields each worker's samples, for each step: passes over all samples in an order of their own."""
     data = task.load()
     generator = torch.Generator().manual_seed(seed)
-    each, order = WORKERS * task.batch_size, torch.empty(0, dtype=torch.int64)
+    each, order = workers * task.batch_size, torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
         if len(order) < each:
             order = torch.randperm(len(data.inputs), generator=generator)
@@ -185,25 +189,29 @@ class DGC(Replicated):
         futures = []
         for replica, state in zip(self.replicas, self.states, strict=True):
             parameters = [*replica.network.parameters()]
-            buffer = torch.cat([g.view(-1) for g in gradients(replica.network)])
+            buffer = torch.empty(sum(p.numel() for p in parameters))
             starts = accumulate((p.numel() for p in parameters), initial=0)
             places = [(0, start) for start, _ in zip(starts, parameters, strict=False)]
             bucket = Gradients([state.slot(p) for p in parameters], [buffer], places)
+            # In the order of memory, which channels_last has changed.
+            inside = [bucket.of(i).as_strided(slot.shape, slot.strides) for i, slot in enumerate(bucket.slots)]
+            torch._foreach_copy_(inside, gradients(replica.network))
             state.begin()
-            futures.append((parameters, bucket, state.reduce(bucket)))
+            futures.append((parameters, inside, state.reduce(bucket)))
             state.end()
-        for parameters, bucket, future in futures:
+        for parameters, averages, future in futures:
             future.wait()
-            for i, parameter in enumerate(parameters):
-                parameter.grad = bucket.of(i).view_as(parameter)
+            for parameter, average in zip(parameters, averages, strict=True):
+                parameter.grad = average
 
 
 def dgc_replicas(network: nn.Module, task: Task) -> list[Replica[DGCOptimizer]]:
     """Returns replicas with dgc.SGD or dgc.AdamW."""
-    return [Replica(replica, _dgc_optimizer(replica.parameters(), task)) for replica in copies_of(network)]
+    return [Replica(replica, dgc_optimizer(replica.parameters(), task)) for replica in copies_of(network)]
 
 
-def _dgc_optimizer(parameters: Iterable[nn.Parameter], task: Task) -> DGCOptimizer:
+def dgc_optimizer(parameters: Iterable[nn.Parameter], task: Task) -> DGCOptimizer:
+    """Returns dgc.SGD or dgc.AdamW, with the task's recipe."""
     if task.optimizer == "AdamW":
         adamw: DGCOptimizer = dgc.AdamW(
             parameters, lr=task.lr, betas=task.betas, eps=task.eps, weight_decay=task.weight_decay

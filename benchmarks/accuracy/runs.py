@@ -9,9 +9,9 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -20,10 +20,13 @@ from tqdm import tqdm
 import dgc
 from benchmarks.harness import printed
 
+Point = tuple[float, ...]
+"""Step and metric, and what else a program has noted then."""
+
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: what it depends on."""
+    """One training run: what it depends on. A program that varies more has fields of its own besides."""
 
     task: str
     method: str
@@ -38,8 +41,8 @@ class Record:
     """What came of a run."""
 
     run: Run
-    curve: list[tuple[int, float]]
-    """(step, metric), the last one at the end."""
+    curve: Sequence[Point]
+    """The last one at the end."""
     seconds: float
     commit: str
 
@@ -49,11 +52,11 @@ class Record:
         return self.curve[-1][1]
 
 
-def read(path: Path) -> dict[Run, Record]:
-    """Returns the finished runs of a file."""
+def read(path: Path, kind: type[Run] = Run) -> dict[Run, Record]:
+    """Returns the finished runs of a file, all of one kind."""
     lines = path.read_text().splitlines() if path.exists() else []
     records = [json.loads(line) for line in lines]
-    found = [Record(Run(**r["run"]), [(s, m) for s, m in r["curve"]], r["seconds"], r["commit"]) for r in records]
+    found = [Record(kind(**r["run"]), [(*point,) for point in r["curve"]], r["seconds"], r["commit"]) for r in records]
     return {record.run: record for record in found}
 
 
@@ -72,27 +75,34 @@ def told(config: dgc.DGCConfig | None) -> str:
 
 
 def gather(
-    runs: Sequence[Run], perform: Callable[[Run], list[tuple[int, float]]], path: Path, processes: int, minutes: float
+    runs: Sequence[Run],
+    perform: Callable[[Run], Sequence[Point]],
+    path: Path,
+    processes: int,
+    minutes: float,
+    expected: Callable[[Sequence[Run], Mapping[Run, Record]], float] | None = None,
 ) -> dict[Run, Record]:
     """Does the runs that a file does not have yet, and adds them to it as they finish.
 
     Args:
-        runs: in the order in which to do them.
+        runs: in the order in which to do them, all of one kind.
         perform: does one, in a process of its own.
         path: of the file, a JSON line for each run.
         processes: how many runs at a time, each on one thread.
         minutes: after which no further run is started.
+        expected: the seconds that runs will take, by those that are finished; None: what like runs took, or short ones.
 
     Returns:
         All of `runs` that are finished.
     """
-    done = read(path)
+    done = read(path, type(runs[0]) if runs else Run)
     left = [run for run in runs if run not in done]
     commit = printed("git", "describe", "--always", "--dirty")
     end = time.monotonic() + 60 * minutes
-    print(
-        f"{len(runs) - len(left)} of {len(runs)} runs are in {path.name}. {_announced(left, perform, done, processes)}"
-    )
+    total = expected(left, done) if expected else _expected(left, perform, done)
+    minutes_left = total / max(1, min(processes, os.cpu_count() or 1)) / 60
+    rest = f" The {len(left)} others will take about {minutes_left:.0f} minutes, {processes} at a time." if left else ""
+    print(f"{len(runs) - len(left)} of {len(runs)} runs are in {path.name}.{rest}")
     path.parent.mkdir(exist_ok=True)
     context = multiprocessing.get_context("spawn")
     with (
@@ -100,7 +110,7 @@ def gather(
         tqdm(total=len(runs), initial=len(runs) - len(left), unit="run") as bar,
         path.open("a") as file,
     ):
-        under_way: dict[Future[tuple[list[tuple[int, float]], float]], Run] = {}
+        under_way: dict[Future[tuple[Sequence[Point], float]], Run] = {}
         while left or under_way:
             while left and len(under_way) < processes and time.monotonic() < end:
                 run = left.pop(0)
@@ -121,39 +131,41 @@ def gather(
     return {run: done[run] for run in runs if run in done}
 
 
-def _timed(perform: Callable[[Run], list[tuple[int, float]]], run: Run) -> tuple[list[tuple[int, float]], float]:
+def _timed(perform: Callable[[Run], Sequence[Point]], run: Run) -> tuple[Sequence[Point], float]:
     begin = time.perf_counter()
     return perform(run), time.perf_counter() - begin
 
 
-def _announced(
-    left: Sequence[Run],
-    perform: Callable[[Run], list[tuple[int, float]]],
-    done: dict[Run, Record],
-    processes: int,
-) -> str:
-    """Returns how long the rest will take: by finished runs, else by a short one of each task."""
+def _expected(left: Sequence[Run], perform: Callable[[Run], Sequence[Point]], done: Mapping[Run, Record]) -> float:
+    """Returns the seconds that the rest will take: by finished runs, else by a short one of each task."""
     seconds = {}
     torch.set_num_threads(1)
     for task in dict.fromkeys(run.task for run in left):
         like = [record.seconds / record.run.steps for record in done.values() if record.run.task == task]
         if not like:
             one = next(run for run in left if run.task == task)
-            short = [Run(one.task, one.method, one.seed, steps, one.settings) for steps in (5, 30)]
+            short = [replace(one, steps=steps) for steps in (5, 30)]
             few, many = (_timed(perform, run)[1] for run in short)
             like = [max(0.0, many - few) / 25 * 1.4]  # others do more than the first, and share the memory
         seconds[task] = statistics.median(like)
-    total = sum(seconds[run.task] * run.steps for run in left) / max(1, min(processes, os.cpu_count() or 1))
-    return f"The {len(left)} others will take about {total / 60:.0f} minutes, {processes} at a time." if left else ""
+    return sum(seconds[run.task] * run.steps for run in left)
 
 
 def options(description: str | None, tasks: Sequence[str], file: Path) -> argparse.ArgumentParser:
+    """Returns the parser of what scripts whose runs go side by side can be told."""
+    parser = options_of_each(description, tasks, file, seeds=5)
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time; default: one a core")
+    return parser
+
+
+def options_of_each(description: str | None, tasks: Sequence[str], file: Path, seeds: int) -> argparse.ArgumentParser:
     """Returns the parser of what all scripts of runs can be told."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=tasks, default=tasks, metavar="TASK", help=", ".join(tasks))
-    parser.add_argument("--seeds", type=int, default=5, help="of weights and samples, counted from 0; default: 5")
+    parser.add_argument(
+        "--seeds", type=int, default=seeds, help=f"of weights and samples, counted from 0; default: {seeds}"
+    )
     parser.add_argument("--steps", type=int, help="of each run; default: the task's own, several thousand")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time; default: one a core")
     parser.add_argument("--minutes", type=float, default=math.inf, help="after which no further run is started")
     parser.add_argument(
         "--file", type=Path, default=file, help=f"of finished runs; the report goes to its folder; default: {file}"

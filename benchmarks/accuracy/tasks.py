@@ -64,9 +64,9 @@ def schedule_of(task: Task, optimizer: Optimizer, steps: int) -> LRScheduler:
     return ChainedScheduler([fall, LinearLR(optimizer, 1 / rise, total_iters=rise)]) if rise else fall
 
 
-def loss_of(scores: Tensor, targets: Tensor) -> Tensor:
-    """Returns the mean cross entropy of scores (..., classes)."""
-    return nn.functional.cross_entropy(scores.flatten(0, -2), targets.flatten())
+def loss_of(scores: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Returns the mean cross entropy of scores (..., classes), with labels that give this share to all classes."""
+    return nn.functional.cross_entropy(scores.flatten(0, -2), targets.flatten(), label_smoothing=smoothing)
 
 
 @torch.no_grad()

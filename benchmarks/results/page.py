@@ -3,7 +3,7 @@
     python -m benchmarks.results.page
 
 Each section is NAME.md as its program wrote it; NAME_reading.md in front of it, where there is one, is
-what a person says of it.
+what a person says of it. The claims of the method come first: claims.py judges them by the raw figures.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import argparse
 import os
 
 from benchmarks.harness import RESULTS, ROOT
+
+from . import claims
 
 DOCS = ROOT / "docs"
 SECTIONS = {
@@ -35,6 +37,8 @@ SECTIONS = {
     "soak_nodes": "The same with nodes as workers",
 }
 """Title of each NAME.md in this folder."""
+CLAIMS = "The claims of the method, one by one"
+"""Title of what claims.py makes."""
 START = """# Results
 
 Made by `python -m benchmarks.results.page` from what the benchmarks printed; every section ends with the machine, the
@@ -49,7 +53,8 @@ def text() -> str:
     Raises:
         FileNotFoundError: a benchmark has not been run.
     """
-    parts = [START, "\n".join(f"- [{title}](#{_anchor(title)})" for title in SECTIONS.values())]
+    parts = [START, "\n".join(f"- [{title}](#{_anchor(title)})" for title in (CLAIMS, *SECTIONS.values()))]
+    parts += [f"## {CLAIMS}", claims.section(claims.load(RESULTS))]
     for name, title in SECTIONS.items():
         parts.append(f"## {title}")
         reading, picture = RESULTS / f"{name}_reading.md", RESULTS / f"{name}.png"

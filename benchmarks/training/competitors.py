@@ -2,7 +2,8 @@
 
 - `no_sync`: no exchange at all and torch.optim.SGD(momentum=0.9), the limit.
 - `ddp`: plain DDP, float32, with the same optimizer.
-- `ddp fp16`: with PyTorch's fp16_compress_hook.
+- `ddp fp16`: with PyTorch's fp16_compress_hook. `wrapped` also has
+- `ddp bf16`: with PyTorch's bf16_compress_hook, which DDP takes under gloo by another name only.
 - `powersgd`: with PyTorch's powerSGD_hook at rank 4, error feedback and warm start. One bucket: with more it deadlocks
   under gloo. It compresses from its third step on.
 - `topk`: Deep Gradient Compression as one would write it in plain PyTorch, 0.1 % by torch.topk; see `TopK`.
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,6 +35,8 @@ DOOR = "dgc door"
 AUTO = "dgc auto"
 WITH_ADAMW = ("no_sync adamw", "dgc adamw")
 DENSITY, LR, MOMENTUM, ADAM_LR = 0.001, 0.01, 0.9, 1e-3
+POWERSGD_RANK, POWERSGD_START = 4, 2
+"""Rank of its matrices, and the step from which on it compresses, the earliest that warm start allows."""
 WARM_UP = 4  # steps until DDP has built its buckets again (1) and PowerSGD has compressed twice (4)
 
 
@@ -79,6 +82,31 @@ class TopK:
 def topk_hook(state: TopK, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """Reduces one DDP bucket."""
     return state.hook(bucket)
+
+
+def bf16_hook(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Reduces one DDP bucket in bfloat16."""
+    return bf16_compress_hook(group, bucket)
+
+
+def wrapped(name: str, module: nn.Module, **options: bool) -> DistributedDataParallel:
+    """Returns a module under DDP, with PyTorch's hook of that name where it is one.
+
+    Args:
+        name: "ddp fp16", "ddp bf16" or "powersgd"; another one gets no hook.
+        module: equal on all ranks.
+        options: DDP's.
+    """
+    cap = {"bucket_cap_mb": 1 << 20} if name == "powersgd" else {}
+    model = DistributedDataParallel(module, **cap, **options)  # type: ignore[arg-type]
+    if name == "ddp fp16":
+        model.register_comm_hook(None, fp16_compress_hook)
+    elif name == "ddp bf16":
+        model.register_comm_hook(dist.group.WORLD, bf16_hook)
+    elif name == "powersgd":
+        state = PowerSGDState(None, matrix_approximation_rank=POWERSGD_RANK, start_powerSGD_iter=POWERSGD_START)
+        model.register_comm_hook(state, powerSGD_hook)
+    return model
 
 
 @dataclass(frozen=True)
@@ -134,8 +162,7 @@ def competitor(
         converted = torch.optim.SGD(module.parameters(), lr=LR, momentum=MOMENTUM)
         dgc.attach(module, converted, dgc.DGCConfig(density=DENSITY))
         return Competitor(name, module, converted, loss, converted.dgc)  # type: ignore[attr-defined]  # attach's
-    cap = {"bucket_cap_mb": 1 << 20} if name == "powersgd" else {}
-    model = DistributedDataParallel(module, **cap, **options)  # type: ignore[arg-type]
+    model = wrapped(name, module, **options)
     optimizer: torch.optim.Optimizer
     state: dgc.DGCState | None = None
     if name.startswith("dgc"):
@@ -153,8 +180,4 @@ def competitor(
         model.register_comm_hook(TopK(), topk_hook)
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
-    if name == "ddp fp16":
-        model.register_comm_hook(None, fp16_compress_hook)
-    elif name == "powersgd":
-        model.register_comm_hook(PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=2), powerSGD_hook)
     return Competitor(name, model, optimizer, loss, state)

@@ -18,16 +18,13 @@ import argparse
 import math
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,7 +32,8 @@ import dgc
 from benchmarks import harness
 
 from .links import namespaces
-from .links.meter import limit_of, reached, sent, slowest, timed
+from .links.meter import counted, limit_of, reached, slowest, timed
+from .links.ranks import finish, spawned
 from .network import task
 
 NAMES = ("alone", "ddp", "dgc", "DiLoCo", "3 %", "1 %")
@@ -88,18 +86,6 @@ def competitor(name: str, net: nn.Module, loss: Callable[[nn.Module], Tensor], e
     return Competitor(name, model, optimizer, loss, every if name in ROUNDS else 1, kept)
 
 
-def counted(link: namespaces.Link | None, steps: Competitor) -> float:
-    """Returns the bytes of frames that leave a rank in a step, the mean of all ranks; a collective."""
-    dist.barrier()
-    before = sent(link)
-    dist.barrier()
-    steps()
-    dist.barrier()
-    there = torch.tensor(float(sent(link) - before))
-    dist.all_reduce(there)
-    return there.item() / dist.get_world_size() / steps.steps
-
-
 def worker(rank: int, args: argparse.Namespace, limited: bool, folder: str) -> None:
     """Measures all rates on one rank."""
     torch.set_num_threads(1)
@@ -118,15 +104,12 @@ def worker(rank: int, args: argparse.Namespace, limited: bool, folder: str) -> N
         if link:
             link.limit(limit_of(rate), args.latency)
             dist.barrier()
-            result["bytes"] = result["bytes"] or {c.name: counted(link, c) for c in competitors}
+            result["bytes"] = result["bytes"] or {c.name: counted(link, c, args.ranks) / c.steps for c in competitors}
             result["reached"][rate] = reached(link, rate)
         times = [[timed(c) / c.steps for c in competitors] for _ in range(args.repeats + 1)][1:]
         flat = slowest([seconds for row in times for seconds in row])
         result["rates"][rate] = {c.name: flat[i :: len(competitors)] for i, c in enumerate(competitors)}
-    if rank == 0:
-        torch.save(result, f"{folder}/result.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    finish(result, folder)
 
 
 def tables(result: dict[str, Any], args: argparse.Namespace) -> list[harness.Table]:
@@ -176,13 +159,7 @@ def main() -> None:
 
 def measured(args: argparse.Namespace, limited: bool) -> dict[str, Any]:
     """Returns what `worker` measures, from ranks that live no longer than this call."""
-    with tempfile.TemporaryDirectory() as folder:
-        if not limited:
-            mp.spawn(worker, (args, limited, folder), args.ranks)
-        else:
-            with namespaces.switch():
-                mp.spawn(worker, (args, limited, folder), args.ranks)
-        result: dict[str, Any] = torch.load(Path(folder, "result.pt"))
+    result: dict[str, Any] = spawned(worker, args.ranks, limited, args, limited)
     return result
 
 

@@ -2,36 +2,28 @@
 
 - `no_sync`: no exchange at all and torch.optim.SGD(momentum=0.9), the limit.
 - `ddp`: plain DDP, float32, with the same optimizer.
-- `ddp bf16`: with PyTorch's bf16_compress_hook, which DDP takes under gloo by another name only.
+- `ddp bf16`: with PyTorch's bf16_compress_hook.
 - `dgc`: this package at 0.1 % under DDP, every rank a worker of its own.
 - `dgc nodes`: the same with mesh=, every node a worker.
 - `hsdp`: fully_shard over nodes and ranks, with FSDP2's own all-reduce between nodes and torch.optim.SGD.
 - `dgc fsdp2`: fully_shard over the ranks of a node, and this package at 0.1 % between nodes.
-
-No `from __future__ import annotations` here: DDP compares a hook's annotations with the types themselves.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 import dgc
 
-from .competitors import DENSITY, LR, MOMENTUM, Competitor
+from .competitors import DENSITY, LR, MOMENTUM, Competitor, wrapped
 
 NODE_NAMES = ("no_sync", "ddp", "ddp bf16", "dgc", "dgc nodes", "hsdp", "dgc fsdp2")
 COMPRESSED = ("dgc", "dgc nodes", "dgc fsdp2")
-
-
-def bf16_hook(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Reduces one DDP bucket in bfloat16."""
-    return bf16_compress_hook(group, bucket)
 
 
 def competitor_in_nodes(
@@ -51,9 +43,7 @@ def competitor_in_nodes(
     if name in ("hsdp", "dgc fsdp2"):
         model = _sharded(module, mesh if name == "hsdp" else mesh["shard"])
     else:
-        model = DistributedDataParallel(module, gradient_as_bucket_view=True)
-        if name == "ddp bf16":
-            model.register_comm_hook(dist.group.WORLD, bf16_hook)
+        model = wrapped(name, module, gradient_as_bucket_view=True)
     if name not in COMPRESSED:
         return Competitor(name, model, torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM), loss)
     optimizer = dgc.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)

@@ -32,10 +32,10 @@ struct Rank {
 int64_t begin_of(const Rank& r, int64_t tile) { return tile == 0 ? 0 : r.ends[tile - 1]; }
 
 // Throws unless tile ends and indices are such as compress_ writes for these segments, which they are addresses by.
-void check_selection(const Rank& r, const Bucket& bucket) {
+void check_selection(const Rank& r, const Bucket& bucket, const std::vector<Tile>& tiles) {
   int64_t t = 0;
   bool good = true;
-  for (const Tile& tile : tiles_of(bucket)) {
+  for (const Tile& tile : tiles) {
     const int64_t first = bucket.first_entry[tile.segment], next = bucket.first_entry[tile.segment + 1];
     const int64_t begin = tile.begin == 0 ? first : begin_of(r, t), end = r.ends[t++];
     good &= begin_of(r, t - 1) == begin && begin <= end && end <= next &&
@@ -77,35 +77,36 @@ uint8_t* first_value(const Rank& r, const Bucket& bucket, int64_t segment, int b
   return r.values + (bits == 4 ? first_nibble_byte(segment, entry) : entry * bits / 8);
 }
 
-// Rounds a parameter's values to codes. What receivers will read replaces them, and the rest goes to the residual.
-void encode_values(const Rank& r, const Bucket& bucket, int64_t segment, int bits, float* residual) {
-  const Segment& s = bucket.segments[segment];
-  const int64_t first = bucket.first_entry[segment];
-  auto* chosen = reinterpret_cast<float*>(r.chosen);
+Scale scale_of_values(const Rank& r, const Bucket& bucket, int64_t segment, int bits) {
+  const auto* chosen = reinterpret_cast<const float*>(r.chosen);
   uint32_t least = kMagnitude, largest = 0;
-  for (int64_t e = first; e < first + s.entries; ++e) {
+  for (int64_t e = bucket.first_entry[segment]; e < bucket.first_entry[segment + 1]; ++e) {
     const uint32_t size = magnitude(chosen[e]);
     if (size == 0) continue;
     least = std::min(least, size);
     largest = std::max(largest, size);
   }
-  const Scale scale = r.scales[segment] = scale_of(largest == 0 ? 0 : least, largest, bits);
-  uint8_t* values = first_value(r, bucket, segment, bits);
-  if (bits == 4) std::fill(values, values + (s.entries + 1) / 2, 0);
-  for (int64_t t = bucket.first_tile[segment]; t < bucket.first_tile[segment + 1]; ++t) {
-    const int64_t at = s.state + (t - bucket.first_tile[segment]) * kTile;
-    for (int64_t e = begin_of(r, t); e < r.ends[t]; ++e) {
-      const uint32_t code = code_of(chosen[e], scale, bits);
-      const int64_t i = e - first;
-      if (bits == 8) {
-        values[i] = static_cast<uint8_t>(code);
-      } else {
-        values[i / 2] |= static_cast<uint8_t>(code << (4 * (i % 2)));
-      }
-      const float sent = value_of(code, scale, bits);
-      residual[at + r.indices[e]] += chosen[e] - sent;
-      chosen[e] = sent;
+  return scale_of(largest == 0 ? 0 : least, largest, bits);
+}
+
+// Rounds a tile's values to codes, which are 0 before. What receivers will read replaces them, and the rest goes to the
+// residual.
+void encode_values(const Rank& r, const Bucket& bucket, const Tile& tile, int64_t t, int bits, float* residual) {
+  const int64_t first = bucket.first_entry[tile.segment], at = bucket.segments[tile.segment].state + tile.begin;
+  const Scale scale = r.scales[tile.segment];
+  auto* chosen = reinterpret_cast<float*>(r.chosen);
+  uint8_t* values = first_value(r, bucket, tile.segment, bits);
+  for (int64_t e = begin_of(r, t); e < r.ends[t]; ++e) {
+    const uint32_t code = code_of(chosen[e], scale, bits);
+    const int64_t i = e - first;
+    if (bits == 8) {
+      values[i] = static_cast<uint8_t>(code);
+    } else {  // two tiles may share a byte
+      __atomic_fetch_or(values + i / 2, static_cast<uint8_t>(code << (4 * (i % 2))), __ATOMIC_RELAXED);
     }
+    const float sent = value_of(code, scale, bits);
+    residual[at + r.indices[e]] += chosen[e] - sent;
+    chosen[e] = sent;
   }
 }
 
@@ -181,18 +182,27 @@ void encode_cpu(Tensor selection, Tensor segments, Tensor, Tensor residual, Scal
   auto* source = static_cast<uint8_t*>(selection.mutable_data_ptr());
   auto* target = static_cast<uint8_t*>(payload.mutable_data_ptr());
   const Rank rank(source, target, from, to);
-  check_selection(rank, bucket);
+  const std::vector<Tile> tiles = tiles_of(bucket);
+  check_selection(rank, bucket, tiles);
   std::copy(source, source + from.ends, target);
+  const int bits = static_cast<int>(value_bits);
   torch::stable::parallel_for(0, bucket.segments.size(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
       encode_indices(rank, bucket, s);
-      if (value_bits < 16) {
-        encode_values(rank, bucket, s, static_cast<int>(value_bits), static_cast<float*>(residual.mutable_data_ptr()));
+      if (bits < 16) {
+        rank.scales[s] = scale_of_values(rank, bucket, s, bits);
       } else {
-        const int64_t first = bucket.first_entry[s] * value_bits / 8, last = bucket.first_entry[s + 1] * value_bits / 8;
+        const int64_t first = bucket.first_entry[s] * bits / 8, last = bucket.first_entry[s + 1] * bits / 8;
         std::copy(rank.chosen + first, rank.chosen + last, rank.values + first);
       }
     }
+  });
+  if (bits >= 16) return;
+  if (bits == 4) std::fill(rank.values, target + to.bytes, 0);
+  auto* left = static_cast<float*>(residual.mutable_data_ptr());
+  // Over tiles, as compress_ packs them: each thread finds the residual in its own cache.
+  torch::stable::parallel_for(0, tiles.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) encode_values(rank, bucket, tiles[t], t, bits, left);
   });
 }
 

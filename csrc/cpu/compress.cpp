@@ -1,6 +1,7 @@
 // dgc::compress_: accumulate, select and pack one bucket in one pass over memory. docs/kernels.md has the idea: the
 // update also leaves the largest |v| of every 32 elements; the k-th largest of these bounds the threshold from below,
-// because k groups that reach it hold k elements that do. Only the groups that reach it are ever read again.
+// because k groups that reach it hold k elements that do. Only the groups that reach it are ever read again: right
+// behind the update, by a guess of the bound, while they are in cache, and once more where the guess was too high.
 #include <optional>
 
 #include "select.h"
@@ -14,9 +15,14 @@ struct Candidate {
   float value;
 };
 
+// Larger than every magnitude.
+constexpr uint32_t kNothing = kMagnitude + 1;
+
 // The state of a tile, filled in phase by phase.
 struct TileWork {
   TileReport report;
+  uint32_t bound = kNothing;          // every element that reaches it is a candidate
+  bool late = false;                  // the candidates were found by a second search
   std::vector<Candidate> candidates;  // in index order
   int64_t entry = 0;                  // where its entries start in the payload
   int64_t above = 0;                  // candidates above the threshold: all are sent
@@ -43,7 +49,7 @@ class Compressor {
   void accumulate(const std::vector<Tensor>& gradients, Accumulation rule, const float* numbers, float scale) {
     with_rule(rule, [&](auto type) {
       using Rule = decltype(type);
-      over_tiles([&](const Tile& tile, TileWork& work) {
+      over_runs([&](const Tile& tile, TileWork& work, uint32_t& guess) {
         const Segment& s = bucket_.segments[tile.segment];
         const Tensor& gradient = gradients[s.source];
         const int64_t at = s.state + tile.begin;
@@ -51,31 +57,35 @@ class Compressor {
         for (int t = 0; t < Rule::kKept; ++t) args.kept[t] = kept_[t] + at;
         work.report = update(avx2_, gradient.scalar_type(), gradient.mutable_data_ptr(), s.offset + tile.begin, args,
                              rule_of<Rule>(numbers, bucket_.segments.size(), tile.segment));
+        if (!threshold_from_groups(s)) return;
+        constexpr int64_t kEvery = 16;  // a guess costs as much as collecting from a few tiles
+        if (guess == kNothing || tile.begin / kTile % kEvery == 0) guess = guess_from(tile);
+        collect(tile, work, guess, 4 * expected(tile) + 64);
       });
     });
   }
 
   void select() {
-    over_segments([&](int64_t i) {
-      const Segment& s = bucket_.segments[i];
-      const uint32_t* groups = group_max_ + tiles_[bucket_.first_tile[i]].group;
-      const int64_t n = div_up(s.numel, kGroup);
-      bound_[i] = by_group(s)                ? kth_largest(groups, n, s.entries / kGroup)
-                  : threshold_from_groups(s) ? bound_on_kth_largest(groups, n, s.entries)
-                                             : kth_largest(bits(s.state), s.numel, s.entries);
+    over_segments([&](int64_t i) { bound_[i] = bound_of(i); });
+    over_tiles([&](const Tile& tile, TileWork& work) {
+      work.late = work.bound > bound_[tile.segment];
+      if (work.late) collect(tile, work, bound_[tile.segment], kGroupsPerTile);
     });
-    over_tiles([&](const Tile& tile, TileWork& work) { collect(tile, work); });
     over_segments([&](int64_t i) {
       threshold_[i] = bound_[i];
-      if (!by_group(bucket_.segments[i]) && threshold_from_groups(bucket_.segments[i])) threshold_[i] = refine(i);
+      bool late = false;
+      for_tiles_of(i, [&](TileWork& work) { late |= work.late; });
+      if (late && threshold_from_groups(bucket_.segments[i])) threshold_[i] = kth_largest_candidate(i);
     });
     over_tiles([&](const Tile& tile, TileWork& work) {
       const uint32_t threshold = threshold_[tile.segment];
+      auto& candidates = work.candidates;
       with_size(tile, [&](auto size_of) {
-        for (const Candidate& c : work.candidates) {
-          work.above += size_of(c) > threshold;
-          work.ties += size_of(c) == threshold;
-        }
+        const auto below = [&](const Candidate& c) { return size_of(c) < threshold; };
+        candidates.erase(std::remove_if(candidates.begin(), candidates.end(), below), candidates.end());
+        work.ties = std::count_if(candidates.begin(), candidates.end(),
+                                  [&](const Candidate& c) { return size_of(c) == threshold; });
+        work.above = static_cast<int64_t>(candidates.size()) - work.ties;
       });
     });
     int64_t entry = 0;
@@ -108,8 +118,7 @@ class Compressor {
           constexpr size_t kAhead = 32;
           if (j + kAhead < n) prefetch(state + work.candidates[j + kAhead].index);
           const Candidate c = work.candidates[j];
-          const uint32_t size = size_of(c);
-          if (size < threshold || (size == threshold && ties_left-- <= 0)) continue;
+          if (size_of(c) == threshold && ties_left-- <= 0) continue;
           const Raw raw = Wire::store(c.value);
           const float sent = Wire::load(raw);
           indices[entry] = static_cast<uint16_t>(c.index);
@@ -134,6 +143,15 @@ class Compressor {
   void over_tiles(const F& f) {
     torch::stable::parallel_for(0, tiles_.size(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) f(tiles_[i], work_[i]);
+    });
+  }
+
+  // Calls f as over_tiles does, with a guess besides that it may change, which is that of the tile before.
+  template <class F>
+  void over_runs(const F& f) {
+    torch::stable::parallel_for(0, tiles_.size(), 1, [&](int64_t begin, int64_t end) {
+      uint32_t guess = kNothing;
+      for (int64_t i = begin; i < end; ++i) f(tiles_[i], work_[i], guess);
     });
   }
 
@@ -166,7 +184,43 @@ class Compressor {
     f([](const Candidate& c) { return magnitude(c.value); });
   }
 
-  static bool threshold_from_groups(const Segment& s) { return s.numel >= s.entries * kMinElementsPerEntry; }
+  static bool threshold_from_groups(const Segment& s) {
+    return !by_group(s) && s.numel >= s.entries * kMinElementsPerEntry;
+  }
+
+  // The entries of a tile if all tiles of its segment had as many, rounded up.
+  int64_t expected(const Tile& tile) const {
+    const Segment& s = bucket_.segments[tile.segment];
+    return static_cast<int64_t>(std::ceil(static_cast<double>(s.entries) * tile.numel / s.numel));
+  }
+
+  // Returns what as many groups of a tile reach as of every tile like it would have to, or kNothing where that is 0. A
+  // few standard deviations are on the safe side, unless the tile is all there is.
+  uint32_t guess_from(const Tile& tile) const {
+    const int64_t n = div_up(tile.numel, kGroup), mean = expected(tile);
+    const bool alone = tile.numel == bucket_.segments[tile.segment].numel;
+    const int64_t rank = mean + (alone ? 0 : static_cast<int64_t>(4 * std::sqrt(static_cast<double>(mean))) + 4);
+    const uint32_t guess = rank <= n ? kth_largest(group_max_ + tile.group, n, rank) : 0;
+    return guess != 0 ? guess : kNothing;
+  }
+
+  // Returns a number that at least k of a segment's keys reach; where all tiles have been searched for what reaches it,
+  // that is the k-th largest itself.
+  uint32_t bound_of(int64_t segment) {
+    const Segment& s = bucket_.segments[segment];
+    const uint32_t* groups = group_max_ + tiles_[bucket_.first_tile[segment]].group;
+    const int64_t n = div_up(s.numel, kGroup);
+    if (by_group(s)) return kth_largest(groups, n, s.entries / kGroup);
+    if (!threshold_from_groups(s)) return kth_largest(bits(s.state), s.numel, s.entries);
+    int64_t found = 0;
+    uint32_t searched = 0;
+    for_tiles_of(segment, [&](TileWork& work) {
+      found += work.candidates.size();
+      searched = std::max(searched, work.bound);
+    });
+    const uint32_t bound = found >= s.entries ? kth_largest_candidate(segment) : 0;
+    return searched <= bound ? bound : std::max(bound, bound_on_kth_largest(groups, n, s.entries));
+  }
 
   const uint32_t* bits(int64_t at) const { return reinterpret_cast<const uint32_t*>(residual_ + at); }
 
@@ -175,18 +229,22 @@ class Compressor {
     if (kept_[0] != nullptr) __builtin_prefetch(kept_[0] + at, 1);
   }
 
-  void collect(const Tile& tile, TileWork& work) {
+  // Makes candidates of all elements of a tile that reach the bound, unless they lie in more groups than that.
+  void collect(const Tile& tile, TileWork& work, uint32_t bound, int64_t most) {
     const Segment& s = bucket_.segments[tile.segment];
     const int64_t state = s.state + tile.begin;
-    uint32_t bound = bound_[tile.segment];
+    uint32_t least = bound;
     // Zeros are sent only where fewer than k entries are not zero; then k zeros lie among the first 2k elements. The
     // same holds for groups.
-    if (bound == 0 && tile.begin >= 2 * s.entries) bound = 1;
+    if (bound == 0 && tile.begin >= 2 * s.entries) least = 1;
     uint16_t hits[kGroupsPerTile];
     int64_t n = 0;
-    scan(avx2_, group_max_ + tile.group, div_up(tile.numel, kGroup), bound,
+    scan(avx2_, group_max_ + tile.group, div_up(tile.numel, kGroup), least,
          [&](int64_t group) { hits[n++] = static_cast<uint16_t>(group); });
+    if (n > most) return;
     const bool whole = by_group(s);
+    work.bound = bound;
+    work.candidates.clear();
     work.candidates.reserve(whole ? n * kGroup : n + n / 4);
     for (int64_t j = 0; j < n; ++j) {
       constexpr int64_t kAhead = 32;
@@ -196,18 +254,27 @@ class Compressor {
         __builtin_prefetch(next + kGroup / 2);
       }
       const int64_t begin = hits[j] * kGroup;
-      scan(avx2_, bits(state + begin), std::min(kGroup, tile.numel - begin), whole ? 0 : bound, [&](int64_t i) {
+      scan(avx2_, bits(state + begin), std::min(kGroup, tile.numel - begin), whole ? 0 : least, [&](int64_t i) {
         work.candidates.push_back({static_cast<uint32_t>(begin + i), residual_[state + begin + i]});
       });
     }
   }
 
-  uint32_t refine(int64_t segment) {
+  uint32_t kth_largest_candidate(int64_t segment) {
+    size_t n = 0;
+    for_tiles_of(segment, [&](TileWork& work) { n += work.candidates.size(); });
     std::vector<uint32_t> keys;
+    keys.reserve(n);
+    Range range{kMagnitude, 0};
     for_tiles_of(segment, [&](TileWork& work) {
-      for (const Candidate& c : work.candidates) keys.push_back(float_bits(c.value));
+      for (const Candidate& c : work.candidates) {
+        const uint32_t size = magnitude(c.value);
+        range.low = std::min(range.low, size);
+        range.high = std::max(range.high, size);
+        keys.push_back(size);
+      }
     });
-    return kth_largest(keys.data(), keys.size(), bucket_.segments[segment].entries);
+    return kth_largest(keys.data(), keys.size(), bucket_.segments[segment].entries, range);
   }
 
   void write_reports(uint8_t* payload, const WireLayout& at) {

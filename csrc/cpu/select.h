@@ -12,14 +12,21 @@
 
 namespace dgc {
 
-// Returns the k-th largest (1 <= k <= n) of the magnitudes in bits; signs are ignored. Up to two passes keep the keys
-// that share the upper digits of the answer, in whatever order, until few enough are left for nth_element.
-inline uint32_t kth_largest(const uint32_t* bits, int64_t n, int64_t k) {
+// Magnitudes from low to high.
+struct Range {
+  uint32_t low = 0, high = kMagnitude;
+};
+
+// Returns the k-th largest (1 <= k <= n) of the magnitudes in bits, which all lie in the range; signs are ignored. Each
+// pass divides the range by 2,048 and keeps the keys in the part that has the answer, in whatever order, until few
+// enough are left for nth_element.
+inline uint32_t kth_largest(const uint32_t* bits, int64_t n, int64_t k, Range range = {}) {
   constexpr int64_t kFew = 4096, kBins = 2048;
   std::vector<uint32_t> kept;
-  for (const int shift : {20, 9}) {
-    if (n <= kFew) break;
-    const auto digit_of = [shift](uint32_t x) { return ((x & kMagnitude) >> shift) & (kBins - 1); };
+  while (n > kFew && range.low < range.high) {
+    int shift = 0;
+    while ((range.high - range.low) >> shift >= kBins) ++shift;
+    const auto digit_of = [low = range.low, shift](uint32_t x) { return ((x & kMagnitude) - low) >> shift; };
     std::array<int64_t, kBins> count{};
     std::mutex mutex;
     torch::stable::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
@@ -29,7 +36,7 @@ inline uint32_t kth_largest(const uint32_t* bits, int64_t n, int64_t k) {
       const std::lock_guard<std::mutex> lock(mutex);
       for (int64_t b = 0; b < kBins; ++b) count[b] += local[0][b] + local[1][b];
     });
-    int64_t digit = kBins - 1;
+    uint32_t digit = kBins - 1;
     while (k > count[digit]) k -= count[digit--];
     std::vector<uint32_t> next;
     next.reserve(count[digit]);
@@ -43,7 +50,10 @@ inline uint32_t kth_largest(const uint32_t* bits, int64_t n, int64_t k) {
     kept.swap(next);
     bits = kept.data();
     n = static_cast<int64_t>(kept.size());
+    range.low += digit << shift;
+    range.high = std::min(range.high, range.low + ((uint32_t{1} << shift) - 1));
   }
+  if (range.low == range.high) return range.low;
   if (kept.empty()) {
     kept.assign(bits, bits + n);
     for (uint32_t& x : kept) x &= kMagnitude;

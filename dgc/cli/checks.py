@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .models import Model
+from .models import FORMS, Model
 from .ranks import UsageError, started
 
 UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
@@ -62,6 +62,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         UsageError: one is missing, or out of range.
     """
+    if args.model is None:
+        raise UsageError(f"--model: expected {FORMS}, got none: add --model ResNet-50 --step-ms 213")
     for name in ("step_ms", "backward_ms", "price", "steps", "ranks", "ranks_per_node", "memory_gbytes", "seconds"):
         value = getattr(args, name)
         if value is not None and value <= 0:

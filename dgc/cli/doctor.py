@@ -78,7 +78,8 @@ def kernels() -> list[Finding]:
     slow = f"the kernels were not built, and plain PyTorch is many times slower: {install}" if cpu != "native" else ""
     found = [Finding("kernels, CPU", cpu, slow)]
     if not torch.cuda.is_available():
-        return [*found, Finding("GPUs", f"none that torch sees (built for CUDA {torch.version.cuda})")]
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        return [*found, Finding("GPUs", f"none that torch sees, which is {built}")]
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
         memory = torch.cuda.get_device_properties(i).total_memory

@@ -16,11 +16,14 @@ from .traffic import Traffic, dense_traffic, dgc_traffic, node_traffic
 
 FLOAT32, HALF = "float32", "16 bits"
 """Dense exchanges."""
+HALVES = {"bf16": "bfloat16", "fp16": "float16"}
+"""DGCConfig.dense_wire_dtype of the 16 bits that DDP has a hook for."""
 DENSITIES = (0.01, 0.001)
 BACKWARD = 2 / 3
 """Share of compute that is the backward pass: twice the multiply-adds of the forward pass."""
 WORTH = 1.05
 """How many times faster DGC has to be before it is recommended: a forecast is not exacter than that."""
+DECIDES = "(docs/choosing.md, Let it decide)"
 
 
 @dataclass(frozen=True)
@@ -141,18 +144,33 @@ def forecasts(
     return found
 
 
+def best_dense(found: Sequence[Forecast]) -> Forecast:
+    """Returns the fastest way that exchanges the whole gradient."""
+    return min((f for f in found if f.density is None), key=lambda f: f.seconds)
+
+
 def recommended(found: Sequence[Forecast]) -> Forecast:
     """Returns the way to take.
 
-    Dense where DGC gains less than WORTH; else the highest density that is within WORTH of the fastest, since it costs
-    the least accuracy; flat before nodes where both are as fast.
+    Among those within WORTH of the fastest, DGC of the highest density, since it costs the least accuracy; flat before
+    nodes where both are as fast. Dense where it is among them too, unless it waits for the network for longer than
+    that and each rank can be a worker: then DGCConfig.exchange "auto" can find out, and undecided() says so.
     """
-    dense = min((f for f in found if f.density is None), key=lambda f: f.seconds)
-    sparse = [f for f in found if f.density is not None]
-    fastest = min(f.seconds for f in sparse)
-    if dense.seconds <= WORTH * fastest:
-        return dense
-    return max((f for f in sparse if f.seconds <= WORTH * fastest), key=lambda f: (f.density or 0, not f.nodes))
+    dense = best_dense(found)
+    limit = WORTH * min(f.seconds for f in found)
+    close = [f for f in found if f.density is not None and f.seconds <= limit]
+    if dense.seconds <= limit:
+        most_to_gain = dense.seconds / min(f.local for f in found)
+        close = [f for f in close if not f.nodes] if most_to_gain > WORTH else []
+    return max(close, key=lambda f: (f.density or 0, not f.nodes), default=dense)
+
+
+def undecided(found: Sequence[Forecast], chosen: Forecast) -> bool:
+    """Returns whether dense steps may be as fast as the way to take, so that DGCConfig.exchange "auto" has to find out.
+
+    Never where nodes are the workers, which refuse it: momentum is divided there.
+    """
+    return chosen.density is not None and not chosen.nodes and best_dense(found).seconds <= WORTH * chosen.seconds
 
 
 def hours(forecast: Forecast, steps: int) -> float:
@@ -160,13 +178,32 @@ def hours(forecast: Forecast, steps: int) -> float:
     return forecast.seconds * steps / 3600
 
 
-def lines(chosen: Forecast, steps: int | None, half: str = "bf16") -> str:
+def advice(chosen: Forecast, auto: bool) -> str:
+    """Returns a line on DGCConfig.exchange "auto" to print below lines(); an empty one where nodes are the workers.
+
+    Args:
+        chosen: the way to take.
+        auto: whether lines() have it already.
+    """
+    if chosen.nodes:
+        return ""
+    if auto:
+        return (
+            f'exchange="auto" times dense and compressed steps while you train, and takes the quicker ones {DECIDES}.'
+        )
+    when = "slower" if chosen.density is None else "faster"
+    config = 'dgc.DGCConfig(exchange="auto")' if chosen.density is None else 'exchange="auto" in DGCConfig'
+    return f"Where the link may be {when} at times, {config} times both kinds of step and takes the quicker {DECIDES}."
+
+
+def lines(chosen: Forecast, steps: int | None, half: str = "bf16", auto: Forecast | None = None) -> str:
     """Returns what to paste into the training script.
 
     Args:
         chosen: the way to take.
         steps: of the run; None where unknown.
         half: the 16 bits that DDP has a hook for: bf16 over NCCL, fp16 over gloo.
+        auto: the dense way that DGCConfig.exchange "auto" is to try too; None without it.
     """
     if chosen.density is None:
         if chosen.name.endswith(FLOAT32):
@@ -180,6 +217,10 @@ def lines(chosen: Forecast, steps: int | None, half: str = "bf16") -> str:
     if chosen.density < DENSITIES[0]:
         options.append(f"warmup_steps={round(0.04 * steps) if steps else 2000}")
         note = f"# The warm-up: 4 % of {'the' if steps else 'your'} run; of a language model's half of it.\n"
+    if auto is not None:
+        options.append('exchange="auto"')
+        if not auto.name.endswith(FLOAT32):
+            options.append(f'dense_wire_dtype="{HALVES[half]}"')
     mesh = ', mesh="auto"' if chosen.nodes else ""
     return (
         "import dgc\n\n"

@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    plan.add_argument("--model", required=True, metavar="MODEL", help=FORMS)
+    plan.add_argument("--model", metavar="MODEL", help=FORMS)
     plan.add_argument("--step-ms", type=float, metavar="MS", help="a step of one worker, without any exchange")
     plan.add_argument("--backward-ms", type=float, metavar="MS", help="its backward pass (default: 2/3 of the step)")
     plan.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="of the measured steps (sgd)")

@@ -18,17 +18,27 @@ from .checks import bytes_a_second, check_arguments, check_memory
 from .cost import Cluster, Link, speeds_of
 from .forecast import (
     HALF,
+    WORTH,
     Forecast,
+    advice,
+    best_dense,
     forecasts,
     lines,
     local_steps,
     recommended,
+    undecided,
 )
 from .links import half_of_backend, unsteady
 from .measuring import Measured, Setting, measure, times
 from .models import Model, load
 from .ranks import UsageError, everywhere, join, machine_name, places_of, started
 from .traffic import ddp_buckets
+
+ONE_MACHINE = (
+    "all ranks are on one machine, so the link that was measured is its memory, and the answer is for that alone. For "
+    "machines apart, start plan on them, or describe their link: --link 1gbit --ranks 8 --step-ms 200"
+)
+"""What is said below the lines where no network was measured."""
 
 
 def on_paper(args: argparse.Namespace, setting: Setting) -> list[Forecast]:
@@ -103,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
         _show(args, model, measured.found, ranks, where, link_rows(measured), half)
         if line := unsteady(measured.links.probes):
             print(f"\nplan: {line}", file=sys.stderr if args.json else sys.stdout)
+        if len(set(machines)) == 1:
+            print(f"\nplan: {ONE_MACHINE}", file=sys.stderr if args.json else sys.stdout)
     dist.barrier()
     return 0
 
@@ -136,12 +148,14 @@ def _show(
 ) -> None:
     """Prints tables, the picture's name, and the lines to paste."""
     found = [replace(f, name=f.name.replace(HALF, half)) for f in found]
-    chosen = recommended(found)
-    text = lines(chosen, args.steps, half)
+    chosen, dense = recommended(found), best_dense(found)
+    auto = undecided(found, chosen)
+    text, further = lines(chosen, args.steps, half, dense if auto else None), advice(chosen, auto)
     if args.picture:
         report.draw(args.picture, f"{model.name}, {model.parameters / 1e6:.1f}M parameters, {where}", found, chosen)
     if args.json:
-        print(json.dumps({**report.as_json(found, chosen), "links": links, "lines": text, "where": where}, indent=1))
+        said = {**report.as_json(found, chosen), "links": links, "lines": text, "advice": further, "where": where}
+        print(json.dumps(said, indent=1))
         return
     print(f"\n{model.name}: {len(model.shapes)} parameters, {model.parameters:,} elements; {where}\n")
     if links:
@@ -151,9 +165,13 @@ def _show(
     )
     if args.picture:
         print(f"\npicture: {args.picture}")
-    best = min((f for f in found if f.density is None), key=lambda f: f.seconds)
-    if chosen.density is None:
+    if auto:
+        error = f"{100 * (WORTH - 1):.0f} %"
+        print(f"\n{chosen.name} and {dense.name} are within {error}, and no forecast is exacter. Let the run decide:\n")
+    elif chosen.density is None:
         print(f"\n{chosen.name} is as fast as DGC here, or faster, and loses nothing. Take:\n")
     else:
-        print(f"\n{chosen.name}: {best.seconds / chosen.seconds:.1f} times as fast as {best.name}. Take:\n")
+        print(f"\n{chosen.name}: {dense.seconds / chosen.seconds:.1f} times as fast as {dense.name}. Take:\n")
     print("\n".join(f"    {line}" if line else "" for line in text.split("\n")))
+    if further:
+        print(f"\n{further}")

@@ -1,6 +1,6 @@
 """The entries that a bucket's selection holds: where the sections of its bytes are, and what they say.
 
-A selection is what dgc::compress_ writes and dgc::unpack reads; docs/wire.md has its layout.
+A selection is what dgc::compress_ writes and dgc::unpack reads; wire.py has its layout. It does not travel.
 """
 
 from __future__ import annotations
@@ -68,18 +68,17 @@ def positions(selection: Tensor, segments: Segments, dtype: torch.dtype) -> tupl
     return tiles + (entries.indices.long() & 0xFFFF), entries.values.float()
 
 
-def first_indices(payload: Tensor, segments: Segments, wire_dtype: torch.dtype) -> Tensor:
-    """Returns where the first entry of each parameter in a payload is: int64 [segments], an element of the parameter.
+def first_indices(selection: Tensor, segments: Segments, dtype: torch.dtype) -> Tensor:
+    """Returns where the first entry of each parameter in a selection is: int64 [segments], an element of the parameter.
 
     Args:
-        payload: uint8 [bytes], this rank's own.
+        selection: uint8 [bytes], this rank's own.
         segments: of its bucket.
-        wire_dtype: of its values.
+        dtype: of its values.
     """
-    at = segments.wire(wire_dtype)
-    first = segments.column("first_entry", payload.device)
-    first_tile = segments.column("first_tile", payload.device)
-    ends = payload[at.ends : at.ends + 4 * segments.n_tiles].view(torch.int32)
-    tile = torch.searchsorted(ends, first.to(torch.int32), right=True)
-    inside = payload[at.indices : at.values].view(torch.int16)[first].long() & 0xFFFF
+    entries = entries_of(selection, segments, dtype)
+    first = segments.column("first_entry", selection.device)
+    first_tile = segments.column("first_tile", selection.device)
+    tile = torch.searchsorted(entries.ends, first.to(torch.int32), right=True)
+    inside = entries.indices[first].long() & 0xFFFF
     return (tile - first_tile) * TILE + inside

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,8 +13,6 @@ from torch.optim.optimizer import Optimizer
 from .adam import FIRST
 from .adamw import Adam, AdamW
 from .sgd import MOMENTUM, SGD
-
-logger = logging.getLogger("dgc")
 
 TWINS: dict[type[Optimizer], type[SGD] | type[AdamW]] = {
     torch.optim.SGD: SGD,
@@ -53,8 +50,6 @@ def convert(optimizer: Optimizer) -> bool:
     optimizer.state = fresh.state
     if getattr(step, "_wrapped_by_lr_sched", False):
         _count_for_schedulers(optimizer)
-    name = ours.__name__
-    logger.info("dgc: torch.optim.%s has become dgc.%s: the same object, groups and state", name, name)
     return True
 
 

@@ -42,7 +42,7 @@ class Foreign(Plain):
         """
         if any(group.get("momentum", 0) for group in self.optimizer.param_groups):
             raise ValueError(
-                f"optimizer: expected dgc.SGD, got {type(self.optimizer).__name__} with momentum > 0. DGC applies "
+                f"optimizer: expected dgc.SGD, got {_full_name(self.optimizer)} with momentum > 0. DGC applies "
                 "momentum before it selects what to send; a second one would be applied to the sparse updates. Use "
                 "dgc.SGD with the same arguments"
             )
@@ -57,8 +57,9 @@ class Foreign(Plain):
         if "adam" in kind.lower():
             ours = "Adam" if kind == "Adam" else "AdamW"
             raise ValueError(
-                f"optimizer: expected dgc.{ours}, got {kind}, which takes sparse averages of what has waited for "
-                "gradients: sums of many steps and zeros between them mislead its moments (docs/results.md). Write "
+                f"optimizer: expected dgc.{ours}, got {_full_name(self.optimizer)}, which takes sparse averages of "
+                "what has waited for gradients: sums of many steps and zeros between them mislead its moments "
+                "(docs/results.md). Write "
                 f"optimizer = dgc.{ours}(model.parameters(), lr=...), with the arguments of torch.optim.{ours}"
             )
         if loss_scaling and getattr(self.optimizer, "_step_supports_amp_scaling", False):
@@ -117,3 +118,11 @@ def _before_step(reference: weakref.ref[Claimer]) -> Callable[..., Arguments | N
         return (optimizer, checked), {key: value for key, value in kwargs.items() if key != "closure"}
 
     return before_step
+
+
+def _full_name(optimizer: Optimizer) -> str:
+    """Returns the name of an optimizer's class; of torch's with torch.optim, since ours have the same names."""
+    name = type(optimizer).__name__
+    theirs = getattr(torch.optim, name, None)
+    # Horovod derives a class of the same name.
+    return f"torch.optim.{name}" if isinstance(theirs, type) and isinstance(optimizer, theirs) else name

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
+
+import torch.distributed as dist
 
 from dgc import ops
 from dgc.memory.slots import Slot
@@ -27,6 +30,18 @@ def log_backend(device_type: str) -> None:
     else:
         how = "built with the package" if choice == "native" else "compiled at first use by CuPy"
         logger.info("dgc: %s kernels %s", device_type, how)
+
+
+def log_alone() -> None:
+    """Warns where a launcher has started several ranks that are about to train apart, without a process group."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if ranks != "1" and not dist.is_initialized():
+        logger.warning(
+            "dgc: WORLD_SIZE is %s, but torch.distributed is not initialised, so each process trains alone. Call "
+            "torch.distributed.init_process_group(); a framework that has made none takes the CPU by "
+            "Accelerator(cpu=True) or TrainingArguments(use_cpu=True)",
+            ranks,
+        )
 
 
 def log_phase(phase: Phase, slots: Mapping[str, Slot], schedule: DensitySchedule, step: int, off: bool) -> None:

@@ -82,7 +82,7 @@ def test_dense_adamw_clips_the_average():
     torch.manual_seed(0)
     one, other = DenseAdamW(TASK.network(), TASK), DenseAdamW(TASK.network(), TASK)
     other.network.load_state_dict(one.network.state_dict())
-    batches = next(replicas._batches(TASK, 0, 1))
+    batches = next(replicas.batches_of(TASK, 0, 1))
     one.learn(batches)
     average = [torch.zeros_like(p) for p in other.network.parameters()]
     for inputs, targets in batches:
@@ -184,7 +184,7 @@ def test_a_worker_looks_ahead_by_its_own_residual_and_no_further():
     trainer.v.normal_()
     here, seen = trainer.flat.clone(), []
     trainer.network.register_forward_pre_hook(lambda *_: seen.append(trainer.flat.clone()))
-    trainer._gradients(next(replicas._batches(TASK, 0, 1)))
+    trainer._gradients(next(replicas.batches_of(TASK, 0, 1)))
     torch.testing.assert_close(torch.stack(seen), here - 0.5 * trainer.v)
     assert torch.equal(trainer.flat, here)
 

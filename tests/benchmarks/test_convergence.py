@@ -97,7 +97,7 @@ def test_what_is_not_sent_is_kept_or_dropped_as_the_technique_says():
 
 def test_samples_are_those_of_an_epoch_each_once():
     task = small(batch_size=10)
-    seen = [inputs for batches in replicas._batches(task, 3, 5) for inputs, _ in batches]
+    seen = [inputs for batches in replicas.batches_of(task, 3, 5) for inputs, _ in batches]
     assert len(seen) == 5 * replicas.WORKERS
     assert len(torch.unique(torch.cat(seen), dim=0)) == 5 * replicas.WORKERS * 10 == len(regression().inputs)
 

@@ -57,7 +57,7 @@ def test_a_round_at_every_step_that_sends_all_is_the_mean_of_clipped_gradients(o
     torch.manual_seed(1)
     network = TASK.network()
     schedule = [0.1 * (1 + math.cos(math.pi * step / 12)) / 2 for step in range(12)]
-    for lr, batches in zip(schedule, replicas._batches(TASK, 1, 12), strict=True):
+    for lr, batches in zip(schedule, replicas.batches_of(TASK, 1, 12), strict=True):
         means = [torch.zeros_like(p) for p in network.parameters()]
         for inputs, targets in batches:
             network.zero_grad()

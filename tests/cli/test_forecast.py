@@ -1,9 +1,12 @@
 """The arithmetic of `python -m dgc plan` against numbers worked out by hand."""
 
 import math
+import re
 
 import pytest
+import torch
 
+import dgc
 from dgc.cli.checks import bytes_a_second
 from dgc.cli.cost import Cluster, Line, Link, Node, Speeds, exposed, flat_seconds, node_seconds, speeds_of
 from dgc.cli.forecast import (
@@ -11,12 +14,14 @@ from dgc.cli.forecast import (
     HALF,
     Forecast,
     Local,
+    advice,
     forecasts,
     hours,
     lines,
     local_steps,
     ready_by_share,
     recommended,
+    undecided,
     waiting,
 )
 from dgc.cli.links import Probe, unsteady
@@ -103,8 +108,8 @@ def test_memory_traffic_by_hand():
     assert local[0.01].ready == [pytest.approx(0.5 * (100 / 120_100 - 1)), 0.0]
 
 
-def of(name, density, seconds, nodes=False):
-    return Forecast(name, density, nodes, seconds, 0.0, 0)
+def of(name, density, seconds, nodes=False, waiting=0.0):
+    return Forecast(name, density, nodes, seconds - waiting, waiting, 0)
 
 
 def test_what_is_recommended():
@@ -116,6 +121,55 @@ def test_what_is_recommended():
     assert recommended([*slow, of("dgc 1 %", 0.01, 1.06), fast]) is fast
     assert recommended([*slow, near, fast, of("dgc 1 %, nodes", 0.01, 1.0, nodes=True)]) is near
     assert recommended([*slow, of("dgc 1 %", 0.01, 1.3), of("dgc 1 %, nodes", 0.01, 1.0, nodes=True)]).nodes
+
+
+def test_auto_decides_where_plan_cannot():
+    def decided(*found):
+        chosen = recommended(found)
+        return chosen.name, undecided(found, chosen)
+
+    def all_of(half, one, tenth, *nodes, waits=0.2):
+        dense = [of("dense, float32", None, 2.0, waiting=1.0), of("dense, bf16", None, half, waiting=waits)]
+        nodes = [of("dgc 1 %, nodes", 0.01, t, nodes=True, waiting=0.1) for t in nodes]
+        return [
+            *dense,
+            of("dgc 1 %", 0.01, one, waiting=waits / 4),
+            of("dgc 0.1 %", 0.001, tenth, waiting=waits / 8),
+            *nodes,
+        ]
+
+    assert decided(*all_of(1.04, 1.03, 1.0)) == ("dgc 1 %", True)  # 4 %
+    assert decided(*all_of(1.0, 1.06, 1.04)) == ("dgc 0.1 %", True)  # dense is faster, by as little
+    assert decided(*all_of(1.0, 1.2, 1.06)) == ("dense, bf16", False)  # by more
+    assert decided(*all_of(1.1, 1.3, 1.0)) == ("dgc 0.1 %", False)
+    assert decided(*all_of(1.06, 1.04, 1.0)) == (
+        "dgc 1 %",
+        True,
+    )  # as good as the fastest, and not surely faster than dense
+    # Nothing waits: whatever the trial says, there is nothing to gain.
+    assert decided(*all_of(1.0, 1.02, 1.01, waits=0.04)) == ("dense, bf16", False)
+    # Nodes as workers refuse it.
+    assert decided(*all_of(1.2, 1.3, 1.3, 1.0)) == ("dgc 1 %, nodes", False)
+    assert decided(*all_of(1.04, 1.3, 1.3, 1.0)) == ("dense, bf16", False)
+    assert decided(*all_of(1.04, 1.3, 1.02, 1.0)) == ("dgc 0.1 %", True)
+    close = [*all_of(1.06, 1.3, 1.3, 1.04), of("dgc 0.1 %, nodes", 0.001, 1.0, nodes=True)]
+    assert decided(*close) == ("dgc 1 %, nodes", False)
+
+
+def test_auto_in_the_lines_and_below_them():
+    half, whole = of("dense, fp16", None, 1), of("dense, float32", None, 1)
+    thousandth, nodes = of("dgc 0.1 %", 0.001, 1), of("dgc 1 %, nodes", 0.01, 1, nodes=True)
+    attach = "dgc.attach(model, optimizer, dgc.DGCConfig(density=0.001, warmup_steps=400, "
+    assert lines(thousandth, 10_000, "fp16", half).endswith(f'{attach}exchange="auto", dense_wire_dtype="float16"))')
+    assert lines(thousandth, 10_000, "fp16", whole).endswith(f'{attach}exchange="auto"))')
+    given = re.search(r"(dgc\.DGCConfig\(.*\))\)", lines(thousandth, None, "bf16", of("dense, bf16", None, 1)))
+    config = eval(given[1], {"dgc": dgc})
+    assert (config.exchange, config.dense_wire_dtype) == ("auto", torch.bfloat16)
+    assert "auto" not in lines(thousandth, None)
+    assert "while you train" in advice(thousandth, auto=True)
+    assert 'may be faster at times, exchange="auto" in DGCConfig' in advice(thousandth, auto=False)
+    assert 'may be slower at times, dgc.DGCConfig(exchange="auto")' in advice(half, auto=False)
+    assert advice(nodes, auto=False) == ""
 
 
 def test_the_lines_to_paste():

@@ -49,17 +49,39 @@ def test_an_answer_without_machines(capsys, tmp_path):
     row = next(line.split() for line in text.splitlines() if line.startswith("dense, float32"))
     assert float(row[-1].replace(",", "")) == pytest.approx(8 * 2 * float(row[-2].replace(",", "")), rel=0.01)
     assert 'mesh="auto"' in text
+    assert 'exchange="auto"' not in text  # which nodes as workers refuse
     assert "dgc 0.1 %, nodes" in text
 
 
 def test_a_fast_link_gets_the_16_bit_hook(capsys):
     assert main(["plan", "--link", "100gbit", "--ranks", "4", "--model", "resnet50", "--step-ms", "213"]) == 0
-    assert "model.register_comm_hook(None, bf16_compress_hook)" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "model.register_comm_hook(None, bf16_compress_hook)" in text
+    assert text.rstrip().splitlines()[-1].startswith("Where the link may be slower at times, dgc.DGCConfig(exchange=")
+
+
+def test_what_no_forecast_can_tell_is_left_to_the_run(capsys):
+    close = ["plan", "--link", "50gbit", "--ranks", "64", "--model", "bert-large", "--step-ms", "373"]
+    assert main([*close, "--json"]) == 0
+    raw = json.loads(capsys.readouterr().out)
+    seconds = {f["name"]: f["seconds"] for f in raw["forecast"]}
+    [chosen] = [f["name"] for f in raw["forecast"] if f["recommended"]]
+    assert chosen == "dgc 1 %"
+    assert 1 / 1.05 < seconds["dense, bf16"] / seconds[chosen] < 1.05
+    config = 'dgc.DGCConfig(density=0.01, exchange="auto", dense_wire_dtype="bfloat16"))'
+    assert raw["lines"].endswith(config)
+    assert raw["advice"].startswith('exchange="auto" times dense and compressed steps')
+    assert main(close) == 0
+    text = capsys.readouterr().out
+    assert "dgc 1 % and dense, bf16 are within 5 %, and no forecast is exacter. Let the run decide:" in text
+    assert config in text
+    assert text.endswith(f"\n{raw['advice']}\n")
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (PAPER, "--model: expected a function (train.py:make_model"),
         (["plan", "--model", "ResNet-50"], "expected a process group or --link, got neither"),
         (["plan", "--model", "ResNet-50", "--link", "1gbit"], "expected --ranks too"),
         ([*PAPER, "--model", "ResNet-50"], "give --step-ms, or --backward-ms"),
@@ -193,6 +215,7 @@ def test_two_ranks_measure_and_agree(tmp_path):
 
     _, text, err = first[0]
     assert err.count("plan: link: all-") == 3  # progress
+    assert "plan: all ranks are on one machine" in err
     raw = json.loads(text)
     by_name = {f["name"]: f for f in raw["forecast"]}
     assert [*by_name] == ["dense, float32", "dense, fp16", "dgc 1 %", "dgc 0.1 %"]

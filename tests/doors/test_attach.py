@@ -1,6 +1,7 @@
 """dgc.attach: one call for DDP, for FSDP2 and for plain modules, with torch's optimizers or ours."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -177,6 +178,8 @@ def misuse(rank, world_size):
     groups = [dict(group) for group in amsgrad.param_groups]
     return {
         "another model": error_of(lambda: dgc.attach(other, optimizer)),
+        "another density": error_of(lambda: dgc.attach(one, optimizer, replace(CONFIG, density=0.5))),
+        "a number": error_of(lambda: dgc.attach(one, optimizer, 0.01)),
         "amsgrad": error_of(lambda: dgc.attach(other, amsgrad)),
         "nothing changed": type(amsgrad) is torch.optim.AdamW and groups == amsgrad.param_groups,
         "foreign": error_of(lambda: dgc.attach(other, torch.optim.SGD(linear().parameters(), lr=0.1))),
@@ -187,6 +190,9 @@ def misuse(rank, world_size):
 def test_each_wrong_use_says_what_to_do():
     for found in run_ranks(2, misuse):
         assert "attached to another model. Make an optimizer for this one" in found["another model"]
+        assert f"density 0.5 in place of {CONFIG.density}" in found["another density"]
+        assert "set_density" in found["another density"]
+        assert "write dgc.DGCConfig" in found["a number"]
         assert "amsgrad" in found["amsgrad"]
         assert found["nothing changed"]
         assert "named_parameters" in found["foreign"] or "optimizer: expected" in found["foreign"]

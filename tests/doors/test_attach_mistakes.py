@@ -224,6 +224,10 @@ def test_a_process_that_trains_alone_though_several_were_started_is_warned_of(mo
         told = [line for line in messages.lines if "each process trains alone" in line]
         assert len(told) == expected
     assert told[0].startswith("dgc: WORLD_SIZE is 2, but torch.distributed is not initialised")
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+    net = network()
+    dgc.LocalSteps(net, torch.optim.SGD(net.parameters(), **SGD), every=2)
+    assert len([line for line in messages.lines if "each process trains alone" in line]) == 2
 
 
 def test_fsdp1_is_refused(gloo):

@@ -157,7 +157,9 @@ def test_a_number_that_came_as_a_string_is_told_what_to_write(field, value, stri
 
 @pytest.mark.parametrize("value", ["a lot", "inf", "nan", ""])
 def test_a_string_that_is_no_number_is_not_explained_as_one(value):
-    with pytest.raises(ValueError, match=f"^density: expected a number in .0, 1., got '{value}'$"):
+    with pytest.raises(
+        ValueError, match=f"^density: expected a number in .0, 1., such as 0.01 for 1 %, got '{value}'$"
+    ):
         DGCConfig(density=value)
 
 

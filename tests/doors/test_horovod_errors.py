@@ -80,7 +80,7 @@ def test_wrong_arguments_are_refused_with_the_reason(horovod):
         "twice": "Found duplicates: 0.weight",
         "no tuples": "sequence of tuples",
         "set": "process_set: expected a registered one",
-        "momentum": "ValueError: optimizer: expected dgc.SGD, got SGD with momentum > 0",
+        "momentum": "ValueError: optimizer: expected dgc.SGD, got torch.optim.SGD with momentum > 0",
         "sparse gradient": "use sparse=False",
         "plain": "dgc.horovod.DistributedOptimizer(optimizer, model.named_parameters())",
     }.items():

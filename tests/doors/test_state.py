@@ -36,13 +36,13 @@ def test_a_parameter_that_the_optimizer_does_not_hold_is_refused():
 
 
 def test_momentum_left_in_another_optimizer_is_refused():
-    with pytest.raises(ValueError, match=r"optimizer: expected dgc.SGD, got SGD with momentum > 0"):
+    with pytest.raises(ValueError, match=r"optimizer: expected dgc.SGD, got torch.optim.SGD with momentum > 0"):
         build(optimizer=lambda net: torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9))
 
 
 @pytest.mark.parametrize("kind", ["Adam", "AdamW"])
 def test_adam_is_refused_in_favour_of_ours(kind):
-    with pytest.raises(ValueError, match=rf"optimizer: expected dgc\.{kind}, got {kind}, which takes sparse averages"):
+    with pytest.raises(ValueError, match=rf"optimizer: expected dgc\.{kind}, got torch\.optim\.{kind}, which takes"):
         build(optimizer=lambda net: getattr(torch.optim, kind)(net.parameters()))
 
 

@@ -31,6 +31,7 @@ def test_stats_are_the_bytes_of_the_payload():
     scalars = stats.scalars()
     assert scalars["sent_density"] == 0.01
     assert scalars["dense"] == 2
+    assert scalars["entries"] == 900 == sum(stats.entries.values())
     assert scalars["compression_ratio"] == stats.compression_ratio
     assert scalars.keys() == asdict(stats).keys() - {"choice"}  # which is no number
     assert {type(value) for value in scalars.values()} == {float}

@@ -12,7 +12,7 @@ from dgc.cli.links import slowest, timed
 
 from . import namespaces
 
-__all__ = ["OPEN", "bytes_a_step", "limit_of", "reached", "sent", "slowest", "timed"]
+__all__ = ["OPEN", "bytes_a_step", "counted", "limit_of", "reached", "sent", "slowest", "timed"]
 
 OPEN = "open"
 """A rate that nothing here comes near. It is a limit all the same, since that is what counts frames."""
@@ -29,17 +29,26 @@ def sent(link: namespaces.Link | None) -> int:
     return link.sent() if link else 0
 
 
-def bytes_a_step(link: namespaces.Link | None, step: Callable[[], object], links: int) -> float:
-    """Returns the bytes of frames that left over a cable in a step, on average over cables and a block of steps."""
+def counted(link: namespaces.Link | None, action: Callable[[], object], links: int) -> float:
+    """Returns the bytes of frames that leave over a cable in what all ranks do, the mean of all cables."""
     dist.barrier()
     before = sent(link)
     dist.barrier()
-    for _ in range(BLOCK):
-        step()
+    action()
     dist.barrier()
-    there = torch.tensor(float(sent(link) - before))
+    there = torch.tensor(float(sent(link) - before), dtype=torch.float64)
     dist.all_reduce(there)
-    return there.item() / BLOCK / links
+    return there.item() / links
+
+
+def bytes_a_step(link: namespaces.Link | None, step: Callable[[], object], links: int) -> float:
+    """Returns the bytes of frames that left over a cable in a step, on average over cables and a block of steps."""
+
+    def block() -> None:
+        for _ in range(BLOCK):
+            step()
+
+    return counted(link, block, links) / BLOCK
 
 
 def reached(link: namespaces.Link | None, rate: str) -> float:

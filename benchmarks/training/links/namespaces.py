@@ -105,7 +105,7 @@ class Link:
 
     def __init__(self, rank: int) -> None:
         """Plugs in, without limit, at the address 10.0.0.(rank + 1), and tells gloo to use it."""
-        parent = _die_with_parent()
+        parent = die_with_parent()
         self._port = f"port{rank}"
         self._at_switch = ("nsenter", f"--net=/proc/{parent}/ns/net")
         self._ends: tuple[tuple[tuple[str, ...], str], ...] = (((), INTERFACE), (self._at_switch, self._port))
@@ -174,7 +174,7 @@ def node_link(node: int, place: int, folder: str) -> Link | None:
         draft.write_text(str(os.getpid()))
         draft.rename(told)  # nobody reads half a number
         return link
-    _die_with_parent()
+    die_with_parent()
     while not told.exists():
         time.sleep(0.01)
     theirs = os.open(f"/proc/{told.read_text()}/ns/net", os.O_RDONLY)
@@ -186,7 +186,7 @@ def node_link(node: int, place: int, folder: str) -> Link | None:
     return None
 
 
-def _die_with_parent() -> int:
+def die_with_parent() -> int:
     """Makes the kernel kill this process when its parent ends, and returns the parent's id."""
     parent = os.getppid()
     _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)

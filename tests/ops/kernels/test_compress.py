@@ -47,6 +47,11 @@ def special(kind: str, n: int) -> torch.Tensor:
         "rising": index.float(),
         # Every second group is in the sample, and only there are large entries, too few: the guess must be refused.
         "misleading sample": torch.where((index % 64 == 0) & (index < 64 * 500), 100.0, 1e-3 * (index % 97)),
+        # The threshold is guessed from the first tile, and then from every 16th.
+        "loud first tile": (index % 997 - 498.0) * (1 + 9 * (index < 65_536)),
+        "quiet first tile": (index % 997 - 498.0) * (10 - 9 * (index < 65_536)),
+        "ever louder tiles": (index % 997 - 498.0) * (1 + index // 65_536),
+        "ever quieter tiles": (index % 997 - 498.0) / (1 + index // 65_536),
         "nearly overflowing": torch.where(index % 2 == 0, 3e38, -3e38),
         "half overflow": 65504.0 + index.float(),
         "half tiny": 2.0**-26 * (index % 64).float(),
@@ -64,6 +69,10 @@ KINDS = [
     "denormal",
     "rising",
     "misleading sample",
+    "loud first tile",
+    "quiet first tile",
+    "ever louder tiles",
+    "ever quieter tiles",
     "nearly overflowing",
     "half overflow",
     "half tiny",
