@@ -60,8 +60,8 @@ class Rebound(Registered):
 
         Raises:
             ValueError: as DGCState: two parameters of one name, or a parameter that the optimizer does not hold; ranks
-                have other models; with Horovod, an optimizer that is not wrapped, or wrapped otherwise; an old DDP module is still there; or `back` is of another shape. Nothing has changed
-                then.
+                have other models; an old DDP module is still there; with Horovod, an optimizer that is not wrapped, or
+                wrapped otherwise; or `back` is of another shape. Nothing has changed then.
             RuntimeError: an update is outstanding.
         """
         self.settle_between_steps("rebind")
