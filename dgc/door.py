@@ -98,25 +98,6 @@ class Door:
         finally:
             self._closed = before
 
-    def check_weights(self, exchange: Exchange) -> None:
-        """Compares the weights of all ranks that hold the same ones, which nothing makes equal; a collective.
-
-        Raises:
-            ValueError: they differ.
-        """
-        mine = json.dumps({name: crc32(local(p)) for name, p in self._parameters.items()})
-        places = exchange.topology.places
-        everyone = exchange.everyone(mine)
-        # All ranks raise, also those whose own shard is equal everywhere.
-        if wrong := [rank for rank, theirs in enumerate(everyone) if theirs != everyone[rank % places]]:
-            ours, theirs = (json.loads(everyone[rank]) for rank in (wrong[0] % places, wrong[0]))
-            names = [name for name in ours if ours[name] != theirs[name]]
-            raise ValueError(
-                f"register: expected equal weights on all ranks (FSDP2: in all nodes), got others on rank {wrong} than "
-                f"on the first: {', '.join(names[:5])}. Nothing broadcasts them here. Seed all ranks alike, load the "
-                "same checkpoint, or broadcast them before"
-            )
-
     def broadcast(self, model: nn.Module, exchange: Exchange) -> None:
         """Copies parameters and buffers from rank 0 to all others, as DDP does when it is made; a collective."""
         for tensor in [*model.parameters(), *model.buffers()]:
@@ -193,6 +174,26 @@ class Door:
         sent, self._sent = self._sent, []
         for future in sent:
             future.wait()
+
+
+def check_weights(parameters: Mapping[str, Tensor], exchange: Exchange) -> None:
+    """Compares the weights of all ranks that hold the same ones, which nothing makes equal; a collective.
+
+    Raises:
+        ValueError: they differ.
+    """
+    mine = json.dumps({name: crc32(local(p)) for name, p in parameters.items()})
+    places = exchange.topology.places
+    everyone = exchange.everyone(mine)
+    # All ranks raise, also those whose own shard is equal everywhere.
+    if wrong := [rank for rank, theirs in enumerate(everyone) if theirs != everyone[rank % places]]:
+        ours, theirs = (json.loads(everyone[rank]) for rank in (wrong[0] % places, wrong[0]))
+        names = [name for name in ours if ours[name] != theirs[name]]
+        raise ValueError(
+            f"register: expected equal weights on all ranks (FSDP2: in all nodes), got others on rank {wrong[0]} than "
+            f"on the first: {', '.join(names[:5])}. Nothing broadcasts them here. Seed all ranks alike, load the "
+            "same checkpoint, or broadcast them before"
+        )
 
 
 def has_door(p: Tensor) -> bool:

@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import ddp, fsdp, left
-from .door import Door
+from .door import Door, check_weights
 from .exchange.distributed import DistributedExchange
 from .optim.convert import convert_back
-from .step import advice
+from .step import advice, log
 from .step.changing import Changing
 
 logger = logging.getLogger("dgc")
@@ -58,7 +58,8 @@ class Registered(Changing):
         if in_step and isinstance(model, DistributedDataParallel):
             left.register(self, self.bind(model))
         if in_step or fsdp.is_sharded(model):
-            self._open(model, in_step).check_weights(self.exchange)
+            self._open(model, in_step)
+            check_weights(self._standing.parameters.by_name, self.exchange)
             return
         module = self.bind(model)
         if self.exchange.changed:
@@ -84,7 +85,8 @@ class Registered(Changing):
 
     def exchange_in_step(self) -> None:
         """Exchanges in step() what .grad of its parameters then holds, whatever made it; a collective."""
-        self._open(nn.Module(), in_step=True).check_weights(self.exchange)
+        self._open(nn.Module(), in_step=True)
+        check_weights(self._standing.parameters.by_name, self.exchange)
 
     def _open(self, model: nn.Module, in_step: bool = False) -> Door:
         parameters = self._standing.parameters.by_name
@@ -187,9 +189,11 @@ class Registered(Changing):
                 raise ValueError(advice.wrapped("DistributedDataParallel has wrapped it since"))
         # A tenth of what model.parameters() takes, which has to be asked only where something has moved.
         if self._places is None or any(held.get(key) is not value for held, key, value in self._places):
-            present = {id(p) for p in model.parameters()}
+            present = {id(p): name for name, p in model.named_parameters()}
             if replaced := [name for name, p in known.items() if id(p) not in present]:
                 raise RuntimeError(advice.replaced(replaced))
+            if self.exchange.rank == 0:
+                log.log_masked_since({name: present[id(p)] for name, p in known.items()})
             self._places = _places(model)
 
     def bind(self, model: nn.Module) -> DistributedDataParallel:

@@ -9,6 +9,7 @@ Both take the places of Horovod's own:
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -31,9 +32,9 @@ from torch.optim.optimizer import Optimizer
 from . import horovod_elastic
 from .config import DGCConfig
 from .exchange.horovod import HorovodExchange
-from .horovod_fusion import Fusion, fuse
+from .horovod_state import HorovodState, agreed, fused
+from .memory.names import by_name
 from .optim.base import DGCOptimizer
-from .state import DGCState
 
 
 class DGCCompressor(Compressor):
@@ -152,12 +153,7 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
         )
     named = None if named_parameters is None else list(named_parameters)
 
-    # As Horovod does: one class with the methods of both, since these call super(self.__class__, self).
-    parent = type(optimizer)
-    methods = {k: v for k, v in vars(_Methods).items() if not k.startswith("__")}
-    if isinstance(optimizer, DGCOptimizer):
-        methods["_step_supports_amp_scaling"] = property(_answer_grad_scaler)
-    distributed: Any = type(parent.__name__, (parent, horovod_elastic.Compressed), {**vars(_Horovod), **methods})(
+    distributed: Any = _class_of(type(optimizer))(
         params=optimizer.param_groups,
         named_parameters=named,
         compression=compression,
@@ -176,26 +172,32 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
 
     names = distributed._parameter_names
     held = [p for group in distributed.param_groups for p in group["params"]]
-    fused = fuse([p for p in held if p.requires_grad], groups, compression.bucket_cap_mb)
-    agreed = {
-        "op": "Average" if op == hvd.Average else "Sum",
-        "gradient_predivide_factor": gradient_predivide_factor,
-        "backward_passes_per_step": backward_passes_per_step,
-        **{f"group of {names[p]}": i for i, group in enumerate(fused) for p in group},
-    }
-    exchange = HorovodExchange(held[0].device, process_set, gradient_predivide_factor, agreed)
     ids = set(map(id, held))
-    distributed.dgc_state = DGCState(
-        [(name, p) for name, p in named if id(p) in ids] if named is not None else [(names[p], p) for p in held],
+    pairs = [(name, p) for name, p in named if id(p) in ids] if named is not None else [(names[p], p) for p in held]
+    trained = by_name(pairs)
+    ours = {p: name for name, p in trained.items()}
+    distributed._grouping = [[ours[p] for p in g if p in ours] for g in groups] if isinstance(groups, list) else groups
+    compared = agreed(distributed, trained, fused(distributed, trained))
+    exchange = HorovodExchange(held[0].device, process_set, gradient_predivide_factor, compared)
+    state = HorovodState(
+        pairs,
         distributed,
         compression.config,
         grad_scaler=grad_scaler,
         exchange=exchange,
         average=op == hvd.Average,
     )
-    distributed._fusion = Fusion(distributed.dgc_state, fused)
-    _Horovod._register_hooks(distributed)  # with one process too, where Horovod has none
+    state.connect()  # with one process too, where Horovod has no hooks
     return distributed
+
+
+@functools.cache
+def _class_of(parent: type[Optimizer]) -> Any:
+    """Returns, as Horovod does, one class with the methods of both, since these call super(self.__class__, self)."""
+    methods = {k: v for k, v in vars(_Methods).items() if not k.startswith("__")}
+    if issubclass(parent, DGCOptimizer):
+        methods["_step_supports_amp_scaling"] = property(_answer_grad_scaler)
+    return type(parent.__name__, (parent, horovod_elastic.Compressed), {**vars(_Horovod), **methods})
 
 
 def _answer_grad_scaler(optimizer: Any) -> bool:
@@ -225,7 +227,7 @@ class _Methods:
     """Methods that replace Horovod's; `self` is an object of the class that DistributedOptimizer makes."""
 
     def _register_hooks(self: Any) -> None:
-        """Does nothing: DistributedOptimizer registers them, once everything has been checked."""
+        """Does nothing: HorovodState registers them, once everything has been checked."""
 
     def _allreduce_grad_async(self: Any, p: Tensor) -> tuple[Callable[[], Tensor], None]:
         self._synchronized = False

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 
-from . import ddp
+from . import ddp, fsdp
+from .door import check_weights
 from .doors import Registered
+from .exchange.base import Exchange
 from .memory.moved import norm_of, place
 from .memory.names import by_name
 from .memory.parameters import Parameters
@@ -48,7 +50,8 @@ class Rebound(Registered):
             model: the changed model: a new DDP module, one sharded by fully_shard, or a plain one, on which the state
                 is then registered as it was before; or named parameters, to register it afterwards.
             optimizer: of all its trainable parameters, dgc's; None for the present one. In the present one a parameter
-                that was replaced gives its place to the new one of its name.
+                that was replaced gives its place to the new one of its name. With Horovod, one that
+                dgc.horovod.DistributedOptimizer has wrapped anew, as it wrapped the present one.
             back: what an earlier rebind() has returned, for parameters that have come back.
 
         Returns:
@@ -57,8 +60,8 @@ class Rebound(Registered):
 
         Raises:
             ValueError: as DGCState: two parameters of one name, or a parameter that the optimizer does not hold; ranks
-                have other models; an old DDP module is still there; or `back` is of another shape. Nothing has changed
-                then.
+                have other models; an old DDP module is still there; with Horovod, an optimizer that is not wrapped, or
+                wrapped otherwise; or `back` is of another shape. Nothing has changed then.
             RuntimeError: an update is outstanding.
         """
         self.settle_between_steps("rebind")
@@ -79,7 +82,11 @@ class Rebound(Registered):
                 raise error
             if other := next((f"rank {rank}: {text}" for rank, text in enumerate(errors) if text), None):
                 raise ValueError(f"rebind: expected all ranks to go on, but {other}. Nothing has changed")
-            standing = Standing(old.made_with, parameters, exchange, old.codec, self.grad_scaler is not None)
+            standing = Standing(
+                old.made_with, parameters, self._exchange_of(parameters), old.codec, self.grad_scaler is not None
+            )
+            if fsdp.is_sharded(model):
+                check_weights(parameters.by_name, exchange)
         except Exception:
             for group, params in zip(into.param_groups, before[0], strict=True):
                 group["params"][:] = params
@@ -111,6 +118,8 @@ class Rebound(Registered):
                 "rebind: expected the old DistributedDataParallel module to be gone, got one that is still there, and "
                 "would reduce gradients too: del it, or set its name to None, before the model is wrapped again"
             )
+        if isinstance(model, nn.Module) and fsdp.is_sharded(model):
+            fsdp.check_module(model, new)
         _follow(old.parameters, new, into)
         topology = self.exchange.topology
         places = (topology.place, topology.places) if old.divided else (0, 1)
@@ -120,6 +129,10 @@ class Rebound(Registered):
             if wrong := [tuple(t.shape) for t in held.values() if tuple(t.shape) != shape]:
                 raise ValueError(f"back: expected tensors of the new model's {name}, {shape}, got {wrong[0]}")
         return parameters
+
+    def _exchange_of(self, parameters: Parameters) -> Exchange:
+        """Returns the collectives of a changed model."""
+        return self._standing.own_exchange
 
     def _go_on_with(self, standing: Standing, into: Optimizer) -> None:
         """Makes the state that of the new parameters."""

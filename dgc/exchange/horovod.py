@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -94,7 +95,7 @@ class HorovodExchange(Exchange):
         """
         self._elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
         self._device = device
-        self._set = process_set
+        self.process_set = process_set
         self._predivide_factor = predivide_factor
         self._agreed = dict(agreed or {})
         self._under_way: list[HorovodTransfer] = []
@@ -102,12 +103,18 @@ class HorovodExchange(Exchange):
         self.rank, self.world_size = self._place()
 
     def _place(self) -> tuple[int, int]:
-        return (self._set.rank(), self._set.size()) if self._set.included() else (0, 1)
+        return (self.process_set.rank(), self.process_set.size()) if self.process_set.included() else (0, 1)
 
     @property
     def changed(self) -> bool:  # type: ignore[override]
         """Whether ranks may have come or gone since the last refresh(); False in a run that is not elastic."""
         return self._elastic and (self._stale or self._place() != (self.rank, self.world_size))
+
+    def agreeing_on(self, agreed: Mapping[str, object]) -> HorovodExchange:
+        """Returns the exchange of the same ranks, between two passes, for a model that has changed."""
+        other = copy.copy(self)
+        other._agreed, other._under_way = dict(agreed), []
+        return other
 
     def refresh(self) -> None:
         """Updates rank and world_size to the present process set."""
@@ -134,7 +141,7 @@ class HorovodExchange(Exchange):
             if self.world_size == 1:
                 gathered[0].copy_(payload)
             else:
-                handle = hvd.allgather_async(payload, name=f"dgc.payload.{name}", process_set=self._set)
+                handle = hvd.allgather_async(payload, name=f"dgc.payload.{name}", process_set=self.process_set)
                 transfer.add(handle, gathered)
         if dense is not None and self.world_size > 1:
             handle = hvd.allreduce_async_(
@@ -143,7 +150,7 @@ class HorovodExchange(Exchange):
                 op=hvd.Sum,
                 prescale_factor=1 / self._predivide_factor,
                 postscale_factor=self._predivide_factor / self.world_size,
-                process_set=self._set,
+                process_set=self.process_set,
             )
             transfer.add(handle)
         return transfer
@@ -158,17 +165,17 @@ class HorovodExchange(Exchange):
         """Returns the texts of all ranks, in their order; a collective."""
         if self.world_size == 1:
             return [text]
-        mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        mine = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)  # torch takes no empty buffer
         length = torch.tensor([len(mine)], device="cpu")
-        lengths = hvd.allgather(length, name="dgc.lengths", process_set=self._set).tolist()
-        texts = hvd.allgather(mine, name="dgc.texts", process_set=self._set).split(lengths)
-        return [bytes(t.tolist()).decode() for t in texts]
+        lengths = hvd.allgather(length, name="dgc.lengths", process_set=self.process_set).tolist()
+        texts = hvd.allgather(mine, name="dgc.texts", process_set=self.process_set).split(lengths)
+        return [bytes(t[:-1].tolist()).decode() for t in texts]
 
     def broadcast(self, tensors: Sequence[Tensor], root: int) -> None:
         """Copies one rank's tensors to all other ranks; a collective."""
-        root_rank = self._set.ranks[root]
+        root_rank = self.process_set.ranks[root]
         handles = [
-            hvd.broadcast_async_(t, root_rank, name=f"dgc.broadcast.{i}", process_set=self._set)
+            hvd.broadcast_async_(t, root_rank, name=f"dgc.broadcast.{i}", process_set=self.process_set)
             for i, t in enumerate(tensors)
         ]
         for handle in handles:

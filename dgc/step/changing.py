@@ -31,7 +31,7 @@ class Changing(Saved):
 
         Args:
             parameter: it or its name.
-            keep: bool, of the parameter's shape: True where nothing is dropped. None to keep nothing.
+            keep: bool, of the whole parameter's shape: True where nothing is dropped. None to keep nothing.
 
         Returns:
             The number of entries and the norms of what was dropped on this rank.
@@ -48,7 +48,8 @@ class Changing(Saved):
     def _forget(self, name: str, p: Tensor, alive: Tensor | None) -> Forgotten:
         standing = self._standing
         dropped = forget(standing.memory, standing.parameters.rule, p, self.slot(p), self._dead(p, alive))
-        self._stats = replace(self._stats, forgotten=self._stats.forgotten + dropped.entries)
+        self._forgotten += dropped.entries
+        self._stats = replace(self._stats, forgotten=self._forgotten)
         logger.info("%s, on rank %d", dropped, self.exchange.rank)
         return dropped
 
@@ -69,8 +70,8 @@ class Changing(Saved):
 
         Args:
             parameter: it or its name.
-            mask: bool, of the parameter's shape, True for entries that are alive; the same on all ranks. None for no
-                mask.
+            mask: bool, of the whole parameter's shape, True for entries that are alive; the same on all ranks. None for
+                no mask.
 
         Returns:
             What was dropped on this rank; None without a mask.
@@ -135,12 +136,6 @@ class Changing(Saved):
         if masks := self._standing.masks:
             masks.silence(gradients, self._standing.layouts.phase.dense)
         return super().reduce(gradients)
-
-    def _count(self, skipped: int) -> None:
-        forgotten = self._stats.forgotten
-        super()._count(skipped)
-        if forgotten:
-            self._stats = replace(self._stats, forgotten=forgotten)
 
     def take(self) -> bool:
         """Claims the reduced gradients for step(), those of dead weights left out; see Claims.take."""

@@ -38,8 +38,7 @@ class Claims:
         self._pass = Pass.none(0)
         self._error: Exception | None = None  # found late, and raised by the next step()
         self._told: set[str] = set()  # keys of the warnings given so far
-        self._stats = Stats()
-        self._total_bytes = 0
+        self._stats, self._total_bytes, self._forgotten = Stats(), 0, 0
         self._detached = False
 
     @property
@@ -286,6 +285,7 @@ class Claims:
             inside=sum(one.node.bytes_inside for one in self._pass.inside),
             steps=standing.step,
             total_bytes_sent=self._total_bytes,
+            forgotten=self._forgotten,
             skipped=skipped,
             choice=standing.choice,
         )

@@ -27,6 +27,7 @@ def count(
     inside: int,
     steps: int,
     total_bytes_sent: int,
+    forgotten: int,
     skipped: int,
     choice: Choice | None,
 ) -> Stats:
@@ -40,6 +41,7 @@ def count(
         inside: bytes that this rank sent inside its node.
         steps: passes so far, without skipped ones.
         total_bytes_sent: since the state was made.
+        forgotten: entries dropped since the state was made.
         skipped: passes that were left out.
         choice: of DGCConfig.exchange "auto"; None without one.
     """
@@ -60,6 +62,7 @@ def count(
         entries={m.slot.name: m.entries for s in sparse for m in s.members},
         dense=dict(phase.dense),
         total_bytes_sent=total_bytes_sent,
+        forgotten=forgotten,
         skipped=skipped,
         choice=choice,
     )

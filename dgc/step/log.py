@@ -60,7 +60,24 @@ def log_phase(phase: Phase, slots: Mapping[str, Slot], schedule: DensitySchedule
 
 def log_masked(names: Sequence[str]) -> None:
     """Logs a hint for parameters that seem to have a mask of torch's, by their names."""
-    if found := [name for name in names if name.endswith("_orig") or ".parametrizations." in f".{name}"]:
+    _hint_at_masks([name for name in names if _masked(name)])
+
+
+def log_masked_since(names: Mapping[str, str]) -> None:
+    """Logs the hint for parameters that the model holds under another name by now, since torch has masked them.
+
+    Args:
+        names: the present names, by those of the state.
+    """
+    _hint_at_masks([name for name, now in names.items() if _masked(now) and not _masked(name)])
+
+
+def _masked(name: str) -> bool:
+    return name.endswith("_orig") or ".parametrizations." in f".{name}"
+
+
+def _hint_at_masks(found: Sequence[str]) -> None:
+    if found:
         logger.info(
             "dgc: %s: if torch.nn.utils.prune or a parametrization masks them, tell it by state.mask(name, mask), or "
             "what waits of masked weights comes back where they grow again",

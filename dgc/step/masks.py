@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dgc.exchange.base import Exchange
-from dgc.local import crc32, local
+from dgc.local import crc32, local, mesh_of
 from dgc.memory.memory import Memory
 from dgc.memory.slots import Gradients, Slot
 from dgc.optim.base import Rule
@@ -39,10 +39,15 @@ def checked(name: str, mask: object, shape: torch.Size) -> Tensor:
 
     Raises:
         TypeError: it is no tensor.
-        ValueError: it has another shape, or values other than 0 and 1.
+        ValueError: it has another shape, values other than 0 and 1, or is sharded.
     """
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask of {name}: expected a tensor of {tuple(shape)}, got {type(mask).__name__}")
+    if mesh_of(mask) is not None:
+        raise ValueError(
+            f"mask of {name}: expected a plain tensor of the whole parameter, of which each rank takes its rows, got a "
+            "DTensor: pass mask.full_tensor(), called on all ranks"
+        )
     if mask.shape != shape:
         raise ValueError(f"mask of {name}: expected the parameter's shape {tuple(shape)}, got {tuple(mask.shape)}")
     if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():

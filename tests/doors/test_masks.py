@@ -232,3 +232,20 @@ def test_a_pruned_model_gets_a_hint(gloo, caplog):
     caplog.clear()
     one()
     assert "prune" not in caplog.text
+
+
+def test_a_model_that_is_pruned_in_the_middle_of_a_run_gets_the_hint_once(gloo, caplog):
+    caplog.set_level("INFO", "dgc")
+    model, optimizer, _ = one(module=nn.Linear(200, 100))
+
+    def train():
+        optimizer.zero_grad()
+        model(torch.ones(4, 200)).square().mean().backward()
+        optimizer.step()
+
+    train()
+    prune.l1_unstructured(model.module, "weight", 0.5)
+    assert "prune" not in caplog.text
+    for _ in range(3):
+        train()
+    assert caplog.text.count("dgc: weight: if torch.nn.utils.prune") == 1

@@ -19,7 +19,7 @@ LEVELS = [
     {"step"},
     {"ddp", "door", "doors", "fsdp", "fusion", "left", "rebind", "state"},
     {"local_steps", "rounds", "checkpoint", "checkpoint_parts", "checkpoint_reader"}
-    | {"attach", "horovod", "horovod_elastic", "horovod_fusion", "__init__"}
+    | {"attach", "horovod", "horovod_elastic", "horovod_fusion", "horovod_state", "__init__"}
     | {"accelerate", "lightning", "torchft", "transformers", "cli", "__main__"},
 ]
 """From the bottom up: each imports from those before it, and from its own level without a circle."""

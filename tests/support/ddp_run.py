@@ -25,7 +25,8 @@ class Run:
     ):
         self.config = config or dgc.DGCConfig(density=0.008)
         self.net = (Given(shapes, dtype=dtype) if module is None else module).to(device)
-        self.ddp = DistributedDataParallel(self.net, **{"bucket_cap_mb": 0.05, **(ddp or {})})
+        self.wrapping = {"bucket_cap_mb": 0.05, **(ddp or {})}
+        self.ddp = DistributedDataParallel(self.net, **self.wrapping)
         defaults = {"lr": 0.5, "momentum": 0.5} if optimizer is dgc.SGD else {}
         self.optimizer = optimizer(self.ddp.parameters(), **{**defaults, **settings})
         self.state = dgc.DGCState(self.ddp.named_parameters(), self.optimizer, self.config, **(state or {}))
@@ -35,6 +36,13 @@ class Run:
         self.optimizer.zero_grad()
         self.ddp(*inputs).sum().backward()
         self.optimizer.step()
+
+    def rebind(self, optimizer=None, **back):
+        self.ddp = None  # the old one has to be gone
+        self.ddp = DistributedDataParallel(self.net, **self.wrapping)
+        left = self.state.rebind(self.ddp, optimizer, **back)
+        self.optimizer = optimizer or self.optimizer
+        return left
 
     def result(self):
         return outcome(self.net, self.state)

@@ -54,6 +54,9 @@ class IslandRun:
         self.backward(*inputs)
         self.optimizer.step()
 
+    def rebind(self, **back):
+        return self.state.rebind(self.net, **back)
+
     def result(self):
         """Returns whole parameters, and this rank's parts of what it keeps, flat."""
         memory = self.state.memory

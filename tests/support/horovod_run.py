@@ -31,13 +31,19 @@ class Run:
     ):
         self.net = Given(shapes, dtype=dtype) if module is None else module
         defaults = {"lr": 0.5, "momentum": 0.5} if optimizer is dgc.SGD else {}
-        self.optimizer = dgc_hvd.DistributedOptimizer(
-            optimizer(self.net.parameters(), **{**defaults, **settings}),
-            self.net.named_parameters(),
-            dgc_hvd.DGCCompressor(config or dgc.DGCConfig(density=0.008), bucket_cap_mb=cap),
-            **(horovod or {}),
-        )
+        self.compressor = dgc_hvd.DGCCompressor(config or dgc.DGCConfig(density=0.008), bucket_cap_mb=cap)
+        self.horovod = horovod or {}
+        self.optimizer = self.wrapped(optimizer(self.net.parameters(), **{**defaults, **settings}))
         self.state = self.optimizer.dgc_state
+
+    def wrapped(self, optimizer):
+        return dgc_hvd.DistributedOptimizer(optimizer, self.net.named_parameters(), self.compressor, **self.horovod)
+
+    def rebind(self, optimizer=None, **back):
+        wrapped = None if optimizer is None else self.wrapped(optimizer)
+        left = self.state.rebind(self.net, wrapped, **back)
+        self.optimizer = wrapped or self.optimizer
+        return left
 
     def train(self, *inputs):
         self.optimizer.zero_grad()
