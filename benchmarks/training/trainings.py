@@ -174,9 +174,9 @@ def curve(
 
 
 def rehearse(run: Training, rank: int) -> None:
-    """Takes a few steps with a model that is thrown away: what torch imports and sets up in a first step takes 1 to 2 s.
+    """Takes a few steps with a model that is thrown away; a collective.
 
-    A collective.
+    In a first step torch imports modules and sets itself up, for 1 to 2 seconds.
     """
     learner = Learner(run)
     for batch in islice(batches_of(learner.task, run.seed, REHEARSED, run.ranks), REHEARSED):
