@@ -14,7 +14,7 @@ gathered over several calls.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import combinations
@@ -79,7 +79,7 @@ class Factored(Replicated):
         """Prepares a run of so many steps with these factors, of networks that are `prepared`."""
         self.cell, self.steps, self.step = cell, steps, 0
         networks = [replica.network for replica in self.replicas]
-        self.called = {network: network for network in networks}
+        self.called: dict[nn.Module, Callable[[Tensor], Tensor]] = {network: network for network in networks}
         if "torch.compile" in cell:
             torch.compiler.reset()  # what other runs have compiled counts towards the limit of versions
             # With a whole graph, what cannot be compiled is an error, and not left as it is.
@@ -118,7 +118,9 @@ def prepared(network: nn.Module, cell: Cell) -> nn.Module:
     if "progressive resizing" in cell:
         flatten = next(module for module in network.modules() if isinstance(module, nn.Flatten))
         flatten.register_forward_pre_hook(_same_side)
-    return network.to(memory_format=torch.channels_last) if "channels_last" in cell else network
+    if "channels_last" in cell:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+    return network
 
 
 def _same_side(_: nn.Module, given: tuple[Tensor]) -> Tensor:
