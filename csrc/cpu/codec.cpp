@@ -96,7 +96,10 @@ void encode_values(const Rank& r, const Bucket& bucket, const Tile& tile, int64_
   const Scale scale = r.scales[tile.segment];
   auto* chosen = reinterpret_cast<float*>(r.chosen);
   uint8_t* values = first_value(r, bucket, tile.segment, bits);
-  for (int64_t e = begin_of(r, t); e < r.ends[t]; ++e) {
+  const int64_t end = r.ends[t];
+  for (int64_t e = begin_of(r, t); e < end; ++e) {
+    constexpr int64_t kAhead = 24;
+    if (e + kAhead < end) __builtin_prefetch(residual + at + r.indices[e + kAhead], 1);
     const uint32_t code = code_of(chosen[e], scale, bits);
     const int64_t i = e - first;
     if (bits == 8) {
