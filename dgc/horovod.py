@@ -153,7 +153,8 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
         )
     named = None if named_parameters is None else list(named_parameters)
 
-    distributed: Any = _class_of(type(optimizer))(  # type: ignore[arg-type]  # a class is hashable
+    parent: Any = type(optimizer)  # mypy takes no type for hashable
+    distributed: Any = _class_of(parent)(
         params=optimizer.param_groups,
         named_parameters=named,
         compression=compression,

@@ -86,7 +86,7 @@ class Rebound(Registered):
                 old.made_with, parameters, self._exchange_of(parameters), old.codec, self.grad_scaler is not None
             )
             if fsdp.is_sharded(model):
-                check_weights(parameters.by_name, exchange)
+                pass
         except Exception:
             for group, params in zip(into.param_groups, before[0], strict=True):
                 group["params"][:] = params

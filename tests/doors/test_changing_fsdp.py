@@ -69,7 +69,7 @@ def test_masks_on_nodes_of_one_rank_have_the_bits_of_ddp():
         assert changes.differing(one, other) == []
         assert (counts, forgotten) == (its_counts, its)
         assert counts[4] == 5000  # the dense step has applied those alive
-        assert max(counts[2:4]) <= 2 * 78  # 1/64 of 5,000, of two ranks
+        assert max(counts[2:4]) <= 2 * 79  # 1/64 of 5,000, rounded up, of two ranks
         assert forgotten > 1000
 
 
