@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 
 from . import ddp, fsdp
-from .door import check_weights
 from .doors import Registered
 from .exchange.base import Exchange
 from .memory.moved import norm_of, place
