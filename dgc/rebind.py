@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 
 from . import ddp, fsdp
+from .door import check_weights
 from .doors import Registered
 from .exchange.base import Exchange
 from .memory.moved import norm_of, place
@@ -85,7 +86,7 @@ class Rebound(Registered):
                 old.made_with, parameters, self._exchange_of(parameters), old.codec, self.grad_scaler is not None
             )
             if fsdp.is_sharded(model):
-                pass
+                check_weights(parameters.by_name, exchange)
         except Exception:
             for group, params in zip(into.param_groups, before[0], strict=True):
                 group["params"][:] = params

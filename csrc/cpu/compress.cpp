@@ -60,7 +60,7 @@ class Compressor {
         if (!threshold_from_groups(s)) return;
         constexpr int64_t kEvery = 16;  // a guess costs as much as collecting from a few tiles
         if (guess == kNothing || tile.begin / kTile % kEvery == 0) guess = guess_from(tile);
-        collect(tile, work, guess, 4 * expected(tile) + 64);
+        if (guess != kNothing) collect(tile, work, guess, 4 * expected(tile) + 64);
       });
     });
   }

@@ -72,7 +72,7 @@ def test_each_wrong_use_says_what_to_write():
         "ignored": ["ValueError", "1.weight", "without ignored_params"],
         "twice": ["ValueError", "got a, b, c, d, e", "Build the model anew"],
         "twice, one state": ["ValueError", "got a, b, c, d, e", "Build the model anew"],
-        "other weights": ["ValueError", "equal weights", "rank [2, 3]", "Seed all ranks alike"],
+        "other weights": ["ValueError", "equal weights", "others on rank 2 than on the first", "Seed all ranks alike"],
         "foreign parameter": ["ValueError", "not of b, c, d, e"],
     }
     for found in run_ranks(4, misuse):

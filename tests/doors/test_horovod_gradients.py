@@ -8,8 +8,9 @@ from torch import nn
 from torch.amp import GradScaler
 
 import dgc
+from dgc.horovod_fusion import fuse
 from support import horovod_ranks
-from support.horovod_run import Run, dgc_hvd, hvd
+from support.horovod_run import Run, hvd
 from support.models import Given, integers, normals
 from support.training import (
     LARGE,
@@ -207,10 +208,10 @@ def test_empty_parameters_and_scalars(horovod):
 
 def test_groups_hold_one_type_and_no_more_tensors_than_the_kernels_take():
     small = [nn.Parameter(torch.zeros(2, dtype=torch.float16 if i % 2 else torch.float32)) for i in range(1200)]
-    groups = dgc_hvd.fuse(small, None, 25)
+    groups = fuse(small, None, 25)
     assert [len(group) for group in groups] == [256, 256, 88] * 2
     assert all(len({p.dtype for p in group}) == 1 for group in groups)
     assert [id(p) for p in groups[0][:2]] == [id(small[-1]), id(small[-3])]
     large = [nn.Parameter(torch.zeros(1024, 1024)) for _ in range(5)]
-    assert [len(group) for group in dgc_hvd.fuse(large, None, 8.5)] == [2, 2, 1]
-    assert [len(group) for group in dgc_hvd.fuse(large, None, 1)] == [1] * 5
+    assert [len(group) for group in fuse(large, None, 8.5)] == [2, 2, 1]
+    assert [len(group) for group in fuse(large, None, 1)] == [1] * 5

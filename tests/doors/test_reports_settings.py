@@ -87,7 +87,7 @@ def density_in_a_run(rank, world_size, folder):
     run.train(integers(SHAPES, seed_of(0, rank)))
     with pytest.raises(ValueError, match=r"density: rank 0 has 0\.5, rank 1 has 0\.25"):
         run.state.set_density(0.25 if rank else 0.5)
-    with pytest.raises(ValueError, match=r"density: expected a number in \(0, 1\], got 7"):
+    with pytest.raises(ValueError, match=r"density: expected a number in \(0, 1\], such as 0\.01 for 1 %, got 7"):
         run.state.set_density(7)
     assert run.state.config.density == run.state.density == 0.008
     run.state.set_density(0.05)
@@ -146,5 +146,5 @@ def test_a_schedule_that_brings_momentum_to_another_optimizer_is_refused(gloo):
     model, optimizer, _ = one(optimizer=torch.optim.SGD, lr=0.1)
     step(model, optimizer, normals(WIDE, 0))
     optimizer.param_groups[0]["momentum"] = 0.9
-    with pytest.raises(ValueError, match=r"expected dgc\.SGD, got SGD with momentum > 0"):
+    with pytest.raises(ValueError, match=r"expected dgc\.SGD, got torch\.optim\.SGD with momentum > 0"):
         step(model, optimizer, normals(WIDE, 1))
