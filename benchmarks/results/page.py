@@ -25,6 +25,7 @@ SECTIONS = {
     "adamw": "AdamW",
     "adam_candidates": "Rules for AdamW that were tried",
     "ablation": "What each technique does",
+    "staleness": "How long entries wait",
     "wire_ratio": "Bytes on the wire",
     "plan_check": "What plan predicts",
     "scaling": "On paper: many workers",
