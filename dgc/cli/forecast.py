@@ -22,7 +22,7 @@ DENSITIES = (0.01, 0.001)
 BACKWARD = 2 / 3
 """Share of compute that is the backward pass: twice the multiply-adds of the forward pass."""
 WORTH = 1.05
-"""How many times faster DGC has to be before it is recommended: a forecast is not exacter than that."""
+"""How many times faster DGC has to be before it is recommended: a forecast cannot tell less apart."""
 DECIDES = "(docs/choosing.md, Let it decide)"
 
 

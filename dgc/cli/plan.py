@@ -167,7 +167,8 @@ def _show(
         print(f"\npicture: {args.picture}")
     if auto:
         error = f"{100 * (WORTH - 1):.0f} %"
-        print(f"\n{chosen.name} and {dense.name} are within {error}, and no forecast is exacter. Let the run decide:\n")
+        both = f"{chosen.name} and {dense.name} are within {error} of each other"
+        print(f"\n{both}, closer than a forecast can tell. Let the run decide:\n")
     elif chosen.density is None:
         print(f"\n{chosen.name} is as fast as DGC here, or faster, and loses nothing. Take:\n")
     else:
