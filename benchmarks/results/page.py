@@ -18,6 +18,7 @@ from . import claims
 DOCS = ROOT / "docs"
 SECTIONS = {
     "network": "Slow networks",
+    "time_to_accuracy": "Time to a given accuracy",
     "network_door": "Without DDP",
     "network_local": "Local steps on slow links",
     "network_nodes": "Nodes that share a slow link",
