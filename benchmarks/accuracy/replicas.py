@@ -108,21 +108,27 @@ class Replicated(ABC):
             raise RuntimeError("replicas.py: expected replicas equal to the bit after training, got some that differ")
 
 
-def train(task: Task, make: Callable[[nn.Module, Task], Trainer], seed: int, steps: int) -> list[tuple[int, float]]:
+def train(
+    task: Task, make: Callable[[nn.Module, Task], Trainer], seed: int, steps: int, points: int = 5
+) -> list[tuple[int, float]]:
     """Trains from a seed of weights and samples, and returns the metric on the test samples.
 
     Returns:
-        (step, metric) at a fifth of the run, two fifths, ... and at its end.
+        (step, metric) at `points` times that divide the run equally, the last one at its end.
     """
     torch.manual_seed(seed)
-    trainer = make(task.network(), task)
+    return follow(task, make(task.network(), task), seed, steps, points)
+
+
+def follow(task: Task, trainer: Trainer, seed: int, steps: int, points: int = 5) -> list[tuple[int, float]]:
+    """Takes the steps of a run by the task's schedule, on samples of a seed, and returns the metric as train() does."""
     schedules = [schedule_of(task, optimizer, steps) for optimizer in trainer.optimizers]
     found = []
     for step, batches in enumerate(batches_of(task, seed, steps), start=1):
         trainer.learn(batches)
         for schedule in schedules:
             schedule.step()
-        if step * 5 // steps > (step - 1) * 5 // steps:
+        if step * points // steps > (step - 1) * points // steps:
             found.append((step, measure(task, trainer.network)))
     trainer.check()
     return found
