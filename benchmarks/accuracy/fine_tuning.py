@@ -169,8 +169,8 @@ def tell(seeds: Sequence[int], records: Sequence[Record], folder: Path) -> None:
     about = (
         f"Perplexity (lower is better) on a tenth of the New Testament, before fine-tuning and at its end: {WORKERS} "
         f"workers simulated in one process, seeds {seeds[0]} to {seeds[-1]}. The model was trained dense, or by DGC at "
-        "1 % (DGC's model). Moments begin at 0 but where they are the old ones. Warm-up: density falls from 6.25 % over "
-        "30 % of fine-tuning. Bytes: of fine-tuning, in parts of what DDP sends with float32 gradients."
+        "1 % (DGC's model). Moments begin at 0 but where they are the old ones. Warm-up: density falls from 6.25 % "
+        "over 30 % of fine-tuning. Bytes: of fine-tuning, in parts of what DDP sends with float32 gradients."
     )
     publish("fine_tuning", about, tables, {TASK: found}, records, folder)
 

@@ -151,9 +151,9 @@ def _expected(left: Sequence[Run], perform: Callable[[Run], Sequence[Point]], do
     return sum(seconds[run.task] * run.steps for run in left)
 
 
-def options(description: str | None, tasks: Sequence[str], file: Path) -> argparse.ArgumentParser:
+def options(description: str | None, tasks: Sequence[str], file: Path, seeds: int = 5) -> argparse.ArgumentParser:
     """Returns the parser of what scripts whose runs go side by side can be told."""
-    parser = options_of_each(description, tasks, file, seeds=5)
+    parser = options_of_each(description, tasks, file, seeds)
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time; default: one a core")
     return parser
 

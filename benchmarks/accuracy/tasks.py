@@ -176,6 +176,27 @@ TASKS = {
         lambda: GPT(VOCABULARY, 128, depth=2, heads=4, context=LENGTH),
         lr=2e-3,
     ),
+    "gpt-1.5M": _adamw(
+        "GPT of 1.5 million parameters: 3 blocks of width 192",
+        lambda: GPT(VOCABULARY, 192, depth=3, heads=8, context=LENGTH),
+        lr=2e-3,
+        steps=250,
+        batch_size=2,
+    ),
+    "gpt-4.5M": _adamw(
+        "GPT of 4.5 million parameters: 4 blocks of width 296",
+        lambda: GPT(VOCABULARY, 296, depth=4, heads=8, context=LENGTH),
+        lr=1.3e-3,
+        steps=738,
+        batch_size=2,
+    ),
+    "gpt-12M": _adamw(
+        "GPT of 12 million parameters: 5 blocks of width 440",
+        lambda: GPT(VOCABULARY, 440, depth=5, heads=8, context=LENGTH),
+        lr=9e-4,
+        steps=1973,
+        batch_size=2,
+    ),
     "vit-adamw": _adamw(
         "ViT of two blocks of width 64 on 4,000 MNIST digits of 14 x 14, in patches of 2 x 2",
         lambda: ViT(14, 2, 64, depth=2, heads=4, classes=10),
