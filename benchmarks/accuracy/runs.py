@@ -144,8 +144,8 @@ def _expected(left: Sequence[Run], perform: Callable[[Run], Sequence[Point]], do
         like = [record.seconds / record.run.steps for record in done.values() if record.run.task == task]
         if not like:
             one = next(run for run in left if run.task == task)
-            short = [replace(one, steps=steps) for steps in (5, 30)]
-            few, many = (_timed(perform, run)[1] for run in short)
+            short = [replace(one, steps=steps) for steps in (5, 5, 30)]
+            _, few, many = (_timed(perform, run)[1] for run in short)  # the first one loads the data
             like = [max(0.0, many - few) / 25 * 1.4]  # others do more than the first, and share the memory
         seconds[task] = statistics.median(like)
     return sum(seconds[run.task] * run.steps for run in left)
