@@ -18,7 +18,8 @@ from dgc.ops import wire
 from dgc.ops.codec import Codec
 from dgc.ops.segments import Segment, Segments
 from dgc.ops.selection import first_indices, positions
-from dgc.optim.base import Rule, Work
+from dgc.optim.base import Rule
+from dgc.optim.work import Work
 
 from .allotment import evidence_of
 from .undo import Undo
