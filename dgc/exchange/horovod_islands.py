@@ -15,8 +15,7 @@ from torch import Tensor
 from .base import Islands
 from .horovod import HorovodExchange, HorovodTransfer, broadcast_in, everyone_of
 
-Nodes = Literal["auto"] | tuple[Any, Any]
-"""Which ranks are a node: those of a host; or as two process sets say, this node's and that of the same place."""
+Nodes = Literal["auto"] | tuple[Any, Any]  # nodes are hosts; or process sets, of this node and of the same place
 Ranks = tuple[int, ...]
 
 logger = logging.getLogger("dgc")
@@ -149,9 +148,8 @@ def exchange_of(
 def _check(nodes: Nodes, flat: HorovodExchange) -> None:
     if flat.elastic:
         raise ValueError(
-            "nodes: expected None in an elastic run, got nodes. Horovod forgets process sets when workers come or go, "
-            "and a worker that dies takes its rows of the node's residual along. Leave nodes out, or start the run "
-            "without elastic"
+            "nodes: expected None in an elastic run, since Horovod forgets process sets when workers come or go, and a "
+            "worker that dies takes its rows of the node's residual along. Leave nodes out, or start without elastic"
         )
     if flat.process_set is not hvd.global_process_set:
         raise ValueError(f"process_set: expected the global one with nodes, got {flat.process_set}")
@@ -205,9 +203,9 @@ def sets_of(nodes: Nodes | None, flat: HorovodExchange) -> tuple[Any, Any] | Non
         if nodes == "auto":
             got = " and ".join(str([*node]) for node in inside[:16])
         raise ValueError(
-            f"nodes: expected nodes of one size that hold all {flat.world_size} ranks once and in one order, as [0, 1] "
-            f"and [2, 3], with the ranks of one place in all of them, as [0, 2] and [1, 3], got {got}. Start as many "
-            "processes on each machine, or leave nodes out"
+            "nodes: expected nodes of one size that hold all ranks once and in one order, as [0, 1] and [2, 3], with "
+            f"the ranks of one place in all of them, as [0, 2] and [1, 3]; got {got} for {flat.world_size} ranks. "
+            "Start as many processes on each machine, or leave nodes out"
         )
     node, across = own[flat.rank]
     if len(node) == 1 or len(across) == 1:

@@ -189,8 +189,8 @@ def no_dense() -> str:
     """Says that a model whose memory the ranks of a node divide cannot be trained dense."""
     return (
         "DGCState.dense: expected False where the ranks of a node divide momentum and residual (mesh=, nodes=), since "
-        "no rank has the momentum that a dense step needs. For a dense phase use a density of 1, state.set_density(1.0), "
-        "which sends every entry with its index; or leave that out"
+        "no rank has the momentum that a dense step needs. For a dense phase use a density of 1, "
+        "state.set_density(1.0), which sends every entry with its index; or leave that out"
     )
 
 
@@ -206,8 +206,8 @@ def no_auto() -> str:
     """Says that dense steps cannot be tried where the ranks of a node divide memory."""
     return (
         'exchange: expected "bytes" where the ranks of a node divide momentum and residual (mesh=, nodes=), got '
-        '"auto": no rank has the momentum that a dense step needs, so there is nothing to choose. Leave that out, or shard the '
-        "model by fully_shard"
+        '"auto": no rank has the momentum that a dense step needs, so there is nothing to choose. Leave that out, or '
+        "shard the model by fully_shard"
     )
 
 

@@ -79,7 +79,7 @@ def test_the_bits_of_nodes_under_ddp(horovod):
 
 
 def conserve(bad):
-    """Steps that are skipped, and one whose backward pass breaks off behind some groups."""
+    """Steps that are skipped, and two whose backward passes break off behind some groups."""
 
     def fail(gradient):
         raise ArithmeticError
@@ -89,13 +89,18 @@ def conserve(bad):
         g = integers(ODD, seed_of(step, hvd.rank()))
         if step in bad and hvd.rank() == 3:
             g["e"][-1, -1] = torch.nan
-        if step == 3:
+        if step in (3, 5):
             hook = run.net.a.register_hook(fail)
             with pytest.raises(ArithmeticError):
                 run.train(g)
             hook.remove()
-            run.optimizer.synchronize()
+            if step == 3:
+                run.optimizer.synchronize()
+            else:  # as after an error of ours: what has been started is still under way
+                run.optimizer._start_afresh()
+                assert hvd.mpi_ops._handle_map
             run.state.discard(drop_gradient=True)
+            assert not hvd.mpi_ops._handle_map
         run.train(g)
     return parts(run.net, run.state)
 
@@ -191,14 +196,14 @@ def test_the_bytes_are_what_stats_say_and_a_sum_is_one_over_the_ranks(horovod):
         assert torch.equal(averages[0]["parameters"]["e"], totals[0]["parameters"]["e"])
 
 
-def exchange_with(nodes, hosts=None, **horovod):
+def exchange_with(nodes, hosts=None, config=None, **horovod):
     """Returns which exchange a run gets, or the error, where ranks seem to be on these hosts; and what was logged."""
     with pytest.MonkeyPatch.context() as patch:
         if hosts is not None:
             patch.setattr(hvd, "cross_rank", lambda: hosts[hvd.rank()])
         messages, found = Messages(), []
         given = {} if nodes is None else {"nodes": nodes}
-        error = error_of(lambda: found.append(Run(horovod={**given, **horovod})))
+        error = error_of(lambda: found.append(Run(config, horovod={**given, **horovod})))
         if not found:
             return error
         exchange = found[0].state.exchange
@@ -227,6 +232,7 @@ def misuse():
         "one rank a node": exchange_with("auto", hosts=[0, 1, 2, 3]),
         "sizes": exchange_with("auto", hosts=[0, 0, 0, 1]),
         "ranks differ": exchange_with("auto" if rank else None),
+        "configurations differ": exchange_with("auto", config=dgc.DGCConfig(density=0.2 if rank == 3 else 0.1)),
         "no grid": exchange_with((node, odd)),
         "a rank is missing": exchange_with((known(0, 1, 2), across)),
         "not registered": exchange_with((added[0, 1], across)),
@@ -245,8 +251,12 @@ EXPECTED = {
     "one rank a node": ["HorovodExchange of [0, 1, 2, 3]"],
     "sizes": ["ValueError: nodes: expected nodes of one size", "got [0, 1, 2] and [3]", "as many processes"],
     "ranks differ": ['ValueError: nodes: expected the same on all processes, got None on rank 0, "auto" on rank 1'],
+    "configurations differ": ["ValueError: DGCState: expected the same", "density: rank 0 has 0.1, rank 3 has 0.2"],
     "no grid": ["ValueError: nodes: expected nodes of one size", "[[0, 1], [0, 3]] on rank 0, [[0, 1], [1, 2]] on"],
-    "a rank is missing": ["ValueError: nodes: expected nodes of one size that hold all 4 ranks", "[[0, 1, 2], [0, 2]]"],
+    "a rank is missing": [
+        "ValueError: nodes: expected nodes of one size that hold all ranks once",
+        "[[0, 1, 2], [0, 2]]",
+    ],
     "not registered": ["ValueError: nodes: expected registered process sets, got ProcessSet(", "hvd.init("],
     "a name": ['ValueError: nodes: expected "auto", or two process sets', "got 'host'"],
     "a set beside": ["ValueError: process_set: expected the global one with nodes, got ProcessSet("],
