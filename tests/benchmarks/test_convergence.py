@@ -75,7 +75,8 @@ def test_each_technique_changes_the_result():
         found[method] = trained(task, partial(variants.Variant, technique=technique))[0]
     names = [*found]
     same = [(a, b) for i, a in enumerate(names) for b in names[:i] if torch.equal(found[a], found[b])]
-    assert same == [("without warm-up", "+ clipping")]
+    one_unit = "units of 32 elements, 1.36 times as many", "units of 32 elements"  # the task is too small for two
+    assert same == [("without warm-up", "+ clipping"), one_unit]
 
 
 def test_what_is_not_sent_is_kept_or_dropped_as_the_technique_says():
@@ -93,6 +94,37 @@ def test_what_is_not_sent_is_kept_or_dropped_as_the_technique_says():
             expected[worker, largest] = h[worker, largest]
         assert torch.equal(sent, expected.mean(0))
         assert torch.equal(one.v[0], h - expected if residual else torch.zeros_like(h))
+
+
+def test_with_step_ahead_a_worker_looks_from_where_its_waiting_update_leads():
+    task, looked = small(clip_norm=None), []
+
+    class Watched(variants.Variant):
+        def loss(self, network, inputs, targets):
+            looked.append([p.detach().clone() for p in network.parameters()])
+            return super().loss(network, inputs, targets)
+
+    torch.manual_seed(0)
+    one = Watched(task.network(), task, variants.Technique(density=0.01, ahead=0.5))
+    for batches in replicas.batches_of(task, 0, 3):
+        here = [p.detach().clone() for p in one.network.parameters()]
+        waiting = {j: one.v[i].clone() for i, [j] in enumerate(one.selections)}
+        looked.clear()
+        one.learn(batches)
+        for worker in range(replicas.WORKERS):
+            for j, p in enumerate(here):
+                step = task.lr * 0.5 * waiting[j][worker].view_as(p) if j in waiting else 0
+                torch.testing.assert_close(looked[worker][j], p - step, rtol=1e-6, atol=1e-7)
+        one.check()
+    assert all(v.any() for v in waiting.values())
+
+
+def test_whole_units_are_chosen_by_their_largest_element():
+    v = torch.zeros(2, 11)
+    v[0, [0, 1, 7]], v[1, [4, 10]] = torch.tensor([1.0, 2.0, -3.0]), torch.tensor([0.5, 9.0])
+    assert variants.largest(v, 4, 4).sort(1).values.tolist() == [[4, 5, 6, 7], [4, 5, 6, 7]]  # the last three are none
+    assert variants.largest(v, 8, 4)[0].sort().values.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert variants.largest(v, 1, 1).tolist() == [[7], [10]]
 
 
 def test_samples_are_those_of_an_epoch_each_once():
