@@ -1,5 +1,9 @@
 """Horovod with nodes as workers: DDP's numbers, what is kept, the bytes, and what is refused. Four processes."""
 
+import os
+import signal
+import time
+
 import pytest
 import torch
 
@@ -283,7 +287,16 @@ def registered():
         return found, exchange_with("auto")
 
 
-def test_process_sets_are_those_of_init_or_the_error_says_which_to_pass():
+def die():
+    run = run_of({"density": 0.008}, lr=0.1)
+    train(run, range(3))
+    if hvd.rank() == 3:
+        run.net.c.register_hook(lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(hvd.mpi_ops.HorovodInternalError):
+        train(run, range(3, 100))
+
+
+def test_process_sets_are_those_of_init_or_the_error_says_which_to_pass_and_a_death_ends_all():
     pool = horovod_ranks.Pool(4, [[0, 1], [2, 3], [0, 2], [1, 3]], nodes=2)
     try:
         for rank, ((name, *_), error) in enumerate(pool(registered)):
@@ -291,5 +304,12 @@ def test_process_sets_are_those_of_init_or_the_error_says_which_to_pass():
             assert error.startswith("ValueError: nodes: expected a Horovod that adds process sets")
             for way in ('process_sets="dynamic"', "HOROVOD_DYNAMIC_PROCESS_SETS=1", "hvd.ProcessSet([0, 2])"):
                 assert way in error
+        # The others get Horovod's error, or are ended by Horovod, which does that where there are process sets.
+        paths, deadline = pool.send(die), time.monotonic() + 60
+        for rank, (path, process) in enumerate(zip(paths, pool.processes, strict=True)):
+            while not path.exists() and process.exitcode is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert process.exitcode in ({-signal.SIGKILL} if rank == 3 else {-signal.SIGABRT, None})
+            assert process.exitcode is not None or pool.results([path]) == [None]
     finally:
         pool.close()
