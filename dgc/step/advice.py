@@ -30,6 +30,7 @@ def second_pass() -> str:
         "Where the loop has several passes before each step (a loss by parts, a GAN, accumulation), exchange their sum "
         "in step(), on a DDP module that is wrapped anew; the loop stays as it is:\n"
         "    state.register(model, in_step=True)  # in place of state.register(model)\n"
+        "    dgc.attach(model, optimizer, config, in_step=True)  # in place of attach without it\n"
         "Or, so that the exchange overlaps with the last pass, run all but that one without exchange (Horovod: "
         "backward_passes_per_step; FSDP2: state.no_sync(), or set_requires_gradient_sync(False); without DDP: "
         f"optimizer.dgc.no_sync()):\n{NO_SYNC}\n"
