@@ -158,5 +158,5 @@ def largest(v: Tensor, k: int, unit: int) -> Tensor:
     if unit == 1 or v.shape[1] < unit:
         return v.abs().topk(k, sorted=False).indices
     units = v[:, : v.shape[1] // unit * unit].unflatten(1, (-1, unit)).abs().amax(2)
-    first = units.topk(max(1, round(k / unit)), sorted=False).indices * unit
+    first: Tensor = units.topk(max(1, round(k / unit)), sorted=False).indices * unit
     return (first[:, :, None] + torch.arange(unit)).flatten(1)
