@@ -4,12 +4,12 @@
 
 The model is trained dense, or by DGC at 1 % without a warm-up. Then the learning rate starts again, lower, and training
 goes on with the other text: dense or by DGC, with a warm-up of density or without, also with the moments of the first
-training, and after DGC with the residual that was left of it. The lower learning rate is half of the first one: the best
-of 0.5, 1, 2 and 4 thousandths for a dense fine-tuning on another seed, where 8, as at first, was 1.1 % better.
+training, and after DGC with the residual that was left of it. The lower learning rate is half of the first one: the
+best of 0.5, 1, 2 and 4 thousandths for a dense fine-tuning on another seed, where 8, as at first, was 1.1 % better.
 
-Workers, samples and seeds are convergence.py's, the rule is dgc.AdamW. A run does both trainings, so that it can be done
-again from its line alone; runs of one seed that follow each other in a process share the first one. Finished runs are
-kept in results/fine_tuning.jsonl: --minutes says when to stop starting new ones.
+Workers, samples and seeds are convergence.py's, the rule is dgc.AdamW. A run does both trainings, so that it can be
+done again from its line alone; runs of one seed that follow each other in a process share the first one. Finished runs
+are kept in results/fine_tuning.jsonl: --minutes says when to stop starting new ones.
 """
 
 from __future__ import annotations

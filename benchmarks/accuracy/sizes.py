@@ -5,8 +5,8 @@
 All sizes see equally many tokens a parameter, in batches of one size, so that the number of steps grows with the
 number of parameters, and the time of a run with its square. The learning rate is the best of 1, 2, 4 and 8 thousandths
 for dense training of the smallest size, on another seed, and falls with the width; at the next size that was better
-than not to lower it, by 1.9 %. DGC has the settings that adamw.py found: 1 % without a warm-up, 0.1 % with one over half
-of the run. Workers, samples and seeds are convergence.py's, the rule is dgc.AdamW.
+than not to lower it, by 1.9 %. DGC has the settings that adamw.py found: 1 % without a warm-up, 0.1 % with one over
+half of the run. Workers, samples and seeds are convergence.py's, the rule is dgc.AdamW.
 
 Small sizes come first. Finished runs are kept in results/sizes.jsonl, so that the table can be gathered over several
 calls: --minutes says when to stop starting new ones, and --tasks which sizes are reported.
