@@ -22,7 +22,7 @@ from torch.optim.optimizer import Optimizer
 from . import fsdp
 from .config import DGCConfig
 from .memory.refusals import unwrapped
-from .optim.convert import convert
+from .optim.convert import converted
 from .state import DGCState
 from .step import log
 from .step.advice import no_config
@@ -60,7 +60,7 @@ def attach(
         The optimizer that was given.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as DGCState and DGCState.register.
+        TypeError, ValueError, RuntimeError: as DGCState and DGCState.register; the optimizer is then as it was.
     """
     inside = unwrapped(optimizer)
     model = getattr(model, "_orig_mod", model)
@@ -74,22 +74,22 @@ def attach(
             "attach: expected an optimizer without a DGCState, got one that is attached to another model. Make an "
             "optimizer for this one"
         )
-    converted = convert(inside)
-    state = DGCState(
-        model.named_parameters(),
-        inside,
-        config,
-        process_group=process_group,
-        mesh=mesh,
-        grad_scaler=grad_scaler or _scaler_of(optimizer),
-        average=average,
-    )
-    if isinstance(model, DistributedDataParallel) or fsdp.is_sharded(model):
-        state.register(model)
-    else:
-        log.log_alone()
-        state.register_plain(model)
-    if converted and state.exchange.rank == 0:
+    with converted(inside) as changed:
+        state = DGCState(
+            model.named_parameters(),
+            inside,
+            config,
+            process_group=process_group,
+            mesh=mesh,
+            grad_scaler=grad_scaler or _scaler_of(optimizer),
+            average=average,
+        )
+        if isinstance(model, DistributedDataParallel) or fsdp.is_sharded(model):
+            state.register(model)
+        else:
+            log.log_alone()
+            state.register_plain(model)
+    if changed and state.exchange.rank == 0:
         name = type(inside).__name__
         logger.info("dgc: torch.optim.%s has become dgc.%s: the same object, groups and state", name, name)
     for one in {id(inside): inside, id(optimizer): optimizer}.values():

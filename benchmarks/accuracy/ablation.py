@@ -20,7 +20,7 @@ from benchmarks.harness import RESULTS, Table
 
 from .compare import HEADERS, Difference, draw, publish, table
 from .replicas import WORKERS, Dense, train
-from .runs import Record, Run, gather, options
+from .runs import Record, Run, gather, options, told
 from .tasks import TASKS
 from .variants import Technique, Variant
 
@@ -47,6 +47,8 @@ CHANGED: dict[str, dict[str, Any]] = {
     "dense below 16,384 elements": {"dense_below": 16384},
     "at least 32 entries a tensor": {"at_least": 32},
     "one selection over all tensors": {"one_selection": True},
+    "step-ahead 0.5": {"ahead": 0.5},
+    "step-ahead 1": {"ahead": 1.0},
     "our defaults": {"masking": "auto", "dense_below": 16384},
     "our defaults without masking": {"masking": False, "dense_below": 16384},
 }
@@ -70,7 +72,7 @@ def plan(tasks: Sequence[str], seeds: int, steps: int | None) -> list[Run]:
         for name in tasks:
             length = steps or STEPS
             for method in [DENSE, *ADDED, *(m for m in CHANGED if m not in SAME)]:
-                switches = "" if method == DENSE else f", {technique(method, length)}"
+                switches = "" if method == DENSE else f", {told(technique(method, length))}"
                 runs.append(Run(name, method, seed, length, TRAINED[name].recipe + switches))
     return runs
 

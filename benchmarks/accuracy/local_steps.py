@@ -30,7 +30,7 @@ from benchmarks.harness import RESULTS, Table, report
 from .adam_variants import DENSE_BELOW, DenseAdamW
 from .compare import difference, paired, reaches, scores
 from .replicas import WORKERS, Batch, Dense, InProcess, Meeting, Replica, Replicated, Trainer, copies_of, train
-from .runs import Record, Run, gather, options
+from .runs import Record, Run, gather, options, told
 from .tasks import TASKS, Task, loss_of
 from .traffic import share_of_dense, shown
 
@@ -130,7 +130,10 @@ def plan(tasks: Sequence[str], every: Sequence[int], seeds: int, steps: int | No
 
 
 def _settings(method: str) -> str:
-    return DENSE if method == DENSE else str(Method.of(method))
+    if method == DENSE:
+        return DENSE
+    kind = Method.of(method)
+    return f"every {kind.every}, {'Nesterov momentum' if kind.diloco else 'plain averaging'}, {told(kind.config)}"
 
 
 def perform(run: Run) -> list[tuple[int, float]]:

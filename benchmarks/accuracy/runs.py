@@ -13,12 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
-import dgc
 from benchmarks.harness import printed
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Point = tuple[float, ...]
 """Step and metric, and what else a program has noted then."""
@@ -60,18 +63,18 @@ def read(path: Path, kind: type[Run] = Run) -> dict[Run, Record]:
     return {record.run: record for record in found}
 
 
-def told(config: dgc.DGCConfig | None) -> str:
-    """Returns the fields of a configuration that are not the defaults, for Run.settings; "dense" for None.
+def told(config: DataclassInstance | None) -> str:
+    """Returns the fields of a configuration that are not its class's defaults, for Run.settings; "dense" for None.
 
-    So a finished run is found again when DGCConfig has a new field. Where a default changes, its runs are to be removed
+    So a finished run is found again when the class has a new field. Where a default changes, its runs are to be removed
     from the files, since they are found again too.
     """
     if config is None:
         return "dense"
-    defaults = dgc.DGCConfig()
+    defaults = type(config)()
     values = {f.name: getattr(config, f.name) for f in fields(config)}
     changed = [f"{name}={value!r}" for name, value in values.items() if value != getattr(defaults, name)]
-    return f"DGCConfig({', '.join(changed)})"
+    return f"{type(config).__name__}({', '.join(changed)})"
 
 
 def gather(

@@ -7,6 +7,7 @@ tests/benchmarks/test_convergence.py holds it to that.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from dgc.optim.base import MASKED_BELOW
 
-from .replicas import WORKERS, Replicated, dgc_replicas, gradients
+from .replicas import WORKERS, Batch, Replicated, dgc_replicas, gradients
 from .tasks import Task
 
 WARMUP = (0.25, 0.0625, 0.015625, 0.004)
@@ -40,6 +41,8 @@ class Technique:
     """Entries of each tensor that are sent."""
     one_selection: bool = False
     """Whether the largest entries of all tensors together are sent, not of each."""
+    ahead: float = 0.0
+    """A worker computes its gradient at the parameters minus this share of its own update that waits (step-ahead)."""
 
     def density_at(self, step: int) -> float:
         """Returns the density of a step."""
@@ -88,8 +91,30 @@ class Variant(Replicated):
         momentum = self.optimizer_momentum.get(id(parameter))
         return None if momentum is None else {"momentum": momentum}
 
+    def learn(self, batches: Sequence[Batch]) -> None:
+        """Takes one step, with gradients at the point that each worker looks from."""
+        if self.technique.ahead:
+            self.here = [p.detach().clone() for p in self.network.parameters()]
+            for rank, replica in enumerate(self.replicas):
+                self._look_ahead(rank, replica.optimizer.param_groups[0]["lr"])
+        super().learn(batches)
+
+    @torch.no_grad()
+    def _look_ahead(self, rank: int, lr: float) -> None:
+        parameters = [*self.replicas[rank].network.parameters()]
+        for selection, v in zip(self.selections, self.v, strict=True):
+            parts = v[rank].split([parameters[j].numel() for j in selection])
+            for j, part in zip(selection, parts, strict=True):
+                parameters[j].sub_(part.view_as(parameters[j]), alpha=lr * self.technique.ahead)
+
+    def _look_from_here(self) -> None:
+        for replica in self.replicas if self.technique.ahead else ():
+            for p, here in zip(replica.network.parameters(), self.here, strict=True):
+                p.data.copy_(here)
+
     def reduce(self) -> None:
         """Clips, accumulates, selects and averages."""
+        self._look_from_here()
         by_worker = [gradients(replica.network) for replica in self.replicas]
         if self.technique.clip_norm is not None:
             threshold = math.sqrt(WORKERS) * self.technique.clip_norm

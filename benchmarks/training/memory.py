@@ -5,7 +5,8 @@
 Two processes train a stack of layers of 100M parameters with DDP, once with torch.optim.SGD without momentum and once
 with DGC; the difference of their peak resident memory is what DGC and its optimizer hold: with dgc.SGD u and v, 8 bytes
 a parameter, with dgc.AdamW m, s and v, 12 bytes, of which torch.optim.AdamW has 8. Without DDP, DDP's buckets are not
-there, which hold each gradient a second time, 4 bytes a parameter.
+there, which hold each gradient a second time, 4 bytes a parameter. Four processes, as two nodes of two, do so with the
+node as the worker, under DDP and FSDP2, where each rank has a half of it.
 What is left over after a warm-up is glibc's: it keeps freed scratch of gloo's all-gather in the arenas of gloo's two
 threads, at most 64 MB in each whatever the model's size. MALLOC_MMAP_THRESHOLD_=1000000 in the environment avoids it.
 """
@@ -15,13 +16,18 @@ from __future__ import annotations
 import argparse
 import gc
 import tempfile
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import dgc
 from benchmarks.harness import report
@@ -35,29 +41,94 @@ def resident(field: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def worker(
-    rank: int, world_size: int, folder: str, density: float | None, warmup: int, adamw: bool, door: bool
-) -> None:
+@dataclass(frozen=True)
+class Case:
+    """What is trained.
+
+    Attributes:
+        density: None for torch.optim.SGD without momentum, and without DGC.
+        warmup: steps from 25 % to the density.
+        adamw: dgc.AdamW in place of dgc.SGD.
+        wrapper: "DDP"; "none", the door without it; "DDP, 2 x 2" or "FSDP2, 2 x 2", four ranks as two nodes.
+    """
+
+    density: float | None = None
+    warmup: int = 0
+    adamw: bool = False
+    wrapper: str = "DDP"
+
+    @property
+    def places(self) -> int:
+        """Ranks of a node, which divide what DGC holds."""
+        return 2 if self.wrapper.endswith("2 x 2") else 1
+
+    @property
+    def base(self) -> Case:
+        """What this one's memory is beyond."""
+        return Case(wrapper="DDP" if self.wrapper == "none" else self.wrapper)
+
+    @property
+    def held(self) -> float:
+        """Bytes a parameter of u and v, or m, s and v, on one rank."""
+        return (12 if self.adamw else 8) / self.places
+
+    @property
+    def name(self) -> str:
+        """For the table."""
+        optimizer = "dgc.AdamW" if self.adamw else "dgc.SGD"
+        warmup = ", after a warm-up from 25 %" if self.warmup else ""
+        where = {"DDP": "", "none": ", without DDP"}.get(self.wrapper, f", {self.wrapper} ranks")
+        return f"{optimizer}, {100 * (self.density or 0):g} %{warmup}{where}"
+
+
+CASES = (
+    Case(0.001),
+    Case(0.001, wrapper="none"),
+    Case(0.01),
+    Case(0.001, warmup=8),
+    Case(0.001, adamw=True),
+    Case(0.01, adamw=True),
+    Case(0.001, wrapper="DDP, 2 x 2"),
+    Case(0.001, wrapper="FSDP2, 2 x 2"),
+    Case(0.001, adamw=True, wrapper="FSDP2, 2 x 2"),
+)
+
+
+def build(case: Case) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Returns model and optimizer, with DGC where the case has it; a collective."""
+    net: nn.Module = nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)])
+    mesh = None
+    if case.places > 1:
+        mesh = init_device_mesh("cpu", (2, case.places), mesh_dim_names=("replicate", "shard"))
+    if mesh is not None and case.wrapper.startswith("FSDP2"):
+        # Without DGC nobody exchanges between the nodes, which holds no memory either.
+        for layer in [*net.children(), net]:
+            fully_shard(layer, mesh=mesh["shard"])
+    elif case.wrapper != "none":
+        net = DistributedDataParallel(net)
+    if case.density is None:
+        return net, torch.optim.SGD(net.parameters(), lr=1e-3)
+    kind = dgc.AdamW if case.adamw else partial(dgc.SGD, lr=1e-3, momentum=0.9)
+    optimizer: torch.optim.Optimizer = kind(net.parameters())
+    config = dgc.DGCConfig(density=case.density, warmup_steps=case.warmup)
+    if case.wrapper == "none":
+        dgc.attach(net, optimizer, config)
+    else:
+        dgc.DGCState(net.named_parameters(), optimizer, config, mesh=mesh).register(net)
+    return net, optimizer
+
+
+def worker(rank: int, world_size: int, folder: str, case: Case) -> None:
     """Trains a few steps and saves the peak of the last ones."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     dist.init_process_group(
         "gloo", rank=rank, world_size=world_size, store=dist.FileStore(f"{folder}/store", world_size)
     )
-    model: nn.Module = nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)])
-    if not door:
-        model = DistributedDataParallel(model)
-    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9 if door else 0.0)
-    if door:
-        dgc.attach(model, optimizer, dgc.DGCConfig(density=density or 1.0, warmup_steps=warmup))
-    elif density is not None:
-        p = model.parameters()
-        optimizer = dgc.AdamW(p) if adamw else dgc.SGD(p, lr=1e-3, momentum=0.9)
-        config = dgc.DGCConfig(density=density, warmup_steps=warmup)
-        state = dgc.DGCState(model.named_parameters(), optimizer, config)
-        state.register(model)
+    model, optimizer = build(case)
     x = torch.randn(2, WIDTH)
-    for step in range(warmup + 6):
-        if step == warmup + 2:
+    for step in range(case.warmup + 6):
+        if step == case.warmup + 2:
             gc.collect()
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         optimizer.zero_grad()
@@ -70,10 +141,11 @@ def worker(
     dist.destroy_process_group()
 
 
-def peak(density: float | None, warmup: int = 0, adamw: bool = False, door: bool = False) -> int:
-    """Returns the larger peak of two ranks in bytes."""
+def peak(case: Case) -> int:
+    """Returns the largest peak of the ranks in bytes."""
+    ranks = 2 * case.places
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, (2, folder, density, warmup, adamw, door), nprocs=2)
+        mp.spawn(worker, (ranks, folder, case), nprocs=ranks)
         return int(torch.load(Path(folder) / "peak.pt"))
 
 
@@ -81,23 +153,19 @@ def main() -> None:
     """Measures and reports."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     numel = WIDTH * WIDTH * LAYERS
-    base = peak(None)
-    rows, raw = [], {"numel": numel, "dense bytes": base}
-    for label, density, warmup, adamw, door in (
-        ("dgc.SGD, 0.1 %", 0.001, 0, False, False),
-        ("dgc.SGD, 0.1 %, without DDP", 0.001, 0, False, True),
-        ("dgc.SGD, 1 %", 0.01, 0, False, False),
-        ("dgc.SGD, 0.1 %, after a warm-up from 25 %", 0.001, 8, False, False),
-        ("dgc.AdamW, 0.1 %", 0.001, 0, True, False),
-        ("dgc.AdamW, 1 %", 0.01, 0, True, False),
-    ):
-        nbytes = peak(density, warmup, adamw, door) - base
-        raw[label] = nbytes
-        rows.append([label, f"{nbytes / numel:.2f}", f"{nbytes / numel / (12 if adamw else 8):.3f}"])
+    rows: list[list[str]] = []
+    raw: dict[str, int] = {"numel": numel}
+    bases: dict[Case, int] = {}
+    for case in tqdm(CASES, unit="case"):
+        if case.base not in bases:
+            bases[case.base] = raw[f"{case.base.wrapper}, no DGC"] = peak(case.base)
+        nbytes = raw[case.name] = peak(case) - bases[case.base]
+        rows.append([case.name, f"{nbytes / numel:.2f}", f"{nbytes / numel / case.held:.3f}"])
     report(
         "memory_cpu",
-        f"Peak resident memory beyond DDP without momentum, {numel:,} parameters, 2 processes. u and v: "
-        "8 bytes; m, s and v: 12.",
+        f"Peak resident memory of a rank beyond the same training with torch.optim.SGD without momentum and without "
+        f"DGC, {numel:,} parameters, 2 processes, or 4 as 2 nodes of 2. u and v: 8 bytes; m, s and v: 12; a half of "
+        "it where two ranks of a node divide it.",
         ["optimizer, density", "bytes a parameter", "of these tensors"],
         rows,
         raw,

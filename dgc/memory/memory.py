@@ -12,6 +12,7 @@ from torch import Tensor
 from dgc.local import local
 from dgc.ops.wire import GROUP, align_up
 
+from .ages import Ages
 from .slots import Slot
 
 MOMENTUM = "momentum"
@@ -53,6 +54,12 @@ class Memory:
         self.residual = torch.zeros(size, dtype=torch.float32, device=device)
         self._copies: dict[str, Tensor] = {}
         """The copies that keep() made, by kind."""
+        self.ages: Ages | None = None
+        """How long entries wait; None unless they are watched."""
+
+    def watch(self, sample: int, step: int) -> None:
+        """Begins to watch how long entries wait, anew from the next step, whose number is given; see Ages."""
+        self.ages = Ages(len(self.residual), sample, step, self.device)
 
     def allocate(self, kinds: Iterable[str]) -> None:
         """Allocates zeros for those kinds that have no tensor yet."""

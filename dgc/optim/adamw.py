@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
-from dgc import ops
 from dgc.local import gradient_of, local
 from dgc.ops import Accumulation
 
 from . import saved
 from .adam import FIRST, SECOND, check_groups, factors, format_of
 from .apply import subtract
-from .base import DGCOptimizer, Reducer, Rule, Work
+from .base import DGCOptimizer, Reducer, Rule
 from .own import Own
+from .work import Work
 
 
 class LocalAdam(Own):
@@ -63,19 +63,7 @@ class LocalAdam(Own):
 
     def compress(self, work: Work) -> None:
         """Accumulates, selects and packs in one op."""
-        ops.compress_(
-            gradients=work.gradients,
-            rule=Accumulation.ADAM,
-            kept=[work.kinds[FIRST], work.kinds[SECOND]],
-            residual=work.residual,
-            segments=work.receiving.table,
-            numbers=work.numbers,
-            scale=work.scale,
-            payload=work.selection,
-            workspace=work.workspace,
-            sent=None,
-            wire_dtype=work.dtype,
-        )
+        work.compress(Accumulation.ADAM, FIRST, SECOND)
 
 
 class AdamW(DGCOptimizer):

@@ -5,15 +5,14 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from dgc.ops import Segments
-
 from .apply import all_zero
+from .work import Work
 
 MASKED_BELOW = 0.01
 """Density below which DGCConfig.momentum_masking "auto" masks the momentum of SGD."""
@@ -49,38 +48,6 @@ class Claimer(Reducer, Protocol):
 
     def take_for(self) -> None:
         """Claims the gradients for an optimizer that is not ours, or raises."""
-
-
-class Work(NamedTuple):
-    """The input and output of Rule.compress(): the compressed parameters of one bucket."""
-
-    gradients: list[Tensor]
-    """The tensors that `source` and `offset` of `receiving` refer to. They are overwritten; see dgc.ops.compress_."""
-    receiving: Segments
-    """The segment table of the gradients."""
-    updates: list[Tensor]
-    """With `fused`, the gradients. Without, one float32 tensor that receives the rule's updates of v."""
-    sending: Segments
-    """The segment table of the updates; with `fused`, that of the gradients."""
-    kinds: Mapping[str, Tensor]
-    """The rule's tensors, flat float32, by kind."""
-    residual: Tensor
-    """v, flat float32."""
-    numbers: Tensor
-    """float32 [rows, parameters], as dgc.ops.compress_ takes them: the decay of v, then Rule.factors."""
-    factors: Sequence[tuple[float, ...]]
-    """Rule.factors of each parameter, on the host."""
-    scale: Tensor
-    """float32 [1]: the factor by which gradients are multiplied first."""
-    selection: Tensor
-    """uint8: receives the selected entries."""
-    dtype: torch.dtype
-    """Type of the values in the selection."""
-    workspace: Tensor
-    """From dgc.ops.workspace, for `sending`."""
-    sent: Mapping[str, Tensor]
-    """Tensors by kind, float32 [entries], that receive the rule's values at sent entries before these values become 0.
-    Empty where nothing is masked."""
 
 
 class Rule(ABC):

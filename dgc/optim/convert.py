@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +21,25 @@ TWINS: dict[type[Optimizer], type[SGD] | type[AdamW]] = {
     torch.optim.Adam: Adam,
 }
 """Ours for torch's. A subclass of torch's may do something of its own in step(), and is left as it is."""
+
+
+@contextmanager
+def converted(optimizer: Optimizer) -> Iterator[bool]:
+    """Converts an optimizer for what follows, as convert(), whose answer it gives; an error there undoes it."""
+    kind, values = type(optimizer), dict(vars(optimizer))
+    groups = [dict(group) for group in optimizer.param_groups]
+    changed = convert(optimizer)
+    try:
+        yield changed
+    except BaseException:
+        if changed:
+            optimizer.__class__ = kind
+            vars(optimizer).clear()
+            vars(optimizer).update(values)
+            for group, before in zip(optimizer.param_groups, groups, strict=True):
+                group.clear()
+                group.update(before)
+        raise
 
 
 def convert(optimizer: Optimizer) -> bool:

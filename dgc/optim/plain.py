@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from dgc import ops
 from dgc.ops import Accumulation
 
-from .base import Rule, Work
+from .base import Rule
+from .work import Work
 
 
 class Plain(Rule):
@@ -29,16 +29,4 @@ class Plain(Rule):
 
     def compress(self, work: Work) -> None:
         """Adds gradients to v, and selects and packs."""
-        ops.compress_(
-            gradients=work.gradients,
-            rule=Accumulation.SUM,
-            kept=[],
-            residual=work.residual,
-            segments=work.receiving.table,
-            numbers=work.numbers,
-            scale=work.scale,
-            payload=work.selection,
-            workspace=work.workspace,
-            sent=None,
-            wire_dtype=work.dtype,
-        )
+        work.compress(Accumulation.SUM)

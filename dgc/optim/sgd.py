@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from dgc import ops
 from dgc.local import gradient_of, local
 from dgc.ops import Accumulation
 
 from . import saved
 from .apply import advance, subtract, unless
-from .base import DGCOptimizer, Reducer, Rule, Work
+from .base import DGCOptimizer, Reducer, Rule
 from .own import Own
 from .saved import Format
+from .work import Work
 
 MOMENTUM = "momentum"
 FORMAT = Format(
@@ -99,22 +99,12 @@ class MomentumCorrection(Own):
 
     def compress(self, work: Work) -> None:
         """Accumulates, selects and packs in one op."""
-        u = work.kinds.get(MOMENTUM)
-        nesterov = self.optimizer.param_groups[0]["nesterov"]
-        with_momentum = Accumulation.NESTEROV if nesterov else Accumulation.MOMENTUM
-        ops.compress_(
-            gradients=work.gradients,
-            rule=Accumulation.SUM if u is None else with_momentum,
-            kept=[] if u is None else [u],
-            residual=work.residual,
-            segments=work.receiving.table,
-            numbers=work.numbers[:1] if u is None else work.numbers,
-            scale=work.scale,
-            payload=work.selection,
-            workspace=work.workspace,
-            sent=work.sent.get(MOMENTUM),
-            wire_dtype=work.dtype,
-        )
+        if MOMENTUM not in work.kinds:
+            work.compress(Accumulation.SUM)
+        elif self.optimizer.param_groups[0]["nesterov"]:
+            work.compress(Accumulation.NESTEROV, MOMENTUM)
+        else:
+            work.compress(Accumulation.MOMENTUM, MOMENTUM)
 
 
 class SGD(DGCOptimizer):

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dgc import ops
 from dgc.ops import Accumulation
 from dgc.ops.selection import positions
 from dgc.ops.wire import LEFT_OUT, USED
 
-from .base import Rule, Work
+from .base import Rule
+from .work import Work
 
 
 class Unfused(Rule):
@@ -55,19 +55,9 @@ class Unfused(Rule):
             for kind, tensor in kept.items():
                 torch.where(finite, after[kind], tensor, out=tensor)
             updates[at : at + numel] = torch.where(finite, update, torch.nan)  # the op leaves NaN out, and reports it
-        ops.compress_(
-            gradients=work.updates,
-            rule=Accumulation.SUM,
-            kept=[],
-            residual=work.residual,
-            segments=work.sending.table,
-            numbers=work.numbers[:1],
-            scale=torch.ones(1, dtype=torch.float32, device=updates.device),
-            payload=work.selection,
-            workspace=work.workspace,
-            sent=None,
-            wire_dtype=work.dtype,
-        )
+        one = torch.ones(1, dtype=torch.float32, device=updates.device)
+        added = work._replace(gradients=work.updates, receiving=work.sending, scale=one, sent={})
+        added.compress(Accumulation.SUM)
         layout = work.sending.wire(work.dtype)
         marks = work.selection[layout.used : layout.used + len(used)]
         # The op has marked updates that are not zero. The mark is of gradients: an unused parameter may have updates.

@@ -142,6 +142,8 @@ class Bucket:
                 self.sparse.stamp(context.step, context.loss_scale, context.dropped)
                 payload = self.sparse.compress(gradients, self._memory, self._parameters.rule, factors, scale)
                 self._parameters.accumulated([m.slot.name for m in self.sparse.members])
+                if self._memory.ages is not None:
+                    self._memory.ages.note(self.sparse.chosen(), context.step)
                 gathered = self.sparse.gathered
         with record_function("dgc.exchange"):
             if self.dense is not None:

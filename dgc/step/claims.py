@@ -276,18 +276,13 @@ class Claims:
         self._count(self._stats.skipped + 1)
 
     def _count(self, skipped: int) -> None:
-        standing = self._standing
         self._stats = count(
             self._pass.buckets,
-            standing.layouts.phase,
-            standing.parameters.slots,
-            self.exchange.topology,
+            self._standing,
             inside=sum(one.node.bytes_inside for one in self._pass.inside),
-            steps=standing.step,
             total_bytes_sent=self._total_bytes,
             forgotten=self._forgotten,
             skipped=skipped,
-            choice=standing.choice,
         )
 
     def _tell(self, what: str, message: str, everywhere: bool = False, stacklevel: int = 4) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from dgc.exchange.base import Topology
-from dgc.memory.slots import Slot
-from dgc.stats import Choice, Stats, traffic
+from dgc.stats import Stats, traffic
 
 from .bucket import Bucket
-from .phase import Phase
+from .standing import Standing
 
 
 def bytes_sent(buckets: Iterable[Bucket], topology: Topology) -> int:
@@ -20,38 +19,31 @@ def bytes_sent(buckets: Iterable[Bucket], topology: Topology) -> int:
 
 def count(
     buckets: Iterable[Bucket],
-    phase: Phase,
-    slots: Mapping[str, Slot],
-    topology: Topology,
+    standing: Standing,
     *,
     inside: int,
-    steps: int,
     total_bytes_sent: int,
     forgotten: int,
     skipped: int,
-    choice: Choice | None,
 ) -> Stats:
     """Returns the figures of a backward pass.
 
     Args:
         buckets: of the pass.
-        phase: the one that it ran in.
-        slots: of all parameters.
-        topology: for the number of payloads.
+        standing: after it.
         inside: bytes that this rank sent inside its node.
-        steps: passes so far, without skipped ones.
         total_bytes_sent: since the state was made.
         forgotten: entries dropped since the state was made.
         skipped: passes that were left out.
-        choice: of DGCConfig.exchange "auto"; None without one.
     """
-    buckets = list(buckets)
+    buckets, topology, phase = list(buckets), standing.exchange.topology, standing.layouts.phase
+    slots, ages = standing.parameters.slots, standing.memory.ages
     once = sum(sum(bucket.bytes_once) for bucket in buckets)
     whole = sum(slot.piece.whole * slot.dtype.itemsize for slot in slots.values()) // topology.places
     sparse = [bucket.sparse for bucket in buckets if bucket.sparse is not None]
     sent = bytes_sent(buckets, topology)
     return Stats(
-        steps=steps,
+        steps=standing.step,
         density=phase.density,
         sent_density=sum(s.entries for s in sparse) / max(1, sum(s.alive for s in sparse)) if sparse else 0.0,
         bytes_sent=sent,
@@ -64,5 +56,6 @@ def count(
         total_bytes_sent=total_bytes_sent,
         forgotten=forgotten,
         skipped=skipped,
-        choice=choice,
+        choice=standing.choice,
+        age=None if ages is None else ages.figure,
     )

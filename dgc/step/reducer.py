@@ -205,6 +205,8 @@ class Reducer(Claims):
         self._standing.step += 1
         self._standing.layouts.keep(self._pass.buckets)
         self._total_bytes += bytes_sent(self._pass.buckets, self.exchange.topology)
+        if self.memory.ages is not None:
+            self.memory.ages.end(self._standing.step)
         self._count(self._stats.skipped)
 
     def _take_from_node(self) -> None:

@@ -17,8 +17,9 @@ from dgc.memory.slots import Gradients, Slot
 from dgc.ops import wire
 from dgc.ops.codec import Codec
 from dgc.ops.segments import Segment, Segments
-from dgc.ops.selection import first_indices
-from dgc.optim.base import Rule, Work
+from dgc.ops.selection import first_indices, positions
+from dgc.optim.base import Rule
+from dgc.optim.work import Work
 
 from .allotment import evidence_of
 from .undo import Undo
@@ -261,6 +262,10 @@ class Sparse:
         if unscale is not None:
             averages = (averages.float() * unscale).to(averages.dtype)
         return first, averages != 0
+
+    def chosen(self) -> Tensor:
+        """Returns the elements of memory that this rank sends, int64 [entries]."""
+        return positions(self.selection, self.sending, self._codec.dtype)[0]
 
     def restore_unused(self, memory: Memory) -> None:
         """Returns to memory the sent entries of parameters whose gradient was zero on every rank.

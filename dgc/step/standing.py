@@ -269,6 +269,8 @@ class Standing:
         self.step, self.dense = old.step, old.dense
         self._use_density(old._density)
         self._settled()
+        if old.memory.ages is not None:
+            self.memory.watch(old.memory.ages.sample, self.step)
         self.dropped = old.dropped
         self.layouts.allotment = old.layouts.allotment
         return left

@@ -95,6 +95,29 @@ def test_what_is_not_sent_is_kept_or_dropped_as_the_technique_says():
         assert torch.equal(one.v[0], h - expected if residual else torch.zeros_like(h))
 
 
+def test_with_step_ahead_a_worker_looks_from_where_its_waiting_update_leads():
+    task, looked = small(clip_norm=None), []
+
+    class Watched(variants.Variant):
+        def loss(self, network, inputs, targets):
+            looked.append([p.detach().clone() for p in network.parameters()])
+            return super().loss(network, inputs, targets)
+
+    torch.manual_seed(0)
+    one = Watched(task.network(), task, variants.Technique(density=0.01, ahead=0.5))
+    for batches in replicas.batches_of(task, 0, 3):
+        here = [p.detach().clone() for p in one.network.parameters()]
+        waiting = {j: one.v[i].clone() for i, [j] in enumerate(one.selections)}
+        looked.clear()
+        one.learn(batches)
+        for worker in range(replicas.WORKERS):
+            for j, p in enumerate(here):
+                step = task.lr * 0.5 * waiting[j][worker].view_as(p) if j in waiting else 0
+                torch.testing.assert_close(looked[worker][j], p - step, rtol=1e-6, atol=1e-7)
+        one.check()
+    assert all(v.any() for v in waiting.values())
+
+
 def test_samples_are_those_of_an_epoch_each_once():
     task = small(batch_size=10)
     seen = [inputs for batches in replicas.batches_of(task, 3, 5) for inputs, _ in batches]

@@ -176,7 +176,13 @@ def misuse(rank, world_size):
     optimizer = dgc.attach(one, torch.optim.SGD(one.parameters(), lr=0.1), CONFIG)
     amsgrad = torch.optim.AdamW(other.parameters(), amsgrad=True)
     groups = [dict(group) for group in amsgrad.param_groups]
+    mine = torch.optim.SGD([*other.parameters()][:1], lr=0.1, momentum=0.5)  # without the bias: refused once converted
+    schedule = torch.optim.lr_scheduler.StepLR(mine, 1)
+    before = repr(mine), mine.step, dict(mine.defaults)
     return {
+        "half of it": error_of(lambda: dgc.attach(other, mine)),
+        "torch's again": type(mine) is torch.optim.SGD and (repr(mine), mine.step, mine.defaults) == before,
+        "no trace": schedule.optimizer is mine and not hasattr(mine, "dgc"),
         "another model": error_of(lambda: dgc.attach(other, optimizer)),
         "another density": error_of(lambda: dgc.attach(one, optimizer, replace(CONFIG, density=0.5))),
         "a number": error_of(lambda: dgc.attach(one, optimizer, 0.01)),
@@ -195,5 +201,8 @@ def test_each_wrong_use_says_what_to_do():
         assert "write dgc.DGCConfig" in found["a number"]
         assert "amsgrad" in found["amsgrad"]
         assert found["nothing changed"]
+        assert "bias" in found["half of it"]
+        assert found["torch's again"]
+        assert found["no trace"]
         assert "named_parameters" in found["foreign"] or "optimizer: expected" in found["foreign"]
         assert "one DGCState serves a model" in found["the same again"]

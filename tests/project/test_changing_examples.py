@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.accuracy.examples import EXAMPLES, RESULT, row
+from benchmarks.accuracy.examples import EXAMPLES, OWN, RESULT, row
+from benchmarks.accuracy.runs import Record, Run
 from support.programs import run_program
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +48,14 @@ def test_the_examples_are_short_and_in_the_table():
 
 
 def test_the_benchmark_writes_differences_of_the_same_seeds():
-    dense, ours = [(90.0, 4_000_000), (91.0, 4_000_000)], [(91.0, 1_000_000), (90.5, 2_000_000)]
-    expected = ["rigl", "90.50 %", "90.75 %", "+0.25 (-0.50 to +1.00)", "4.0", "1.5"]
-    assert row("rigl", dense, ours) == expected
+    dense, ours = records((90.0, 4_000_000), (91.0, 4_000_000)), records((91.0, 1_000_000), (90.5, 2_000_000))
+    # Differences of +1 and -0.5: a standard error of 0.75, times 12.706 of Student's t with one degree of freedom.
+    found = "+0.25 (-9.28 to +9.78)"
+    assert row("gan", dense, ours) == ["gan", "2", "90.50 %", "90.75 %", found, "4.0", "1.5"]
+    assert row("rigl", dense, ours)[4] == f"{found}, NOT REACHED"
+    near = records((90.0, 0), (91.0, 0)), records((90.0, 0), (91.01, 0))
+    assert row("rigl", *near)[4].endswith(", reached")
+
+
+def records(*results):
+    return [Record(Run("rigl", "", seed, OWN, ""), [(OWN, *of)], 1.0, "") for seed, of in enumerate(results)]
