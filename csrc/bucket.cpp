@@ -31,9 +31,6 @@ Bucket::Bucket(const Segment* rows, size_t count) : segments(rows, rows + count)
                         s.numel > 0 && s.numel < limit && s.entries > 0 && s.entries <= s.numel,
                     "segments: expected source, offset, state >= 0 and 0 < entries <= numel, got ", s.source, ", ",
                     s.offset, ", ", s.state, ", entries ", s.entries, ", numel ", s.numel);
-    STD_TORCH_CHECK(s.unit == 1 || (s.unit == kGroup && s.numel % kGroup == 0 && s.entries % kGroup == 0),
-                    "segments: expected unit 1, or ", kGroup, " with numel and entries multiples of it, got unit ",
-                    s.unit, ", entries ", s.entries, ", numel ", s.numel);
     first_tile.push_back(tiles);
     first_entry.push_back(entries);
     first_upper.push_back(uppers);

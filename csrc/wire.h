@@ -40,9 +40,8 @@ struct Segment {
   int64_t state;    // its first element in momentum and residual
   int64_t numel;    // elements
   int64_t entries;  // k: entries sent at each step
-  int64_t unit;     // how many consecutive elements are chosen as one: 1, or kGroup
 };
-constexpr int64_t kSegmentColumns = 6;
+constexpr int64_t kSegmentColumns = 5;
 static_assert(sizeof(Segment) == kSegmentColumns * sizeof(int64_t), "a row is nothing but its columns");
 
 struct Header {

@@ -39,6 +39,7 @@ def attach(
     mesh: DeviceMesh | Literal["auto"] | None = None,
     grad_scaler: GradScaler | None = None,
     average: bool = True,
+    in_step: bool = False,
 ) -> Optimizer:
     """Compresses the exchange of a model's gradients; a collective, between step() and the next backward().
 
@@ -55,6 +56,7 @@ def attach(
         mesh: as DGCState's: nodes as workers.
         grad_scaler: as DGCState's; None for that of Accelerate's wrapper, if it has one.
         average: as DGCState's: False where the loss is divided by what all ranks have together, as in torchtitan.
+        in_step: as DGCState.register's: exchanges in step(), for loops of several backward passes before a step.
 
     Returns:
         The optimizer that was given.
@@ -85,10 +87,10 @@ def attach(
             average=average,
         )
         if isinstance(model, DistributedDataParallel) or fsdp.is_sharded(model):
-            state.register(model)
+            state.register(model, in_step=in_step)
         else:
             log.log_alone()
-            state.register_plain(model)
+            state.register_plain(model, in_step=in_step)
     if changed and state.exchange.rank == 0:
         name = type(inside).__name__
         logger.info("dgc: torch.optim.%s has become dgc.%s: the same object, groups and state", name, name)

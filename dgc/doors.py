@@ -66,8 +66,12 @@ class Registered(Changing):
             self.regroup()
         ddp.register(self, module)
 
-    def register_plain(self, model: nn.Module) -> None:
+    def register_plain(self, model: nn.Module, *, in_step: bool = False) -> None:
         """Takes gradients from .grad of a model without DDP, and copies rank 0's weights to all; a collective.
+
+        Args:
+            model: a plain module.
+            in_step: as in register().
 
         Raises:
             TypeError: a part of it is FSDP1's.
@@ -76,7 +80,7 @@ class Registered(Changing):
         fsdp.check_plain(model)
         if ddp.holding(self._standing.parameters.by_name) is not None:
             raise ValueError(advice.wrapped("DistributedDataParallel has wrapped it"))
-        opened = self._open(model)
+        opened = self._open(model, in_step)
         opened.broadcast(model, self.exchange)
         self._plain = weakref.ref(model)
         if self.exchange.rank == 0:

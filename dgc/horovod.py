@@ -31,7 +31,7 @@ from torch.optim.optimizer import Optimizer
 
 from . import horovod_elastic
 from .config import DGCConfig
-from .exchange.horovod import HorovodExchange
+from .exchange.horovod_islands import Nodes, exchange_of
 from .horovod_state import HorovodState, agreed, fused
 from .memory.names import by_name
 from .optim.base import DGCOptimizer
@@ -93,6 +93,7 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     process_set: Any = hvd.global_process_set,
     *,
     grad_scaler: GradScaler | None = None,
+    nodes: Nodes | None = None,
 ) -> Any:
     """Wraps an optimizer so that step() applies gradients that DGC has reduced: hvd.DistributedOptimizer, compressed.
 
@@ -115,6 +116,8 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
         sparse_as_dense: has to be False.
         process_set: exchange among these processes only. In any other process DGC runs by itself.
         grad_scaler: the torch.amp.GradScaler that scales the loss; see DGCState.
+        nodes: makes each node a worker (docs/islands.md). "auto": the processes of a host, after
+            hvd.init(process_sets="dynamic"); or two process sets, of this node and of the same place in all nodes.
 
     Returns:
         An optimizer of the given one's class, with Horovod's methods and the attribute `dgc_state`.
@@ -179,7 +182,7 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     ours = {p: name for name, p in trained.items()}
     distributed._grouping = [[ours[p] for p in g if p in ours] for g in groups] if isinstance(groups, list) else groups
     compared = agreed(distributed, trained, fused(distributed, trained))
-    exchange = HorovodExchange(held[0].device, process_set, gradient_predivide_factor, compared)
+    exchange = exchange_of(held[0].device, process_set, nodes, gradient_predivide_factor, compared)
     state = HorovodState(
         pairs,
         distributed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 
 from horovod.common.util import split_list
 from torch import Tensor
@@ -41,6 +42,8 @@ class Fusion:
     def __init__(self, state: DGCState, groups: Sequence[Sequence[Tensor]]) -> None:
         self._state = state
         self._groups = groups
+        # The ranks of a node wait for one group before they start the next: in the order of the groups, on all alike.
+        self._in_order = state.exchange.topology.places > 1
         self._group_of = {p: i for i, group in enumerate(groups) for p in group}
         self._sent: dict[int, tuple[Future[Tensor], dict[Tensor, Tensor]]] = {}
         """The future of each group's reduction and the group's gradients, by the group's index."""
@@ -56,19 +59,12 @@ class Fusion:
         self._sent.clear()
 
     def add(self, p: Tensor) -> Callable[[], Tensor]:
-        """Adds a gradient, and sends its group if complete; returns a function that waits for the reduced gradient."""
+        """Adds a gradient, and sends each group that can go; returns a function that waits for the reduced gradient."""
         index = self._group_of[p]
         self._missing[index].discard(p)
-        if not self._missing[index]:
-            if self._left == len(self._groups):
-                self._state.begin()
-            self._left -= 1
-            group = self._groups[index]
-            future = self._state.reduce(fusion.together(group, [self._state.slot(p) for p in group]))
-            self._sent[index] = future, {p: p.grad for p in group if p.grad is not None}
-            if self._left == 0:
-                self._state.end()
-                self.reset()
+        candidates = range(len(self._groups) - self._left, len(self._groups)) if self._in_order else [index]
+        for ready in takewhile(lambda i: not self._missing[i], candidates):
+            self._send(ready)
 
         def reduced() -> Tensor:
             self._state.wait()
@@ -77,3 +73,14 @@ class Fusion:
             return gradients[p]  # p.grad may be another tensor by now
 
         return reduced
+
+    def _send(self, index: int) -> None:
+        if self._left == len(self._groups):
+            self._state.begin()
+        self._left -= 1
+        group = self._groups[index]
+        future = self._state.reduce(fusion.together(group, [self._state.slot(p) for p in group]))
+        self._sent[index] = future, {p: p.grad for p in group if p.grad is not None}
+        if self._left == 0:
+            self._state.end()
+            self.reset()

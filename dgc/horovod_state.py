@@ -91,7 +91,7 @@ class HorovodState(DGCState):
         exchange = self._standing.own_exchange
         assert isinstance(exchange, HorovodExchange)
         op = "hvd.Average" if self._average else "hvd.Sum"
-        return {"config": self._standing.made_with, "op": op, "process_set": exchange.process_set}
+        return {"config": self._standing.made_with, "op": op, "process_set": str(exchange.process_set)}
 
 
 def fused(optimizer: Any, named: Mapping[str, Tensor]) -> list[list[Tensor]]:

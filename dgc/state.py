@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer
 
 from .config import DGCConfig
 from .copied import Copy
-from .exchange.base import Exchange
+from .exchange.base import Exchange, Islands
 from .exchange.distributed import DistributedExchange
 from .exchange.islands import IslandExchange, nodes_of
 from .memory.parameters import Parameters
@@ -84,6 +84,8 @@ class DGCState(Rebound):
         scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         nodes = nodes_of(mesh) if mesh is not None else None
         place = (0, 1) if nodes is None else (nodes.get_local_rank(1), nodes.size(1))
+        if isinstance(exchange, Islands):
+            place = exchange.place, exchange.places
         parameters = Parameters(named_parameters, optimizer, config, scaler is not None, *place)
         device = parameters.device
         exchange = exchange or _exchange(parameters, process_group, nodes)

@@ -2,6 +2,7 @@
 
     horovodrun -np 2 python examples/horovod_mnist.py
     horovodrun -np 2 python examples/horovod_mnist.py --dense
+    horovodrun -np 8 -H host1:4,host2:4 python examples/horovod_mnist.py --nodes
 
 launch/install_horovod.sh installs Horovod, launch/horovodrun.sh starts it.
 """
@@ -18,8 +19,10 @@ import dgc.horovod as dgc_hvd
 
 def main() -> None:
     """Trains on this rank."""
-    args = options().parse_args()
-    hvd.init()
+    parser = options()
+    parser.add_argument("--nodes", action="store_true", help="makes each host a worker, with all of its processes")
+    args = parser.parse_args()
+    hvd.init(process_sets="dynamic" if args.nodes else None)
     rank, world_size = hvd.rank(), hvd.size()
     cuda = torch.cuda.device_count() >= hvd.local_size()  # one GPU for each process of this machine, or none
     device = torch.device("cuda", hvd.local_rank()) if cuda else torch.device("cpu")
@@ -40,7 +43,10 @@ def main() -> None:
     else:
         optimizer = dgc.SGD(model.parameters(), lr=args.lr, **RECIPE)
         optimizer = dgc_hvd.DistributedOptimizer(
-            optimizer, model.named_parameters(), compression=dgc_hvd.DGCCompressor(dgc_config(args, steps))
+            optimizer,
+            model.named_parameters(),
+            compression=dgc_hvd.DGCCompressor(dgc_config(args, steps)),
+            nodes="auto" if args.nodes else None,
         )
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     hvd.broadcast_optimizer_state(optimizer, root_rank=0)

@@ -170,7 +170,8 @@ def rows_of(records: Sequence[Record], task: str, every: Sequence[int], seeds: S
         within = ""
         if len(own) > 1 and method not in (DENSE, diloco):
             within = "yes" if reaches(task, difference(task, own, scores(records, task, diloco, seeds))) else "no"
-        rows.append([*row, within, shown(share(TASKS[task], method)).replace("0.0 %", "under 0.05 %")])
+        part = share(TASKS[task], method)
+        rows.append([*row, within, shown(part) if part >= 0.0005 else "under 0.05 %"])
     return rows
 
 

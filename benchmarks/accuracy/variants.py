@@ -41,6 +41,8 @@ class Technique:
     """Entries of each tensor that are sent."""
     one_selection: bool = False
     """Whether the largest entries of all tensors together are sent, not of each."""
+    unit: int = 1
+    """The number of consecutive elements that are chosen as one, by the largest of them."""
     ahead: float = 0.0
     """A worker computes its gradient at the parameters minus this share of its own update that waits (step-ahead)."""
 
@@ -137,7 +139,7 @@ class Variant(Replicated):
             h = u.mul_(self.momentum).add_(h)
         v.add_(h)
         k = max(technique.at_least, math.ceil(technique.density_at(self.step) * v.shape[1]))
-        chosen = v.abs().topk(min(k, v.shape[1]), sorted=False).indices
+        chosen = largest(v, min(k, v.shape[1]), technique.unit)
         sent = torch.zeros_like(v).scatter_(1, chosen, v.gather(1, chosen))
         if technique.residual:
             v.scatter_(1, chosen, 0)
@@ -146,3 +148,15 @@ class Variant(Replicated):
         if technique.masks(self.step):
             u.scatter_(1, chosen, 0)
         return sent.mean(0)
+
+
+def largest(v: Tensor, k: int, unit: int) -> Tensor:
+    """Returns the indices of the k largest magnitudes of each row, or of the k / unit largest units, at least one.
+
+    A unit that the end of a row cuts off is never chosen.
+    """
+    if unit == 1 or v.shape[1] < unit:
+        return v.abs().topk(k, sorted=False).indices
+    units = v[:, : v.shape[1] // unit * unit].unflatten(1, (-1, unit)).abs().amax(2)
+    first: Tensor = units.topk(max(1, round(k / unit)), sorted=False).indices * unit
+    return (first[:, :, None] + torch.arange(unit)).flatten(1)

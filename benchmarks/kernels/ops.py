@@ -128,7 +128,7 @@ def compare(n: int, density: float, rounds: int, floors: list[Callable[..., None
     kept = [g.clone() for g in [*gradients, *halves]]
     refill = partial(torch._foreach_copy_, [*gradients, *halves], kept)  # the op uses gradients up
     u, v, m, s, v_of_adam = (torch.zeros(n) for _ in range(5))
-    segments = torch.tensor([[0, 0, 0, n, k, 1]])
+    segments = torch.tensor([[0, 0, 0, n, k]])
     fused = Fused(gradients, [u], v, segments)
     adam = Fused(gradients, [m, s], v_of_adam, segments, Accumulation.ADAM)
     selections = fused.payload.repeat(RANKS, 1)

@@ -138,7 +138,7 @@ class Bench:
         n = case.numel
         rows, offset, state = [], 0, 0
         for numel in case.numels:  # gradients without gaps, u and v at multiples of 32 elements, as in training
-            rows.append([0, offset, state, numel, entries(density, numel), 1])
+            rows.append([0, offset, state, numel, entries(density, numel)])
             offset, state = offset + numel, wire.align_up(state + numel, wire.GROUP)
         self.segments = torch.tensor(rows)
         # The bfloat16 ones alone, too, are more than the L2 cache.

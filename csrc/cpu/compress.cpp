@@ -80,13 +80,11 @@ class Compressor {
     over_tiles([&](const Tile& tile, TileWork& work) {
       const uint32_t threshold = threshold_[tile.segment];
       auto& candidates = work.candidates;
-      with_size(tile, [&](auto size_of) {
-        const auto below = [&](const Candidate& c) { return size_of(c) < threshold; };
-        candidates.erase(std::remove_if(candidates.begin(), candidates.end(), below), candidates.end());
-        work.ties = std::count_if(candidates.begin(), candidates.end(),
-                                  [&](const Candidate& c) { return size_of(c) == threshold; });
-        work.above = static_cast<int64_t>(candidates.size()) - work.ties;
-      });
+      const auto below = [&](const Candidate& c) { return magnitude(c.value) < threshold; };
+      const auto equal = [&](const Candidate& c) { return magnitude(c.value) == threshold; };
+      candidates.erase(std::remove_if(candidates.begin(), candidates.end(), below), candidates.end());
+      work.ties = std::count_if(candidates.begin(), candidates.end(), equal);
+      work.above = static_cast<int64_t>(candidates.size()) - work.ties;
     });
     int64_t entry = 0;
     for (size_t i = 0; i < bucket_.segments.size(); ++i) {
@@ -113,26 +111,24 @@ class Compressor {
       const int64_t state = bucket_.segments[tile.segment].state + tile.begin;
       int64_t entry = work.entry, ties_left = work.ties_sent;
       const size_t n = work.candidates.size();
-      with_size(tile, [&](auto size_of) {
-        for (size_t j = 0; j < n; ++j) {
-          constexpr size_t kAhead = 32;
-          if (j + kAhead < n) prefetch(state + work.candidates[j + kAhead].index);
-          const Candidate c = work.candidates[j];
-          if (size_of(c) == threshold && ties_left-- <= 0) continue;
-          const Raw raw = Wire::store(c.value);
-          const float sent = Wire::load(raw);
-          indices[entry] = static_cast<uint16_t>(c.index);
-          values[entry] = raw;
-          residual_[state + c.index] = c.value - sent;  // exact: what the wire type cannot say stays here
-          if (sent_momentum != nullptr) {
-            // Momentum factor masking (paper, section 3.2), where something was sent.
-            float& u = kept_[0][state + c.index];
-            sent_momentum[entry] = u;
-            if (sent != 0.0f) u = 0.0f;
-          }
-          ++entry;
+      for (size_t j = 0; j < n; ++j) {
+        constexpr size_t kAhead = 32;
+        if (j + kAhead < n) prefetch(state + work.candidates[j + kAhead].index);
+        const Candidate c = work.candidates[j];
+        if (magnitude(c.value) == threshold && ties_left-- <= 0) continue;
+        const Raw raw = Wire::store(c.value);
+        const float sent = Wire::load(raw);
+        indices[entry] = static_cast<uint16_t>(c.index);
+        values[entry] = raw;
+        residual_[state + c.index] = c.value - sent;  // exact: what the wire type cannot say stays here
+        if (sent_momentum != nullptr) {
+          // Momentum factor masking (paper, section 3.2), where something was sent.
+          float& u = kept_[0][state + c.index];
+          sent_momentum[entry] = u;
+          if (sent != 0.0f) u = 0.0f;
         }
-      });
+        ++entry;
+      }
       ends[&tile - tiles_.data()] = static_cast<uint32_t>(entry);
     });
     write_reports(payload, at);
@@ -173,20 +169,7 @@ class Compressor {
       if (segments[i].numel >= kLarge) f(i);
   }
 
-  static bool by_group(const Segment& s) { return s.unit == kGroup; }
-
-  // Calls f with what a candidate of a tile is ranked by: its own magnitude, or the largest of its group.
-  template <class F>
-  void with_size(const Tile& tile, const F& f) const {
-    const uint32_t* groups = group_max_ + tile.group;
-    if (by_group(bucket_.segments[tile.segment]))
-      return f([groups](const Candidate& c) { return groups[c.index / kGroup]; });
-    f([](const Candidate& c) { return magnitude(c.value); });
-  }
-
-  static bool threshold_from_groups(const Segment& s) {
-    return !by_group(s) && s.numel >= s.entries * kMinElementsPerEntry;
-  }
+  static bool threshold_from_groups(const Segment& s) { return s.numel >= s.entries * kMinElementsPerEntry; }
 
   // The entries of a tile if all tiles of its segment had as many, rounded up.
   int64_t expected(const Tile& tile) const {
@@ -210,7 +193,6 @@ class Compressor {
     const Segment& s = bucket_.segments[segment];
     const uint32_t* groups = group_max_ + tiles_[bucket_.first_tile[segment]].group;
     const int64_t n = div_up(s.numel, kGroup);
-    if (by_group(s)) return kth_largest(groups, n, s.entries / kGroup);
     if (!threshold_from_groups(s)) return kth_largest(bits(s.state), s.numel, s.entries);
     int64_t found = 0;
     uint32_t searched = 0;
@@ -242,10 +224,9 @@ class Compressor {
     scan(avx2_, group_max_ + tile.group, div_up(tile.numel, kGroup), least,
          [&](int64_t group) { hits[n++] = static_cast<uint16_t>(group); });
     if (n > most) return;
-    const bool whole = by_group(s);
     work.bound = bound;
     work.candidates.clear();
-    work.candidates.reserve(whole ? n * kGroup : n + n / 4);
+    work.candidates.reserve(n + n / 4);
     for (int64_t j = 0; j < n; ++j) {
       constexpr int64_t kAhead = 32;
       if (j + kAhead < n) {  // a group is two cache lines
@@ -254,7 +235,7 @@ class Compressor {
         __builtin_prefetch(next + kGroup / 2);
       }
       const int64_t begin = hits[j] * kGroup;
-      scan(avx2_, bits(state + begin), std::min(kGroup, tile.numel - begin), whole ? 0 : least, [&](int64_t i) {
+      scan(avx2_, bits(state + begin), std::min(kGroup, tile.numel - begin), least, [&](int64_t i) {
         work.candidates.push_back({static_cast<uint32_t>(begin + i), residual_[state + begin + i]});
       });
     }

@@ -34,8 +34,8 @@ struct Sources {
 };
 static_assert(sizeof(Sources) == 2304);
 
-// A segment as the device knows it: its row of the table, without the unit, which is 1 here, and where its tiles, its
-// entries and the words of its indices start in the bucket.
+// A segment as the device knows it: its row of the table, and where its tiles, its entries and the words of its indices
+// start in the bucket.
 struct DeviceSegment {
   int64_t source;
   int64_t offset;

@@ -37,8 +37,6 @@ BucketArgs bucket_args(const Bucket& bucket, const Tensor& workspace, ScalarType
   for (const Segment& s : bucket.segments) {
     STD_TORCH_CHECK(s.state % kGroup == 0, "segments: expected state to be a multiple of ", kGroup, " on CUDA, got ",
                     s.state);
-    STD_TORCH_CHECK(s.unit == 1, "segments: expected unit 1 on CUDA, got ", s.unit,
-                    ": larger units are for the CPU and plain PyTorch");
   }
   BucketArgs args{};
   args.segments = bucket.segments.size();

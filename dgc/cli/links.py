@@ -224,7 +224,7 @@ class Links:
         def prepare(nbytes: int) -> Callable[[], object]:
             parts = torch.zeros(self._places, max(nbytes // 4 // self._places, 1), device=self._device)
             mean = torch.empty_like(parts[0])
-            return lambda: exchange.mean_in_node(parts, mean)()
+            return lambda: exchange.mean_in_node("probe", parts, mean)()
 
         return prepare
 

@@ -1,10 +1,10 @@
-"""Exchange, the collectives of the ranks; and Topology, the number of ranks that each formula counts."""
+"""Exchange, the collectives of ranks; Islands, those of nodes; and Topology, the number that each formula counts."""
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -162,3 +162,77 @@ class Exchange(ABC):
                 + "; ".join(wrong[:5])
                 + more
             )
+
+
+class Islands(Exchange):
+    """The collectives of nodes whose ranks share the work on one model, each for a shard of it.
+
+    Gradients are averaged inside the node, by FSDP2 or by mean_in_node(), and each rank keeps the average for its
+    shard. start() exchanges it among the ranks of equal place in all nodes. So the node, and not the rank, is the
+    worker of DGC. What all ranks of a node must do alike, such as leaving a step out, they agree on by sum_in_node()
+    and everyone_in_node().
+
+    All ranks of a node call mean_in_node(), gather_in_node() and sum_in_node() in one order.
+
+    Attributes:
+        row: number of this node.
+        rows: number of nodes.
+        place: number of this rank in its node.
+        places: number of ranks of a node.
+    """
+
+    row: int
+    rows: int
+    place: int
+    places: int
+
+    @property
+    def topology(self) -> Topology:
+        """One payload, one residual and one gradient for each node."""
+        return Topology(
+            rank=self.rank,
+            ranks=self.world_size,
+            row=self.row,
+            rows=self.rows,
+            averaged=self.rows,
+            workers=self.rows,
+            share=self.row,
+            shares=self.rows,
+            place=self.place,
+            places=self.places,
+        )
+
+    @abstractmethod
+    def mean_in_node(self, name: str, parts: Tensor, mean: Tensor) -> Callable[[], None]:
+        """Starts the mean of all ranks' parts for this rank; a collective of the node.
+
+        Args:
+            name: the bucket's, the same on all ranks.
+            parts: [places, elements], one for each rank of the node; overwritten.
+            mean: [elements].
+
+        Returns:
+            A function that waits for it. It raises RuntimeError where a rank has gone.
+        """
+
+    @abstractmethod
+    def gather_in_node(self, name: str, own: Tensor) -> Callable[[], Tensor]:
+        """Starts an all-gather inside the node.
+
+        Args:
+            name: the bucket's, the same on all ranks.
+            own: uint8 [bytes], contiguous.
+
+        Returns:
+            A function that waits for it, and returns uint8 [places, bytes]. It raises RuntimeError where a rank has
+            gone.
+        """
+
+    @abstractmethod
+    def everyone_across(self, text: str) -> list[str]:
+        """Returns the texts of the ranks of equal place, node after node; a collective of these."""
+
+    def everyone(self, text: str) -> list[str]:
+        """Returns the texts of all ranks, node after node; a collective of all nodes."""
+        columns = [json.loads(column) for column in self.everyone_in_node(json.dumps(self.everyone_across(text)))]
+        return [column[row] for row in range(self.rows) for column in columns]

@@ -32,7 +32,7 @@ class HorovodTransfer:
         self._error: Exception | None = None
 
     def add(self, handle: int, gathered: Tensor | None = None) -> None:
-        """Adds a collective; the result of an all-gather goes to `gathered`."""
+        """Adds a collective; the result of an all-gather or an all-to-all goes to `gathered`."""
         self._handles.append((handle, gathered))
 
     def finish(self) -> None:
@@ -50,6 +50,26 @@ class HorovodTransfer:
         yield
 
 
+def everyone_of(process_set: Any, text: str) -> list[str]:
+    """Returns the texts of a process set's ranks, in their order; a collective."""
+    mine = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)  # torch takes no empty buffer
+    length = torch.tensor([len(mine)], device="cpu")
+    lengths = hvd.allgather(length, name="dgc.lengths", process_set=process_set).tolist()
+    texts = hvd.allgather(mine, name="dgc.texts", process_set=process_set).split(lengths)
+    return [bytes(t[:-1].tolist()).decode() for t in texts]
+
+
+def broadcast_in(process_set: Any, tensors: Sequence[Tensor], root: int) -> None:
+    """Copies the tensors of a process set's rank `root` to its other ranks; a collective."""
+    root_rank = process_set.ranks[root]
+    handles = [
+        hvd.broadcast_async_(t, root_rank, name=f"dgc.broadcast.{i}", process_set=process_set)
+        for i, t in enumerate(tensors)
+    ]
+    for handle in handles:
+        hvd.synchronize(handle)
+
+
 def _wait(handle: int, gathered: Tensor | None) -> Exception | None:
     """Waits for a collective; returns its error, or None."""
     try:
@@ -61,6 +81,8 @@ def _wait(handle: int, gathered: Tensor | None) -> Exception | None:
     except (HorovodInternalError, ValueError) as error:  # ValueError: a handle that Horovod does not know any more
         failure: Exception = error
         return failure
+    if isinstance(output, tuple):  # an all-to-all also says how much has come from each rank
+        output = output[0]
     if gathered is not None:
         # Horovod also gathers tensors of different lengths, without an error.
         if output.numel() != gathered.numel():
@@ -68,7 +90,7 @@ def _wait(handle: int, gathered: Tensor | None) -> Exception | None:
                 f"dgc.horovod: expected {gathered[0].numel()} bytes from each of {len(gathered)} ranks, got "
                 f"{output.numel()} in all: ranks send different buckets, or are at different steps of the warm-up"
             )
-        gathered.view(-1).copy_(output)
+        gathered.copy_(output.view(gathered.shape))
     return None
 
 
@@ -93,7 +115,7 @@ class HorovodExchange(Exchange):
             predivide_factor: divides dense gradients before the sum; world size / predivide_factor divides the sum.
             agreed: further values that must be equal on all ranks, besides DGCState's own description.
         """
-        self._elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
+        self.elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
         self._device = device
         self.process_set = process_set
         self._predivide_factor = predivide_factor
@@ -108,7 +130,7 @@ class HorovodExchange(Exchange):
     @property
     def changed(self) -> bool:  # type: ignore[override]
         """Whether ranks may have come or gone since the last refresh(); False in a run that is not elastic."""
-        return self._elastic and (self._stale or self._place() != (self.rank, self.world_size))
+        return self.elastic and (self._stale or self._place() != (self.rank, self.world_size))
 
     def agreeing_on(self, agreed: Mapping[str, object]) -> HorovodExchange:
         """Returns the exchange of the same ranks, between two passes, for a model that has changed."""
@@ -134,22 +156,22 @@ class HorovodExchange(Exchange):
         self, name: str, payload: Tensor | None, gathered: Tensor | None, dense: Tensor | None
     ) -> HorovodTransfer:
         """Starts both collectives; see Exchange. finish() completes them."""
-        transfer = HorovodTransfer()
+        transfer, rows = HorovodTransfer(), self.topology.rows
         # Listed first, since finish() has to wait for the first collective even if the second fails to start.
         self._under_way.append(transfer)
         if payload is not None and gathered is not None:
-            if self.world_size == 1:
+            if rows == 1:
                 gathered[0].copy_(payload)
             else:
                 handle = hvd.allgather_async(payload, name=f"dgc.payload.{name}", process_set=self.process_set)
                 transfer.add(handle, gathered)
-        if dense is not None and self.world_size > 1:
+        if dense is not None and rows > 1:
             handle = hvd.allreduce_async_(
                 dense,
                 name=f"dgc.dense.{name}",
                 op=hvd.Sum,
                 prescale_factor=1 / self._predivide_factor,
-                postscale_factor=self._predivide_factor / self.world_size,
+                postscale_factor=self._predivide_factor / rows,
                 process_set=self.process_set,
             )
             transfer.add(handle)
@@ -163,23 +185,11 @@ class HorovodExchange(Exchange):
 
     def everyone(self, text: str) -> list[str]:
         """Returns the texts of all ranks, in their order; a collective."""
-        if self.world_size == 1:
-            return [text]
-        mine = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)  # torch takes no empty buffer
-        length = torch.tensor([len(mine)], device="cpu")
-        lengths = hvd.allgather(length, name="dgc.lengths", process_set=self.process_set).tolist()
-        texts = hvd.allgather(mine, name="dgc.texts", process_set=self.process_set).split(lengths)
-        return [bytes(t[:-1].tolist()).decode() for t in texts]
+        return [text] if self.world_size == 1 else everyone_of(self.process_set, text)
 
     def broadcast(self, tensors: Sequence[Tensor], root: int) -> None:
         """Copies one rank's tensors to all other ranks; a collective."""
-        root_rank = self.process_set.ranks[root]
-        handles = [
-            hvd.broadcast_async_(t, root_rank, name=f"dgc.broadcast.{i}", process_set=self.process_set)
-            for i, t in enumerate(tensors)
-        ]
-        for handle in handles:
-            hvd.synchronize(handle)
+        broadcast_in(self.process_set, tensors, root)
 
     def agree(self, mine: Mapping[str, object]) -> None:
         """Compares a description of this rank's set-up with all others'; see Exchange."""

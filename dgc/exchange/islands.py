@@ -1,13 +1,7 @@
-"""The exchange between islands: nodes whose ranks share the work on one model, each for a shard of it.
-
-Gradients are averaged inside the node, by FSDP2, or here for DDP, and each rank keeps the average for its shard. The
-ranks of equal place in all nodes exchange it among themselves: the node, and not the rank, is the worker of DGC. What
-all ranks of a node must do alike, such as leaving a step out, they agree on inside the node.
-"""
+"""The exchange between islands over torch.distributed: a process group across nodes, and one inside each."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -18,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from .base import Topology
+from .base import Islands
 from .distributed import DistributedExchange, all_gather, everyone_of, failed
 
 # Renamed in torch 2.13, where the old name warns.
@@ -27,7 +21,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 logger = logging.getLogger("dgc")
 
 
-class IslandExchange(DistributedExchange):
+class IslandExchange(Islands, DistributedExchange):
     """The exchange of one shard between nodes.
 
     Attributes:
@@ -59,26 +53,9 @@ class IslandExchange(DistributedExchange):
             )
 
     def _place(self) -> tuple[int, int]:
-        row, rows = super()._place()
-        self._row, self._rows = row, rows
-        places = dist.get_world_size(self.node)
-        return row * places + dist.get_rank(self.node), rows * places
-
-    @property
-    def topology(self) -> Topology:
-        """One payload, one residual and one gradient for each node."""
-        return Topology(
-            rank=self.rank,
-            ranks=self.world_size,
-            row=self._row,
-            rows=self._rows,
-            averaged=self._rows,
-            workers=self._rows,
-            share=self._row,
-            shares=self._rows,
-            place=dist.get_rank(self.node),
-            places=dist.get_world_size(self.node),
-        )
+        self.row, self.rows = super()._place()
+        self.place, self.places = dist.get_rank(self.node), dist.get_world_size(self.node)
+        return self.row * self.places + self.place, self.rows * self.places
 
     def bind(self, group: dist.ProcessGroup) -> None:
         """Checks the group of the DDP module whose gradients come.
@@ -89,7 +66,7 @@ class IslandExchange(DistributedExchange):
         theirs, own = set(dist.get_process_group_ranks(group)), {*self.ranks, *dist.get_process_group_ranks(self.node)}
         if len(theirs) != self.world_size or not own <= theirs:
             raise ValueError(
-                f"mesh: expected nodes that hold DDP's {len(theirs)} ranks, got {self._rows} nodes with "
+                f"mesh: expected nodes that hold DDP's {len(theirs)} ranks, got {self.rows} nodes with "
                 f"{self.world_size} ranks"
             )
 
@@ -103,19 +80,11 @@ class IslandExchange(DistributedExchange):
         if dist.get_world_size() != self.world_size:
             raise RuntimeError(
                 f"dgc.checkpoint: expected nodes that hold all {dist.get_world_size()} ranks of the default group, got "
-                f"{self._rows} nodes with {self.world_size} ranks"
+                f"{self.rows} nodes with {self.world_size} ranks"
             )
 
-    def mean_in_node(self, parts: Tensor, mean: Tensor) -> Callable[[], None]:
-        """Starts the mean of all ranks' parts for this rank; a collective of the node.
-
-        Args:
-            parts: [places, elements], one for each rank of the node; overwritten.
-            mean: [elements].
-
-        Returns:
-            A function that waits for it. On a GPU only the current stream waits.
-        """
+    def mean_in_node(self, name: str, parts: Tensor, mean: Tensor) -> Callable[[], None]:
+        """Starts the mean of all ranks' parts for this rank; see Islands. On a GPU only the current stream waits."""
         places = len(parts)
         if mean.dtype == torch.float16:
             parts /= places  # before the sum, which would overflow
@@ -142,19 +111,20 @@ class IslandExchange(DistributedExchange):
 
         return finish
 
-    def gather_in_node(self, own: Tensor) -> tuple[Tensor, dist.Work]:
-        """Starts an all-gather inside the node; returns what it fills, uint8 [places, bytes], and its work.
-
-        Args:
-            own: uint8 [bytes], contiguous.
-        """
-        gathered = own.new_empty(dist.get_world_size(self.node), len(own))
+    def gather_in_node(self, name: str, own: Tensor) -> Callable[[], Tensor]:
+        """Starts an all-gather inside the node; see Islands. On a GPU only the current stream waits."""
+        gathered = own.new_empty(self.places, len(own))
         work = all_gather(gathered.view(-1), own, group=self.node, async_op=True)
-        return gathered, work
+
+        def finish() -> Tensor:
+            work.wait()
+            return gathered
+
+        return finish
 
     def sum_in_node(self, tensor: Tensor) -> None:
         """Sums a tensor in place over the ranks of this node; a collective of the node."""
-        if dist.get_world_size(self.node) > 1:
+        if self.places > 1:
             try:
                 dist.all_reduce(tensor, group=self.node)
             except RuntimeError as error:
@@ -164,10 +134,9 @@ class IslandExchange(DistributedExchange):
         """Returns the texts of this node's ranks; a collective of the node."""
         return everyone_of(self.node, text)
 
-    def everyone(self, text: str) -> list[str]:
-        """Returns the texts of all ranks, node after node; a collective of all nodes."""
-        columns = [json.loads(column) for column in self.everyone_in_node(json.dumps(everyone_of(self.group, text)))]
-        return [column[row] for row in range(self._rows) for column in columns]
+    def everyone_across(self, text: str) -> list[str]:
+        """Returns the texts of the ranks that hold the same shard, node after node; a collective of these."""
+        return everyone_of(self.group, text)
 
     def broadcast(self, tensors: Sequence[Tensor], root: int) -> None:
         """Copies the tensors of a node's ranks to the ranks that hold the same shard in other nodes; a collective.
@@ -177,7 +146,7 @@ class IslandExchange(DistributedExchange):
             root: a rank of that node.
         """
         for tensor in tensors:
-            dist.broadcast(tensor, group_src=root // dist.get_world_size(self.node), group=self.group)
+            dist.broadcast(tensor, group_src=root // self.places, group=self.group)
 
     def broadcast_to_all(self, tensors: Sequence[Tensor]) -> None:
         """Copies the first rank's tensors to all ranks of all nodes; a collective."""

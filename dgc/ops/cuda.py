@@ -18,8 +18,6 @@ CHUNKS_PER_TILE = TILE // CHUNK
 BINS = 2048
 STRUCT_BYTES = {"DeviceSegment": 80, "SegmentState": 48, "TileState": 16, "ChunkState": 24, "BucketState": 16}
 """Sizes of the structs of csrc/cuda/args.h that lie in a workspace."""
-ROW_COLUMNS = 5
-"""The columns of the segment table that a device knows: all but the unit, which is 1 there."""
 MIN_CAPABILITY = {"native": (8, 0), "cupy": (7, 5)}
 """The compute capability that the kernels need: the library holds code for 8.0, CUDA 13's NVRTC knows 7.5."""
 
@@ -52,29 +50,15 @@ def workspace(segments: Tensor | Segments, device: torch.device) -> Tensor:
         device: of the gradients.
     """
     known = segments_of(segments)
-    check_units(known)
     starts = torch.stack(
         [known.first_tile, known.tiles, known.first_entry, known.first_upper, known.first_lower], dim=1
     )
-    tables = torch.cat([known.table[:, :ROW_COLUMNS], starts], dim=1), known.segment_of_tile.int()
+    tables = torch.cat([known.table, starts], dim=1), known.segment_of_tile.int()
     sizes = workspace_sizes(len(known), known.n_tiles, known.n_entries)
     buffer = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
     for table, begin in zip(tables, (0, sizes[0]), strict=True):
         buffer[begin : begin + table.nbytes].copy_(table.view(-1).view(torch.uint8))
     return buffer
-
-
-def check_units(segments: Segments) -> None:
-    """Checks that every parameter is selected by single elements, as the CUDA kernels do it.
-
-    Raises:
-        RuntimeError: one is not.
-    """
-    for row in segments.rows:
-        if row.unit != 1:
-            raise RuntimeError(
-                f"segments: expected unit 1 on CUDA, got {row.unit}: larger units are for the CPU and plain PyTorch"
-            )
 
 
 def check_capability(device: torch.device, backend: str) -> None:

@@ -26,7 +26,7 @@ from .args import (
     SubtractArgs,
     UnpackArgs,
 )
-from .cuda import CHUNK, CHUNKS_PER_TILE, THREADS, check_units, workspace_sizes
+from .cuda import CHUNK, CHUNKS_PER_TILE, THREADS, workspace_sizes
 from .segments import Segments, checked
 from .wire import GROUP, check_value_bits, div_up
 
@@ -219,7 +219,6 @@ class Kernels:
 def _sound(table: Tensor) -> Segments:
     """Returns what a segment table says, where the kernels can work with it."""
     segments = checked(table)
-    check_units(segments)
     if any(row.state % GROUP for row in segments.rows):
         raise RuntimeError(f"segments: expected each state to be a multiple of {GROUP} on CUDA")
     return segments

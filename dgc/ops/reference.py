@@ -36,7 +36,7 @@ def compress_(
     ends, all_indices, all_values = _sections(payload, known, wire_dtype)
     entry = tile = 0
     flags = torch.zeros((), dtype=torch.bool, device=payload.device)
-    for row, (source, offset, state, numel, k, unit) in enumerate(known.rows):
+    for row, (source, offset, state, numel, k) in enumerate(known.rows):
         gradient = gradients[source].view(-1)[offset : offset + numel]
         h = gradient.float() * scale
         gradient.zero_()
@@ -46,7 +46,7 @@ def compress_(
         payload[at.used + row] = USED * (h != 0).any() + LEFT_OUT * left_out
         flags |= left_out
 
-        chosen = select(v, k, unit)
+        chosen = select(v, k)
         largest = torch.finfo(wire_dtype).max
         values = v[chosen].clamp(-largest, largest).to(wire_dtype)
         w = values.float()
@@ -104,15 +104,9 @@ def adam(m: Tensor, s: Tensor, h: Tensor, numbers: Tensor) -> tuple[list[Tensor]
     return [m, s], h * step / (s.double().sqrt().float() / numbers[6] + eps)
 
 
-def select(v: Tensor, k: int, unit: int = 1) -> Tensor:
-    """Returns the indices of the k entries largest in magnitude, ties to the smaller index, rising: int64 [k].
-
-    With a unit of 32 they are whole groups of 32: those k / 32 whose largest magnitudes are the largest.
-    """
+def select(v: Tensor, k: int) -> Tensor:
+    """Returns the indices of the k entries largest in magnitude, ties to the smaller index, rising: int64 [k]."""
     size = v.abs()
-    if unit != 1:
-        groups = select(size.view(-1, unit).amax(1), k // unit)
-        return (groups[:, None] * unit + torch.arange(unit, device=v.device)).view(-1)
     threshold = size.topk(k).values[-1]
     above = (size > threshold).nonzero().view(-1)
     ties = (size == threshold).nonzero().view(-1)[: k - len(above)]
@@ -146,7 +140,7 @@ def unpack(
     positions = [_positions(payload, known, wire_dtype) for payload in payloads]
     values = [_sections(payload, known, wire_dtype)[2].float() for payload in payloads]
     entry = 0
-    for row, (source, offset, _, numel, k, _) in enumerate(known.rows):
+    for row, (source, offset, _, numel, k) in enumerate(known.rows):
         mine = slice(entry, entry + k)
         entry += k
         if not used[row]:
@@ -177,7 +171,7 @@ def restore_(
     values = _sections(payload, known, wire_dtype)[2].float()
     chosen = which.tolist()
     entry = 0
-    for row, (_, _, state, _, k, _) in enumerate(known.rows):
+    for row, (_, _, state, _, k) in enumerate(known.rows):
         mine = slice(entry, entry + k)
         entry += k
         if not chosen[row]:

@@ -77,7 +77,7 @@ def decode(
         ends, indices, values = entries_of(selection, known, wire_dtype)
         tile = 0
         for row, span in enumerate(_spans(known, at, value_bits)):
-            _, _, _, numel, k, _ = known.rows[row]
+            _, _, _, numel, k = known.rows[row]
             low, tiles = low_bits(numel, k), int(known.tiles[row])
             mine = ends[tile : tile + tiles]
             tile += tiles

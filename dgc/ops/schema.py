@@ -39,16 +39,13 @@ def compress_(
       alone: with c1 = 1 - b2, c2 = 0, step = lr and root from the bias correction, update is what torch.optim.Adam
       with b1 = 0 subtracts.
 
-    Where a parameter's unit is 32, what is chosen are whole groups of 32 consecutive elements, counted from its first:
-    the k / 32 groups whose largest |v| are the largest (ties to the smaller index).
-
     Args:
         gradients: contiguous tensors, float32, bfloat16 or float16, that hold the bucket's gradients. Used up: what is
             left in them is what unpack expects there, zeros on the CPU.
         rule: an Accumulation.
         kept: the rule's tensors, in its order, float32 [elements].
         residual: v, float32 [elements].
-        segments: int64 [segments, 6] on the CPU, a row per parameter as in segments.COLUMNS.
+        segments: int64 [segments, 5] on the CPU, a row per parameter as in segments.COLUMNS.
         numbers: float32 [rows, segments], contiguous: decay, then the rule's own, for each parameter.
         scale: float32 [1], what gradients are multiplied with: clipping, and the inverse of a loss scale.
         payload: uint8 [wire_layout(...).nbytes]. Its header is the caller's (wire.stamp), except the flags.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .wire import GROUP, TILE, PayloadLayout, WireLayout, div_up, layout_of, low_bits, payload_layout, upper_bits
+from .wire import TILE, PayloadLayout, WireLayout, div_up, layout_of, low_bits, payload_layout, upper_bits
 
 
 class Segment(NamedTuple):
@@ -30,8 +30,6 @@ class Segment(NamedTuple):
     """Its elements."""
     entries: int
     """k: the entries that it sends at each step."""
-    unit: int = 1
-    """The number of consecutive elements that are chosen as one: 1, or a group of 32."""
 
 
 COLUMNS = Segment._fields
@@ -100,11 +98,6 @@ class Segments:
     def entries(self) -> Tensor:
         """The entries that each parameter sends."""
         return self.table[:, 4]
-
-    @property
-    def unit(self) -> Tensor:
-        """The elements of each parameter that are chosen as one."""
-        return self.table[:, 5]
 
     @cached_property
     def tiles(self) -> Tensor:
@@ -208,13 +201,6 @@ class Segments:
         in_range = (places >= 0).all() & (self.table < 2**47).all()
         if not in_range or not ((self.entries > 0) & (self.entries <= self.numel)).all():
             raise RuntimeError("segments: expected source, offset, state >= 0 and 0 < entries <= numel")
-        for row in self.rows:
-            whole = row.numel % GROUP == row.entries % GROUP == 0
-            if not (row.unit == 1 or (row.unit == GROUP and whole)):
-                raise RuntimeError(
-                    f"segments: expected unit 1, or {GROUP} with numel and entries multiples of it, got unit "
-                    f"{row.unit}, entries {row.entries}, numel {row.numel}"
-                )
         if self.n_entries >= 2**32:
             raise RuntimeError(
                 f"segments: expected fewer than 2^32 entries a bucket, got {self.n_entries}: use smaller buckets"

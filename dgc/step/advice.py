@@ -30,6 +30,7 @@ def second_pass() -> str:
         "Where the loop has several passes before each step (a loss by parts, a GAN, accumulation), exchange their sum "
         "in step(), on a DDP module that is wrapped anew; the loop stays as it is:\n"
         "    state.register(model, in_step=True)  # in place of state.register(model)\n"
+        "    dgc.attach(model, optimizer, config, in_step=True)  # in place of attach without it\n"
         "Or, so that the exchange overlaps with the last pass, run all but that one without exchange (Horovod: "
         "backward_passes_per_step; FSDP2: state.no_sync(), or set_requires_gradient_sync(False); without DDP: "
         f"optimizer.dgc.no_sync()):\n{NO_SYNC}\n"
@@ -188,9 +189,9 @@ def thrown_away(without: Sequence[str]) -> str:
 def no_dense() -> str:
     """Says that a model whose memory the ranks of a node divide cannot be trained dense."""
     return (
-        "DGCState.dense: expected False where the ranks of a node divide momentum and residual (mesh=), since no rank "
-        "has the momentum that a dense step needs. For a dense phase use a density of 1, state.set_density(1.0), which "
-        "sends every entry with its index; or leave mesh out"
+        "DGCState.dense: expected False where the ranks of a node divide momentum and residual (mesh=, nodes=), since "
+        "no rank has the momentum that a dense step needs. For a dense phase use a density of 1, "
+        "state.set_density(1.0), which sends every entry with its index; or leave that out"
     )
 
 
@@ -198,16 +199,16 @@ def no_masks() -> str:
     """Says that weights cannot be masked where the ranks of a node divide memory."""
     return (
         "DGCState.mask: expected ranks that each keep momentum and residual of the whole model, or FSDP2's shards, got "
-        "ranks of a node that divide them (mesh=). Leave mesh out; state.forget() works there"
+        "ranks of a node that divide them (mesh=, nodes=). Leave that out; state.forget() works there"
     )
 
 
 def no_auto() -> str:
     """Says that dense steps cannot be tried where the ranks of a node divide memory."""
     return (
-        'exchange: expected "bytes" where the ranks of a node divide momentum and residual (mesh=), got "auto": no '
-        "rank has the momentum that a dense step needs, so there is nothing to choose. Leave mesh out, or shard the "
-        "model by fully_shard"
+        'exchange: expected "bytes" where the ranks of a node divide momentum and residual (mesh=, nodes=), got '
+        '"auto": no rank has the momentum that a dense step needs, so there is nothing to choose. Leave that out, or '
+        "shard the model by fully_shard"
     )
 
 
@@ -215,8 +216,8 @@ def dense_in_16_bits(dtype: torch.dtype) -> str:
     """Says that dense gradients travel in float32 where nodes are the workers under DDP."""
     return (
         "DGCState: expected DGCConfig(dense_wire_dtype=torch.float32) where the ranks of a node divide momentum and "
-        f"residual (mesh=), got {dtype}: what rounding takes would be one rank's, and memory is the node's. Set "
-        "float32, leave mesh out, or shard the model by fully_shard"
+        f"residual (mesh=, nodes=), got {dtype}: what rounding takes would be one rank's, and memory is the node's. "
+        "Set float32, leave that out, or shard the model by fully_shard"
     )
 
 

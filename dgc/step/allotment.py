@@ -24,8 +24,8 @@ EVERY = 8
 """Steps from one change of the k's to the next. A change costs a bucket new tables and buffers, which are checked."""
 NOT_IN_NODES = (
     'DGCState: expected DGCConfig(selection="parameter") where the ranks of a node divide momentum and residual '
-    '(mesh=), got "global": each rank would choose the numbers of entries for its own rows, which the others of its '
-    'node need to read what it passes on. Set "parameter", leave mesh out, or shard the model by fully_shard'
+    '(mesh=, nodes=), got "global": each rank would choose the numbers of entries for its own rows, which the others '
+    'of its node need to read what it passes on. Set "parameter", leave that out, or shard the model by fully_shard'
 )
 """What is said where nodes are the workers under DDP."""
 _MOST_EXCESS = 2**25

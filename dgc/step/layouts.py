@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from dgc.config import DGCConfig
-from dgc.exchange.base import Exchange
-from dgc.exchange.islands import IslandExchange
+from dgc.exchange.base import Exchange, Islands
 from dgc.memory.memory import Memory, return_free_memory
 from dgc.memory.parameters import Parameters
 from dgc.memory.slots import Gradients, Slot
@@ -31,7 +30,7 @@ class Layouts:
         memory: Memory,
         exchange: Exchange,
         codec: Codec,
-        inside: IslandExchange | None,
+        inside: Islands | None,
     ) -> None:
         """Starts in no phase, without buckets.
 

@@ -14,14 +14,13 @@ from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 from torch.profiler import record_function
 
 from dgc import ops
 from dgc.config import DGCConfig
-from dgc.exchange.islands import IslandExchange
+from dgc.exchange.base import Islands
 from dgc.local import Piece, rows_of
 from dgc.memory.slots import Gradients, Slot
 from dgc.ops.segments import Segment, Segments
@@ -47,15 +46,6 @@ class Span(NamedTuple):
         return self.begins[1]
 
 
-class Started(NamedTuple):
-    """A gather inside the node that has been started."""
-
-    gathered: Tensor
-    """uint8 [places, bytes]."""
-    work: dist.Work
-    """Its collective."""
-
-
 class Node:
     """A bucket's way through the node in one phase.
 
@@ -69,7 +59,7 @@ class Node:
         compressed: Collection[str],
         config: DGCConfig,
         density: float,
-        exchange: IslandExchange,
+        exchange: Islands,
         dtype: torch.dtype,
     ) -> None:
         """Lays out the rows of all places.
@@ -83,7 +73,7 @@ class Node:
             dtype: of the values on the wire.
         """
         topology = exchange.topology
-        self._exchange, self._dtype = exchange, dtype
+        self._name, self._exchange, self._dtype = gradients.slots[0].name, exchange, dtype
         self._place, self._places, self._row, self._rows = topology.place, topology.places, topology.row, topology.rows
         self._spans: list[Span] = []
         slots: list[Slot] = []
@@ -139,7 +129,7 @@ class Node:
             A function that waits for it.
         """
         with record_function("dgc.node"):
-            return self._exchange.mean_in_node(self._by_place(gradients), self.inner.buffers[0])
+            return self._exchange.mean_in_node(self._name, self._by_place(gradients), self.inner.buffers[0])
 
     def _by_place(self, gradients: Gradients) -> Tensor:
         """Returns the rows of each place: [places, elements]."""
@@ -153,11 +143,14 @@ class Node:
                 sent[place, span.offset + len(part) : span.offset + span.room] = 0
         return sent
 
-    def start(self, bucket: Bucket) -> Started:
+    def start(self, bucket: Bucket) -> Callable[[], Tensor]:
         """Starts to pass on what this rank has received for its rows; a collective of the node.
 
         Args:
             bucket: of `inner`, received.
+
+        Returns:
+            A function that waits for what all have passed on, and returns it: uint8 [places, bytes].
         """
         shard = self.inner.buffers[0]
         own = torch.zeros(self._length, dtype=torch.uint8, device=shard.device)
@@ -170,25 +163,24 @@ class Node:
             part = shard[span.offset : span.offset + span.room].view(torch.uint8)
             own[at : at + len(part)] = part
             at += len(part)
-        return Started(*self._exchange.gather_in_node(own))
+        return self._exchange.gather_in_node(self._name, own)
 
-    def finish(self, started: Started, gradients: Gradients, bucket: Bucket, loss_scale: Tensor | None) -> None:
+    def finish(self, gathered: Tensor, gradients: Gradients, bucket: Bucket, loss_scale: Tensor | None) -> None:
         """Writes the averages of all rows into the gradients, and what does not fit into the bucket's report.
 
         Args:
-            started: from start().
+            gathered: from start(), uint8 [places, bytes].
             gradients: the bucket, whole.
             bucket: of `inner`.
             loss_scale: float32 [1]; None for 1.
         """
-        started.work.wait()
         for i in self._sparse:
             gradients.whole(i).zero_()
-        status = torch.empty(self._rows + 1, dtype=torch.int32, device=started.gathered.device)
+        status = torch.empty(self._rows + 1, dtype=torch.int32, device=gathered.device)
         for place, (table, workspace) in enumerate(zip(self._tables, self._workspaces, strict=True)):
             if workspace is None:
                 continue
-            payloads = started.gathered[place, : self._nbytes[place]].view(self._rows, -1)
+            payloads = gathered[place, : self._nbytes[place]].view(self._rows, -1)
             ops.unpack(
                 payloads=payloads,
                 rank=self._row,
@@ -205,7 +197,7 @@ class Node:
         for i in self._dense:
             span, whole = self._spans[i], gradients.whole(i)
             nbytes = span.room * whole.element_size()
-            rows = started.gathered[:, at : at + nbytes].contiguous().view(whole.dtype).view(-1)
+            rows = gathered[:, at : at + nbytes].contiguous().view(whole.dtype).view(-1)
             for place in range(self._places):
                 begin, end = span.begins[place], span.begins[place + 1]
                 whole[begin:end] = rows[place * span.room : place * span.room + end - begin]
@@ -243,5 +235,5 @@ def gather(inside: Sequence[Inside], bucket_of: Callable[[Gradients], Bucket], l
         started.append(one.node.start(bucket_of(one.node.inner)))
     for one, gathering in zip(inside, started, strict=True):
         with record_function("dgc.node"):
-            one.node.finish(gathering, one.gradients, bucket_of(one.node.inner), loss_scale)
+            one.node.finish(gathering(), one.gradients, bucket_of(one.node.inner), loss_scale)
         one.future.set_result(one.gradients.buffers[0])

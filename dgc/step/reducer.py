@@ -200,6 +200,8 @@ class Reducer(Claims):
             raise RuntimeError(advice.discarded())
         self._take_from_node()
         self._send_waiting()
+        if self._pass.inside:
+            self.exchange.finish()
         gather(self._pass.inside, self._standing.layouts.of, self._pass.context.loss_scale)
         self._pass.close()
         self._standing.step += 1
@@ -227,7 +229,8 @@ class Reducer(Claims):
     def _scale(self, waiting: list[Gradients]) -> Tensor | None:
         """Returns the factor for this rank's gradients, float32 [1]; None for 1."""
         standing, topology = self._standing, self.exchange.topology
-        most = 1.0 if self._average else float(topology.averaged)
+        # A sum is one over the ranks, also where the node's gradients have been averaged here.
+        most = 1.0 if self._average else float(topology.averaged * (topology.places if standing.divided else 1))
         unscale = self._pass.context.unscale
         if standing.config.clip_norm is None:
             if most != 1:

@@ -54,7 +54,8 @@ class Saved(Reducer):
         if self.exchange.topology.places > 1:
             raise RuntimeError(
                 "DGCState.full_state_dict: expected ranks that hold the whole model, got shards of it, which together "
-                "need not fit on one rank: use dgc.checkpoint.save(state, dir), which loads on any number of ranks"
+                "need not fit on one rank: use dgc.checkpoint.save(state, dir), or under Horovod state_dict() on each "
+                "rank. Both load on any number of ranks"
             )
         if self.exchange.changed:
             self.regroup()

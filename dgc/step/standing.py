@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from dgc.config import DGCConfig
-from dgc.exchange.base import Exchange
+from dgc.exchange.base import Exchange, Islands
 from dgc.exchange.distributed import DistributedExchange
-from dgc.exchange.islands import IslandExchange
 from dgc.memory import group
 from dgc.memory import share as shares
 from dgc.memory.memory import MOMENTUM, Memory
@@ -56,7 +55,7 @@ class Standing:
         rounded = config.dense_wire_dtype != torch.float32
         self.memory = Memory(parameters.slots, parameters.compressed, parameters.device, rounded=rounded)
         self.memory.allocate(parameters.rule.kept)
-        inside = exchange if isinstance(exchange, IslandExchange) and parameters.mesh is None else None
+        inside = exchange if isinstance(exchange, Islands) and parameters.mesh is None else None
         self.divided = inside is not None
         if self.divided and rounded:
             raise ValueError(advice.dense_in_16_bits(config.dense_wire_dtype))

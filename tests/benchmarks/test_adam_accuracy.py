@@ -272,7 +272,7 @@ def test_a_patch_sees_all_others_and_a_word_only_those_before():
 
 def test_every_run_of_both_plans_can_be_made():
     plan = adamw.plan(adamw.TRAINED, 2, 100)
-    assert len(set(plan)) == len(plan) == 2 * (len(adamw.METHODS) + 2 * 2)
+    assert len(set(plan)) == len(plan) == 2 * (len(adamw.METHODS) + 2 + 2 * 2)
     assert len({run.settings for run in plan if (run.seed, run.task) == (0, "gpt-adamw")}) == len(adamw.METHODS)
     plan = adam_candidates.plan(adamw.TRAINED, [*adam_candidates.METHODS], 2, 100, 1e-3)
     assert len(set(plan)) == len(plan) == 2 * 3 * len(adam_candidates.METHODS)

@@ -75,7 +75,8 @@ def test_each_technique_changes_the_result():
         found[method] = trained(task, partial(variants.Variant, technique=technique))[0]
     names = [*found]
     same = [(a, b) for i, a in enumerate(names) for b in names[:i] if torch.equal(found[a], found[b])]
-    assert same == [("without warm-up", "+ clipping")]
+    one_unit = "units of 32 elements, 1.36 times as many", "units of 32 elements"  # the task is too small for two
+    assert same == [("without warm-up", "+ clipping"), one_unit]
 
 
 def test_what_is_not_sent_is_kept_or_dropped_as_the_technique_says():
@@ -116,6 +117,14 @@ def test_with_step_ahead_a_worker_looks_from_where_its_waiting_update_leads():
                 torch.testing.assert_close(looked[worker][j], p - step, rtol=1e-6, atol=1e-7)
         one.check()
     assert all(v.any() for v in waiting.values())
+
+
+def test_whole_units_are_chosen_by_their_largest_element():
+    v = torch.zeros(2, 11)
+    v[0, [0, 1, 7]], v[1, [4, 10]] = torch.tensor([1.0, 2.0, -3.0]), torch.tensor([0.5, 9.0])
+    assert variants.largest(v, 4, 4).sort(1).values.tolist() == [[4, 5, 6, 7], [4, 5, 6, 7]]  # the last three are none
+    assert variants.largest(v, 8, 4)[0].sort().values.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert variants.largest(v, 1, 1).tolist() == [[7], [10]]
 
 
 def test_samples_are_those_of_an_epoch_each_once():

@@ -38,7 +38,7 @@ def test_ratios_by_hand():
 def test_what_is_decoded_is_what_was_selected(name):
     generator = torch.Generator().manual_seed(0)
     gradient = torch.randn(100_000, generator=generator)
-    fused = Fused([gradient], [torch.zeros(100_000)], torch.zeros(100_000), torch.tensor([[0, 0, 0, 100_000, 1000, 1]]))
+    fused = Fused([gradient], [torch.zeros(100_000)], torch.zeros(100_000), torch.tensor([[0, 0, 0, 100_000, 1000]]))
     coded = ops.Coded(fused, ops.FORMATS[name])
     fused()
     coded.encode()

@@ -16,12 +16,14 @@ def gloo():
 
 @pytest.fixture(scope="module")
 def horovod():
-    """Calls a function in the given number of Horovod processes."""
+    """Calls a function in the given number of Horovod processes; four of them are two nodes of two."""
     pools = {}
 
     def call(num_proc, body, *args):
         if num_proc not in pools:
-            pools[num_proc] = horovod_ranks.Pool(num_proc, process_set=[0, 2] if num_proc == 3 else [])
+            sets = {3: [[0, 2]], 4: "dynamic"}
+            nodes = 2 if num_proc == 4 else 1
+            pools[num_proc] = horovod_ranks.Pool(num_proc, sets.get(num_proc, ()), nodes=nodes)
         return pools[num_proc](body, *args)
 
     yield call

@@ -43,13 +43,13 @@ def by_hand(rank, world_size, name, settings):
     return run.result()
 
 
-def attached(rank, world_size, name, settings, wrapped):
+def attached(rank, world_size, name, settings, wrapped, in_step):
     dgc.door.BUCKET_CAP_MB = 0.05
     net = Given(SHAPES, seed=0 if wrapped or rank == 0 else 7)  # rank 0's weights are broadcast
     model = DistributedDataParallel(net) if wrapped else net
     optimizer = getattr(torch.optim, name)(model.parameters(), **settings)
     given = optimizer
-    optimizer = dgc.attach(model, optimizer, CONFIG)
+    optimizer = dgc.attach(model, optimizer, CONFIG, in_step=in_step)
     assert optimizer is given
     assert type(optimizer) is getattr(dgc, name)
     state = optimizer.dgc
@@ -61,8 +61,8 @@ def attached(rank, world_size, name, settings, wrapped):
 @pytest.mark.parametrize(("name", "settings"), [("SGD", SGD), ("AdamW", ADAMW), ("Adam", {"lr": 0.01})])
 def test_torchs_optimizers_behind_ddp_and_without_it_have_the_bits_of_the_three_lines(name, settings):
     expected = run_ranks(2, by_hand, name, settings)
-    for wrapped in (True, False):
-        assert_same(expected, run_ranks(2, attached, name, settings, wrapped))
+    for wrapped, in_step in ((True, False), (False, False), *([(True, True), (False, True)] if name == "SGD" else [])):
+        assert_same(expected, run_ranks(2, attached, name, settings, wrapped, in_step))
 
 
 def sharded(rank, world_size):

@@ -220,10 +220,10 @@ def damaged(rank, world_size, where):
             wire.header(payload)[0] += 1
         return start(name, payload, gathered, dense)
 
-    def passed_on(own):
+    def passed_on(name, own):
         if where == "inside" and rank == 3:
             own[8] += 1
-        return gather(own)
+        return gather(name, own)
 
     exchange.start, exchange.gather_in_node = started, passed_on
     run.ddp(integers(SHAPES, seed_of(0, rank))).backward()

@@ -174,7 +174,7 @@ def test_a_large_bucket_of_many_segments_has_exactly_the_largest():
     for row, (_, offset, state, n, *_) in enumerate(args[4].tolist()):
         before[row] += args[5][1, row] * args[2][0][state : state + n] + args[0][0][offset : offset + n]
     ops.compress_(*args)
-    for row, (_, _, state, n, k, _) in enumerate(args[4].tolist()):
+    for row, (_, _, state, n, k) in enumerate(args[4].tolist()):
         sent = before[row] != args[3][state : state + n]
         assert int(sent.sum()) == k
         assert before[row][sent].abs().min() >= before[row][~sent].abs().max()

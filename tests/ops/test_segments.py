@@ -133,7 +133,6 @@ BAD = [
     ("numel", -1, "0 < entries <= numel"),
     ("offset", 2**62, "0 < entries <= numel"),
     ("state", 2**46, "(residual|kept): expected"),
-    ("unit", 2, "expected unit 1"),
     ("source", 1, "gradients"),
 ]
 

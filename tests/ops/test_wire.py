@@ -7,7 +7,7 @@ from dgc.ops import wire, wire_layout
 
 
 def layout(rows, dtype=torch.float32):
-    return wire_layout(torch.tensor([[0, 0, 0, numel, k, 1] for numel, k in rows]), dtype)
+    return wire_layout(torch.tensor([[0, 0, 0, numel, k] for numel, k in rows]), dtype)
 
 
 def test_sections_follow_each_other_at_multiples_of_sixteen():

@@ -108,7 +108,7 @@ def make(
     generator = torch.Generator().manual_seed(seed)
     rows, at, state = [], offset, 0
     for n in sizes:
-        rows.append((0, at, state, n, max(1, math.ceil(density * n)), 1))
+        rows.append((0, at, state, n, max(1, math.ceil(density * n))))
         at += n
         state += wire.align_up(n, 32)
     segments = torch.tensor(rows)

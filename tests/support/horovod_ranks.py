@@ -11,14 +11,14 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from support.ranks import fork_server
 
 process_set: Any = None
-"""In a process of a Pool: its process set besides the global one."""
+"""In a process of a Pool: its first process set besides the global one."""
 
 
 class Pool:
@@ -28,11 +28,18 @@ class Pool:
 
     Args:
         num_proc: their number.
-        process_set: ranks of a process set besides the global one.
+        process_sets: ranks of each process set besides the global one; or "dynamic", to add them later.
         timeout: seconds for each call.
+        nodes: number of hosts, each with an address of this machine.
     """
 
-    def __init__(self, num_proc: int, process_set: Sequence[int] = (), timeout: float = 120) -> None:
+    def __init__(
+        self,
+        num_proc: int,
+        process_sets: Sequence[Sequence[int]] | Literal["dynamic"] = (),
+        timeout: float = 120,
+        nodes: int = 1,
+    ) -> None:
         from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
         from horovod.runner.gloo_run import create_run_env_vars, create_slot_env_vars
         from horovod.runner.http.http_server import RendezvousServer
@@ -42,13 +49,14 @@ class Pool:
         self.tasks = 0
         self.folder = Path(tempfile.mkdtemp())
         self.rendezvous = RendezvousServer()
-        slots = get_host_assignments(parse_hosts(f"localhost:{num_proc}"), num_proc)
+        hosts = ",".join(f"127.0.0.{1 + node}:{num_proc // nodes}" for node in range(nodes))
+        slots = get_host_assignments(parse_hosts(hosts), num_proc)
         run = create_run_env_vars("127.0.0.1", ["lo"], self.rendezvous.start())
         self.rendezvous.init(slots)
         self.processes = []
         for slot in slots:
             environment = {name: str(value) for name, value in {**run, **create_slot_env_vars(slot)}.items()}
-            arguments = (self.folder, environment, process_set, os.getpid())
+            arguments = (self.folder, environment, process_sets, os.getpid())
             self.processes.append(fork_server().Process(target=_main, args=arguments, daemon=True))
             self.processes[-1].start()
 
@@ -90,22 +98,23 @@ class Pool:
         shutil.rmtree(self.folder)
 
 
-def _main(folder: Path, environment: dict[str, str], ranks: Sequence[int], parent: int) -> None:
+def _main(folder: Path, environment: dict[str, str], sets: Sequence[Sequence[int]] | str, parent: int) -> None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     with (folder / f"{environment['HOROVOD_RANK']}.log").open("wb") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     os.environ.update(environment)
-    _serve(folder, ranks)
+    _serve(folder, sets)
 
 
-def _serve(folder: Path, ranks: Sequence[int]) -> None:
+def _serve(folder: Path, sets: Sequence[Sequence[int]] | str) -> None:
     import horovod.torch as hvd
 
     global process_set
     torch.set_num_threads(1)
-    process_set = hvd.ProcessSet(list(ranks)) if ranks else hvd.global_process_set
-    hvd.init(process_sets=[process_set] if ranks else [])
+    known = sets if isinstance(sets, str) else [hvd.ProcessSet(list(ranks)) for ranks in sets]
+    hvd.init(process_sets=known)
+    process_set = hvd.global_process_set if isinstance(known, str) or not known else known[0]
     task = 0
     while True:
         path = folder / f"{task}.task"

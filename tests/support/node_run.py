@@ -6,6 +6,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from support.ddp_run import Run
 
 
+def parts(net, state):
+    """Returns parameters, and this rank's parts of what it keeps, flat."""
+    memory = state.memory
+    kept = {kind: {n: memory.of(n)[kind].flatten().clone() for n in memory.slots} for kind in memory.kinds}
+    return {
+        "parameters": {n: p.detach().clone() for n, p in net.named_parameters()},
+        "residual": {n: memory.residual_of(n).flatten().clone() for n in memory.compressed},
+        "momentum": {},
+        **kept,
+        "stats": state.stats,
+        "step": state.step,
+    }
+
+
 class NodeRun(Run):
     """One rank's model behind DDP, with momentum and residual divided among the ranks of its node."""
 
@@ -17,13 +31,4 @@ class NodeRun(Run):
 
     def result(self):
         """Returns parameters, and this rank's parts of what it keeps, flat."""
-        memory = self.state.memory
-        kept = {kind: {n: memory.of(n)[kind].flatten().clone() for n in memory.slots} for kind in memory.kinds}
-        return {
-            "parameters": {n: p.detach().clone() for n, p in self.net.named_parameters()},
-            "residual": {n: memory.residual_of(n).flatten().clone() for n in memory.compressed},
-            "momentum": {},
-            **kept,
-            "stats": self.state.stats,
-            "step": self.state.step,
-        }
+        return parts(self.net, self.state)

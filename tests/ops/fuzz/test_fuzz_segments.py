@@ -44,7 +44,7 @@ def test_a_malformed_segment_table_is_an_error_for_every_op():
         for row, column, value in changes:
             args.segments[row, column] = value
         table = args.segments.tolist()
-        rows_fit = all(0 < entries <= n for *_, n, entries, _ in table)
+        rows_fit = all(0 < entries <= n for *_, n, entries in table)
         state_fits = rows_fit and apart([(state, n) for _, _, state, n, *_ in table], len(args.residual))
         gradient_fits = rows_fit and all(source == 0 for source, *_ in table)
         gradient_fits &= apart([(offset, n) for _, offset, _, n, *_ in table], len(args.gradients[0]))
@@ -79,7 +79,7 @@ def test_a_malformed_segment_table_is_an_error_for_every_op():
 
 def test_a_segment_table_whose_sums_overflow_is_an_error():
     # 2^17 rows, each within its limits, of 2^47 entries in all.
-    table = torch.tensor([[0, 0, 0, 2**47 - 1, 2**47 - 1, 1]]).repeat(2**17, 1)
+    table = torch.tensor([[0, 0, 0, 2**47 - 1, 2**47 - 1]]).repeat(2**17, 1)
     args = make([64])
     assert refused(ops, args, args.payload.view(1, -1), 0, table)
     with pytest.raises(RuntimeError, match="segments"):
@@ -88,7 +88,7 @@ def test_a_segment_table_whose_sums_overflow_is_an_error():
 
 def test_a_huge_segment_is_refused_before_memory_is_taken_for_it():
     args = make([64])
-    table = torch.tensor([[0, 0, 0, 2**47 - 1, 1, 1]])
+    table = torch.tensor([[0, 0, 0, 2**47 - 1, 1]])
     call = (args.payload, torch.ones(1, dtype=torch.uint8), table, args.workspace, None, None, args.residual)
     with pytest.raises(RuntimeError, match="payload: expected"):
         ops.restore_(*call, torch.float32)

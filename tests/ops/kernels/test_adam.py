@@ -73,7 +73,7 @@ def test_moments_have_torch_s_bits_and_what_is_sent_is_torch_s_step_without_mome
 def test_the_equations_in_float64(density):
     args = make([4_000, 3_000], density, rule=Accumulation.ADAM, decay=0.75, scale=0.5, seed=1)
     expected = {}
-    for row, (_, offset, state, n, k, _) in enumerate(args.segments.tolist()):
+    for row, (_, offset, state, n, k) in enumerate(args.segments.tolist()):
         mine = slice(state, state + n)
         m, s, v = (x[mine].double().numpy() for x in (*args.kept, args.residual))
         decay, weight, b2, c1, c2, step, root, eps = args.numbers[:, row].double().numpy()

@@ -133,7 +133,7 @@ def test_nothing_is_lost_to_the_bit(wire_dtype):
     before = args.residual.double() + 0
     mu_u, gradient = args.momentum.clone(), args.gradients[0].clone()
     ops.compress_(*args.list())
-    for row, (_, offset, state, n, k, _) in enumerate(args.segments.tolist()):
+    for row, (_, offset, state, n, k) in enumerate(args.segments.tolist()):
         mine = slice(state, state + n)
         u = args.mu[row] * mu_u[mine] + gradient[offset : offset + n]
         accumulated = (before[mine].float() + u).double()

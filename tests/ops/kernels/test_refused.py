@@ -36,14 +36,14 @@ pytestmark = pytest.mark.usefixtures("road")
         ("gradients", [torch.zeros(10)]),
         ("gradients", [torch.zeros(100, dtype=torch.float64)]),
         ("gradients", [torch.zeros(200)[::2]]),
-        ("segments", torch.tensor([[0, 0, 0, 100, 101, 1]])),
-        ("segments", torch.tensor([[0, 0, 0, -1, 1, 1]])),
-        ("segments", torch.tensor([[0, 0, -32, 100, 1, 1]])),
-        ("segments", torch.tensor([[0, 2**62, 0, 100, 1, 1]])),
-        ("segments", torch.tensor([[1, 0, 0, 100, 1, 1]])),
+        ("segments", torch.tensor([[0, 0, 0, 100, 101]])),
+        ("segments", torch.tensor([[0, 0, 0, -1, 1]])),
+        ("segments", torch.tensor([[0, 0, -32, 100, 1]])),
+        ("segments", torch.tensor([[0, 2**62, 0, 100, 1]])),
+        ("segments", torch.tensor([[1, 0, 0, 100, 1]])),
         ("segments", torch.zeros(1, 5, dtype=torch.int64)),
-        ("segments", torch.tensor([[0, 0, 0, 50, 1, 1], [0, 50, 32, 50, 1, 1]])),
-        ("segments", torch.tensor([[0, 40, 0, 50, 1, 1], [0, 0, 64, 50, 1, 1]])),
+        ("segments", torch.tensor([[0, 0, 0, 50, 1], [0, 50, 32, 50, 1]])),
+        ("segments", torch.tensor([[0, 40, 0, 50, 1], [0, 0, 64, 50, 1]])),
     ],
 )
 def test_compress_refuses_what_would_read_or_write_out_of_bounds(field, value):
@@ -137,7 +137,7 @@ def test_cuda_refuses_what_its_kernels_cannot_do(road):
     with pytest.raises(RuntimeError, match="residual: expected memory aligned"):
         ops.compress_(*replace(args, residual=torch.zeros(1001)[1:]).list())
     with pytest.raises(RuntimeError, match=r"state.* multiple of 32"):
-        ops.compress_(*replace(args, segments=args.segments + torch.tensor([0, 0, 1, 0, 0, 0])).list())
+        ops.compress_(*replace(args, segments=args.segments + torch.tensor([0, 0, 1, 0, 0])).list())
     with pytest.raises(RuntimeError, match="gradients: expected at most 256 tensors"):
         ops.compress_(*replace(args, gradients=args.gradients * 257).list())
     with pytest.raises(RuntimeError, match="kept: expected memory aligned"):
