@@ -1,4 +1,4 @@
-"""The networks that the benchmarks train, at any size: an MLP, a ResNet, an LSTM, a small GPT and a ViT."""
+"""The networks that the benchmarks train, at any size: an MLP, a ResNet, LSTMs, a small GPT and a ViT."""
 
 from __future__ import annotations
 
@@ -68,6 +68,22 @@ class LSTM(nn.Module):
         """Returns scores (batch, time, vocabulary) of the words that follow words (batch, time)."""
         out, _ = self.lstm(self.embedding(words))
         return nn.functional.linear(out, self.embedding.weight, self.bias)
+
+
+class SequenceClassifier(nn.Module):
+    """LSTM layers over a sequence of vectors, and a linear layer on what the last of them says at its end."""
+
+    def __init__(self, inputs: int, width: int, layers: int, classes: int) -> None:
+        """Makes it for sequences (batch, time, inputs)."""
+        super().__init__()
+        self.lstm = nn.LSTM(inputs, width, layers, batch_first=True)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, sequences: Tensor) -> Tensor:
+        """Returns scores (batch, classes)."""
+        out, _ = self.lstm(sequences)
+        scores: Tensor = self.head(out[:, -1])
+        return scores
 
 
 class _Block(nn.Module):

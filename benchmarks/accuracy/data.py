@@ -7,13 +7,15 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 CACHE = Path.home() / ".cache" / "torch-dgc"
 VOCABULARY, LENGTH = 1000, 32
@@ -87,6 +89,39 @@ def _mlbench() -> Path:
             "(apt-get install r-cran-mlbench), or leave this task out (--tasks)"
         ) from error
     return CACHE / "mlbench" / inside
+
+
+@cache
+def vowels() -> Data:
+    """Returns aeon's JapaneseVowels: two vowels in a row, spoken by nine men, 270 times to train and 370 to test.
+
+    The target is the speaker. A sample is 7 to 29 frames of 12 coefficients, each with mean 0 and variance 1 over all
+    frames to train on. Frames of zeros stand in front of shorter ones, so that all end at the last: (samples, 29, 12).
+
+    Raises:
+        ModuleNotFoundError: aeon is not installed.
+    """
+    try:
+        loaders = importlib.import_module("aeon.datasets")
+    except ModuleNotFoundError as error:
+        if error.name != "aeon":
+            raise
+        raise ModuleNotFoundError(
+            "vowels: expected the package aeon, which has the recordings, but it is not installed. Install it "
+            "(pip install '.[vowels]', Python 3.11 or later), or leave this task out (--tasks)"
+        ) from error
+    splits = (loaders.load_japanese_vowels(split) for split in ("train", "test"))
+    (inputs, targets), (test_inputs, test_targets) = (_frames(*split) for split in splits)
+    frames = torch.cat(inputs)
+    mean, deviation = frames.mean(0), frames.std(0)
+    together = pad_sequence([(s - mean) / deviation for s in [*inputs, *test_inputs]], True, padding_side="left")
+    return Data(together[: len(inputs)], targets, together[len(inputs) :], test_targets)
+
+
+def _frames(series: Sequence[Any], speakers: Sequence[str]) -> tuple[list[Tensor], Tensor]:
+    """Returns the frames of each sample, (time, coefficients), and the speakers, counted from 0."""
+    frames = [torch.tensor(one.T, dtype=torch.float32) for one in series]
+    return frames, torch.tensor([int(speaker) - 1 for speaker in speakers])
 
 
 @cache

@@ -4,10 +4,10 @@
 
 Four islands of one worker, simulated in one process by dgc.LocalSteps itself, with AdamW inside (a small GPT) or SGD (a
 CNN). All methods have the recipe of synchronous dense training, learning rate included, and each island clips its own
-gradients. DiLoCo sends all, with Nesterov momentum on the mean; the others are SparseLoCo: plain averaging, residual
-decay 0.95, 8 bits a value. H is the number of steps between two rounds. Finished runs are kept in
-results/local_steps.jsonl, so that the table can be gathered over several calls: --minutes says when to stop starting
-new ones.
+gradients. DiLoCo sends all, with Nesterov momentum on the mean; the others average plainly, and those that send less
+than all do so in 8 bits a value. 3 % and 1 % are SparseLoCo's, whose residual decays by 0.95 in each round; at one H it
+is also kept whole. H is the number of steps between two rounds. Finished runs are kept in results/local_steps.jsonl, so
+that the table can be gathered over several calls: --minutes says when to stop starting new ones.
 """
 
 from __future__ import annotations
@@ -37,12 +37,27 @@ from .traffic import share_of_dense, shown
 TRAINED = ["gpt-adamw", "mnist"]
 EVERY = (1, 5, 15, 50)
 DENSE = "synchronous"
-DENSITIES = {"DiLoCo": 1.0, "3 %": 0.03, "1 %": 0.01}
+SPARSELOCO: dict[str, Any] = {"residual_decay": 0.95, "wire_dtype": "8bit"}
+KEPT: dict[str, Any] = {"wire_dtype": "8bit", "warmup_densities": (0.25, 0.0625)}
+KINDS: dict[str, dict[str, Any]] = {
+    "DiLoCo": {"density": 1.0},
+    "3 %": {"density": 0.03, **SPARSELOCO},
+    "1 %": {"density": 0.01, **SPARSELOCO},
+}
+"""Arguments of DGCConfig; warmup: the part of the rounds over which density falls."""
+AT = 15
+MORE_KINDS: dict[str, dict[str, Any]] = {
+    "all, averaged": {"density": 1.0},
+    "3 %, no decay": {"density": 0.03, **KEPT},
+    "3 %, no decay, warm-up": {"density": 0.03, "warmup": 0.25, **KEPT},
+}
+"""Those that are tried at H = AT alone."""
 
 
 def methods(every: Sequence[int]) -> list[str]:
     """Returns what is compared, at some numbers of steps between two rounds."""
-    return [DENSE, *(f"H = {steps}, {kind}" for steps in every for kind in DENSITIES)]
+    kinds = {steps: {**KINDS, **(MORE_KINDS if steps == AT else {})} for steps in every}
+    return [DENSE, *(f"H = {steps}, {kind}" for steps in every for kind in kinds[steps])]
 
 
 @dataclass(frozen=True)
@@ -54,17 +69,13 @@ class Method:
     config: dgc.DGCConfig
 
     @classmethod
-    def of(cls, name: str) -> Method:
-        """Reads a name of methods()."""
-        every, kind = name.removeprefix("H = ").split(", ")
-        diloco = kind == "DiLoCo"
-        config = dgc.DGCConfig(
-            DENSITIES[kind],
-            dense_below=DENSE_BELOW,
-            residual_decay=1.0 if diloco else 0.95,
-            wire_dtype=torch.float32 if diloco else "8bit",
-        )
-        return cls(int(every), diloco, config)
+    def of(cls, name: str, steps: int) -> Method:
+        """Reads a name of methods(), for a run of so many steps."""
+        number, kind = name.removeprefix("H = ").split(", ", 1)
+        arguments = {**KINDS, **MORE_KINDS}[kind]
+        values = {key: value for key, value in arguments.items() if key != "warmup"}
+        warmup = round(arguments.get("warmup", 0) * steps / int(number))
+        return cls(int(number), kind == "DiLoCo", dgc.DGCConfig(warmup_steps=warmup, dense_below=DENSE_BELOW, **values))
 
     def local(self, replica: Replica[Optimizer], exchange: InProcess) -> dgc.LocalSteps:
         """Returns the rounds of one island."""
@@ -121,18 +132,19 @@ def _inner(network: nn.Module, task: Task) -> Optimizer:
 
 def plan(tasks: Sequence[str], every: Sequence[int], seeds: int, steps: int | None) -> list[Run]:
     """Returns all runs, seed after seed."""
+    lengths = {name: steps or TASKS[name].steps for name in tasks}
     return [
-        Run(name, method, seed, steps or TASKS[name].steps, f"{TASKS[name].recipe}, {_settings(method)}")
+        Run(name, method, seed, lengths[name], f"{TASKS[name].recipe}, {_settings(method, lengths[name])}")
         for seed in range(seeds)
         for name in tasks
         for method in methods(every)
     ]
 
 
-def _settings(method: str) -> str:
+def _settings(method: str, steps: int) -> str:
     if method == DENSE:
         return DENSE
-    kind = Method.of(method)
+    kind = Method.of(method, steps)
     return f"every {kind.every}, {'Nesterov momentum' if kind.diloco else 'plain averaging'}, {told(kind.config)}"
 
 
@@ -145,20 +157,21 @@ def perform(run: Run) -> list[tuple[int, float]]:
 def _trainer(network: nn.Module, task: Task, name: str, steps: int) -> Trainer:
     if name == DENSE:
         return DenseAdamW(network, task) if task.optimizer == "AdamW" else Dense(network, task)
-    return Local(network, task, Method.of(name), steps)
+    return Local(network, task, Method.of(name, steps), steps)
 
 
-def share(task: Task, name: str) -> float:
-    """Returns a method's bytes a step over those of DDP with float32 gradients."""
+def share(task: Task, name: str, steps: int) -> float:
+    """Returns a method's bytes of a run over those of DDP with float32 gradients."""
     if name == DENSE:
         return 1.0
-    method = Method.of(name)
-    return share_of_dense(task.network(), method.config, 1, WORKERS) / method.every
+    method = Method.of(name, steps)
+    return share_of_dense(task.network(), method.config, max(1, steps // method.every), WORKERS) / method.every
 
 
 def rows_of(records: Sequence[Record], task: str, every: Sequence[int], seeds: Sequence[int]) -> list[list[Any]]:
     """Returns the rows of a task's table: each method against synchronous training and against DiLoCo at the same H."""
     rows: list[list[Any]] = []
+    steps = next(r.run.steps for r in records if r.run.task == task)
     for method in methods(every):
         own = scores(records, task, method, seeds)
         spread = f"{statistics.stdev(own):.2f}" if len(own) > 1 else "one seed"
@@ -170,7 +183,7 @@ def rows_of(records: Sequence[Record], task: str, every: Sequence[int], seeds: S
         within = ""
         if len(own) > 1 and method not in (DENSE, diloco):
             within = "yes" if reaches(task, difference(task, own, scores(records, task, diloco, seeds))) else "no"
-        part = share(TASKS[task], method)
+        part = share(TASKS[task], method, steps)
         rows.append([*row, within, shown(part) if part >= 0.0005 else "under 0.05 %"])
     return rows
 

@@ -103,7 +103,8 @@ class Replicated(ABC):
         Raises:
             RuntimeError: they differ.
         """
-        first, *others = ([*r.network.parameters()] for r in self.replicas)
+        # As bits: NaN, which a run that diverges ends with, is not equal to itself.
+        first, *others = ([p.detach().view(torch.int32) for p in r.network.parameters()] for r in self.replicas)
         if any(not torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True)):
             raise RuntimeError("replicas.py: expected replicas equal to the bit after training, got some that differ")
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from benchmarks.accuracy import ablation, adamw, convergence
+from benchmarks.accuracy import ablation, adamw, clipping, convergence
 from benchmarks.accuracy.compare import Difference
 from benchmarks.accuracy.runs import Record, Run
 from benchmarks.harness import RESULTS
@@ -173,6 +173,7 @@ def test_a_row_has_its_comparisons_and_their_verdict():
 def test_comparisons_are_of_methods_that_there_are():
     names = {
         "ablation": {ablation.DENSE, *ablation.ADDED, *ablation.CHANGED},
+        "clipping": set(clipping.METHODS),
         "convergence": set(convergence.METHODS),
         "adamw": set(adamw.METHODS),
     }
@@ -187,7 +188,7 @@ def test_comparisons_are_of_methods_that_there_are():
 
     for claim in claims.CLAIMS:
         claim.evidence(Results(Asked(), {}))
-    assert {"ablation", "convergence", "adamw"} == set(asked)
+    assert {"ablation", "clipping", "convergence", "adamw"} == set(asked)
     # A method that is misspelt would be "not measured": with two runs of every method, each comparison finds some.
     records = {
         program: [one for method in methods for one in runs_of("gpt", method, [5.0, 6.0])]

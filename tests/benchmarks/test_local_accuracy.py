@@ -74,7 +74,7 @@ def test_a_round_at_every_step_that_sends_all_is_the_mean_of_clipped_gradients(o
 
 @pytest.mark.parametrize("name", ["H = 5, DiLoCo", "H = 5, 1 %"])
 def test_islands_in_threads_give_the_same_bits_again_and_are_equal_at_the_end(name, one_thread):
-    method = replace(Method.of(name), config=replace(Method.of(name).config, dense_below=1000))
+    method = replace(Method.of(name, 12), config=replace(Method.of(name, 12).config, dense_below=1000))
     first, second = (trained(lambda network, task: Local(network, task, method, 12)) for _ in range(2))
     first.check()
     assert torch.equal(weights(first), weights(second))
@@ -83,17 +83,20 @@ def test_islands_in_threads_give_the_same_bits_again_and_are_equal_at_the_end(na
 
 
 def test_a_name_says_what_is_run():
-    assert len(local_steps.methods(local_steps.EVERY)) == 13
-    sparse, dense = Method.of("H = 15, 3 %"), Method.of("H = 50, DiLoCo")
+    assert len(local_steps.methods(local_steps.EVERY)) == 13 + 3
+    sparse, dense = Method.of("H = 15, 3 %", 1500), Method.of("H = 50, DiLoCo", 1500)
+    warm = Method.of("H = 15, 3 %, no decay, warm-up", 1500)
+    assert (warm.diloco, warm.config.density, warm.config.residual_decay) == (False, 0.03, 1.0)
+    assert (warm.config.warmup_steps, warm.config.warmup_densities) == (25, (0.25, 0.0625))
     assert (sparse.every, sparse.diloco, sparse.config.density, sparse.config.residual_decay) == (15, False, 0.03, 0.95)
     assert (dense.every, dense.diloco, dense.config.density, dense.config.residual_decay) == (50, True, 1.0, 1.0)
 
 
 def test_bytes_are_those_of_a_round_divided_by_its_steps():
-    assert local_steps.share(TASK, DENSE) == 1
-    assert local_steps.share(TASK, "H = 50, DiLoCo") == 1 / 50
+    assert local_steps.share(TASK, DENSE, 100) == 1
+    assert local_steps.share(TASK, "H = 50, DiLoCo", 100) == 1 / 50
     # 12,000 of 13,203 elements are compressed: 360 entries of a byte and 7.04 bits of an index.
-    sent = local_steps.share(TASK, "H = 5, 3 %") * 5 * 2 * (N - 1) / N * 4 * 13_203
+    sent = local_steps.share(TASK, "H = 5, 3 %", 100) * 5 * 2 * (N - 1) / N * 4 * 13_203
     dense = 2 * (N - 1) / N * 4 * 1_203
     assert (N - 1) * (360 + 317) + dense < sent < (N - 1) * (360 + 317 + 120) + dense
 

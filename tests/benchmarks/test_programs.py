@@ -92,7 +92,7 @@ for name in sys.argv[1:]:
 
 
 def test_every_program_answers_help_with_its_command(tmp_path):
-    assert len(PROGRAMS) == 25
+    assert len(PROGRAMS) == 26
     horovod = importlib.util.find_spec("horovod") is not None
     programs = [name for name in PROGRAMS if horovod or "horovod" not in name]
     (tmp_path / "help.py").write_text(HELP)
