@@ -20,7 +20,7 @@ Bytes are what one rank sends for one gradient, of DGC after the warm-up; "whole
 
 What to expect. With mnist.py's defaults on two ranks (0.1 %, 1240 steps, warm-up over the first fifth) five seeds gave
 97.5 % dense (97.3 to 97.6) and 97.5 % with DGC (97.3 to 97.7); one test image is 0.1 points. A warm-up of one epoch
-carries 2.6 times fewer bytes over the whole run and gave 97.3 % (97.2 to 97.4).
+carries 2.4 times fewer bytes over the whole run and gave 97.3 % (97.2 to 97.4).
 Short runs favour dense: at 0.1 % an entry is sent every 1,000 steps on average. 310 steps (--epochs 5,
 three seeds) gave 96.7 % dense and 95.8 % with DGC.
 Time: here the network is this machine's memory, so dense costs little too, and what differs is mostly the load of the
