@@ -26,6 +26,7 @@ SECTIONS = {
     "adamw": "AdamW",
     "adam_candidates": "Rules for AdamW that were tried",
     "ablation": "What each technique does",
+    "local_steps": "Local steps: accuracy",
     "staleness": "How long entries wait",
     "wire_ratio": "Bytes on the wire",
     "plan_check": "What plan predicts",
