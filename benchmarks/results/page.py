@@ -27,6 +27,7 @@ SECTIONS = {
     "adam_candidates": "Rules for AdamW that were tried",
     "ablation": "What each technique does",
     "local_steps": "Local steps: accuracy",
+    "examples": "Models that change",
     "staleness": "How long entries wait",
     "wire_ratio": "Bytes on the wire",
     "plan_check": "What plan predicts",
