@@ -26,6 +26,7 @@ SECTIONS = {
     "adamw": "AdamW",
     "adam_candidates": "Rules for AdamW that were tried",
     "ablation": "What each technique does",
+    "clipping": "Clipping a recurrent network with momentum",
     "fine_tuning": "Fine-tuning",
     "local_steps": "Local steps: accuracy",
     "examples": "Models that change",
