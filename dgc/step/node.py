@@ -208,8 +208,8 @@ class Inside(NamedTuple):
     """A bucket that goes through the node before and after the exchange between nodes."""
 
     node: Node
-    mean: Callable[[], None]
-    """Waits for the mean of the node's gradients."""
+    mean: Callable[[], None] | None
+    """Waits for the mean of the node's gradients; None once it has, since it holds what was sent and received."""
     gradients: Gradients
     """Whole."""
     inner: Future[Tensor]

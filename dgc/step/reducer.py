@@ -214,11 +214,11 @@ class Reducer(Claims):
     def _take_from_node(self) -> None:
         """Waits for the mean of the bucket that was scattered last, which can then be sent."""
         one, self._pass.scattered = self._pass.scattered, None
-        if one is not None:
+        if one is not None and one.mean is not None:
             with record_function("dgc.node"):
                 one.mean()
             self._pass.waiting.append((one.node.inner, one.inner))
-            self._pass.inside.append(one)
+            self._pass.inside.append(one._replace(mean=None))
 
     def _send_waiting(self) -> None:
         waiting, self._pass.waiting = self._pass.waiting, []
