@@ -267,9 +267,8 @@ class Standing:
         left = move(old.memory, self.memory)
         self.step, self.dense = old.step, old.dense
         self._use_density(old._density)
+        self.memory.ages = old.memory.ages
         self._settled()
-        if old.memory.ages is not None:
-            self.memory.watch(old.memory.ages.sample, self.step)
         self.dropped = old.dropped
         self.layouts.allotment = old.layouts.allotment
         return left
@@ -284,6 +283,8 @@ class Standing:
     def _settled(self) -> None:
         self.joined, self.dropped = True, 0
         self._loaded_for = None
+        if self.memory.ages is not None:  # of other elements, or of another run's steps
+            self.memory.watch(self.memory.ages.sample, self.step)
         self.layouts.leave()
         if self.auto is not None:
             self.auto.leave()

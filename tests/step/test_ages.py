@@ -59,6 +59,17 @@ def test_a_sample_counts_from_its_begin_and_each_round_anew():
     assert ages.figure is None
 
 
+def test_a_run_that_goes_on_from_a_checkpoint_counts_from_there():
+    before, one = alone(), alone()
+    one.state.watch_ages()
+    for step in range(60):
+        before.train(normals(SHAPES, step))
+    one.state.load_state_dict(before.state.state_dict())
+    for step in range(60, EVERY):
+        one.train(normals(SHAPES, step))
+    assert 1 <= one.state.stats.age <= EVERY - 60
+
+
 def test_nothing_is_watched_unless_asked_and_a_sample_of_nothing_is_refused():
     one = alone()
     for step in range(EVERY):
