@@ -16,14 +16,11 @@ from .traffic import Traffic, dense_traffic, dgc_traffic, node_traffic
 
 FLOAT32, HALF = "float32", "16 bits"
 """Dense exchanges."""
-HALVES = {"bf16": "bfloat16", "fp16": "float16"}
-"""DGCConfig.dense_wire_dtype of the 16 bits that DDP has a hook for."""
 DENSITIES = (0.01, 0.001)
 BACKWARD = 2 / 3
 """Share of compute that is the backward pass: twice the multiply-adds of the forward pass."""
 WORTH = 1.05
 """How many times faster DGC has to be before it is recommended: a forecast cannot tell less apart."""
-DECIDES = "(docs/choosing.md, Let it decide)"
 
 
 @dataclass(frozen=True)
@@ -176,54 +173,3 @@ def undecided(found: Sequence[Forecast], chosen: Forecast) -> bool:
 def hours(forecast: Forecast, steps: int) -> float:
     """Returns the hours of so many steps."""
     return forecast.seconds * steps / 3600
-
-
-def advice(chosen: Forecast, auto: bool) -> str:
-    """Returns a line on DGCConfig.exchange "auto" to print below lines(); an empty one where nodes are the workers.
-
-    Args:
-        chosen: the way to take.
-        auto: whether lines() have it already.
-    """
-    if chosen.nodes:
-        return ""
-    if auto:
-        return (
-            f'exchange="auto" times dense and compressed steps while you train, and takes the quicker ones {DECIDES}.'
-        )
-    when = "slower" if chosen.density is None else "faster"
-    config = 'dgc.DGCConfig(exchange="auto")' if chosen.density is None else 'exchange="auto" in DGCConfig'
-    return f"Where the link may be {when} at times, {config} times both kinds of step and takes the quicker {DECIDES}."
-
-
-def lines(chosen: Forecast, steps: int | None, half: str = "bf16", auto: Forecast | None = None) -> str:
-    """Returns what to paste into the training script.
-
-    Args:
-        chosen: the way to take.
-        steps: of the run; None where unknown.
-        half: the 16 bits that DDP has a hook for: bf16 over NCCL, fp16 over gloo.
-        auto: the dense way that DGCConfig.exchange "auto" is to try too; None without it.
-    """
-    if chosen.density is None:
-        if chosen.name.endswith(FLOAT32):
-            return "model = DistributedDataParallel(net)  # as it is: neither 16 bits nor dgc gain anything here"
-        return (
-            f"from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import {half}_compress_hook\n\n"
-            "model = DistributedDataParallel(net)\n"
-            f"model.register_comm_hook(None, {half}_compress_hook)"
-        )
-    options, note = [f"density={chosen.density:g}"], ""
-    if chosen.density < DENSITIES[0]:
-        options.append(f"warmup_steps={round(0.04 * steps) if steps else 2000}")
-        note = f"# The warm-up: 4 % of {'the' if steps else 'your'} run; of a language model's half of it.\n"
-    if auto is not None:
-        options.append('exchange="auto"')
-        if not auto.name.endswith(FLOAT32):
-            options.append(f'dense_wire_dtype="{HALVES[half]}"')
-    mesh = ', mesh="auto"' if chosen.nodes else ""
-    return (
-        "import dgc\n\n"
-        "model = DistributedDataParallel(net)\n"
-        f"{note}optimizer = dgc.attach(model, optimizer, dgc.DGCConfig({', '.join(options)}){mesh})"
-    )

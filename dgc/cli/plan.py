@@ -20,10 +20,8 @@ from .forecast import (
     HALF,
     WORTH,
     Forecast,
-    advice,
     best_dense,
     forecasts,
-    lines,
     local_steps,
     recommended,
     undecided,
@@ -31,6 +29,7 @@ from .forecast import (
 from .links import half_of_backend, unsteady
 from .measuring import Measured, Setting, measure, times
 from .models import Model, load
+from .paste import advice, ddp_lines, horovod_lines
 from .ranks import UsageError, everywhere, join, machine_name, places_of, started
 from .traffic import ddp_buckets
 
@@ -109,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         where = (
             f"{ranks} ranks on {nodes} node{'s' * (nodes > 1)}, {dist.get_backend()}, measured in {measured.took:.0f} s"
         )
-        half = "bf16" if half_of_backend() == torch.bfloat16 else "fp16"
+        half = "bf16" if half_of_backend() == torch.bfloat16 and not on_horovod() else "fp16"
         _show(args, model, measured.found, ranks, where, link_rows(measured), half)
         if line := unsteady(measured.links.probes):
             print(f"\nplan: {line}", file=sys.stderr if args.json else sys.stdout)
@@ -137,6 +136,19 @@ def link_rows(measured: Measured) -> list[list[str]]:
     return rows
 
 
+def on_horovod() -> bool:
+    """Returns whether Horovod's launcher has started this process."""
+    process = started(os.environ)
+    return process is not None and process.launcher == "horovodrun"
+
+
+def _lines(args: argparse.Namespace, chosen: Forecast, half: str, auto: Forecast | None) -> str:
+    """Returns what to paste into a script of the launcher that has started this process."""
+    if on_horovod():
+        return horovod_lines(chosen, args.optimizer, args.steps, auto)
+    return ddp_lines(chosen, args.steps, half, auto)
+
+
 def _show(
     args: argparse.Namespace,
     model: Model,
@@ -150,7 +162,7 @@ def _show(
     found = [replace(f, name=f.name.replace(HALF, half)) for f in found]
     chosen, dense = recommended(found), best_dense(found)
     auto = undecided(found, chosen)
-    text, further = lines(chosen, args.steps, half, dense if auto else None), advice(chosen, auto)
+    text, further = _lines(args, chosen, half, dense if auto else None), advice(chosen, auto)
     if args.picture:
         report.draw(args.picture, f"{model.name}, {model.parameters / 1e6:.1f}M parameters, {where}", found, chosen)
     if args.json:

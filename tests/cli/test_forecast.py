@@ -14,10 +14,8 @@ from dgc.cli.forecast import (
     HALF,
     Forecast,
     Local,
-    advice,
     forecasts,
     hours,
-    lines,
     local_steps,
     ready_by_share,
     recommended,
@@ -25,6 +23,7 @@ from dgc.cli.forecast import (
     waiting,
 )
 from dgc.cli.links import Probe, unsteady
+from dgc.cli.paste import advice, ddp_lines, horovod_lines
 from dgc.cli.ranks import Started, UsageError, places_of, started
 from dgc.cli.traffic import Traffic
 
@@ -160,12 +159,14 @@ def test_auto_in_the_lines_and_below_them():
     half, whole = of("dense, fp16", None, 1), of("dense, float32", None, 1)
     thousandth, nodes = of("dgc 0.1 %", 0.001, 1), of("dgc 1 %, nodes", 0.01, 1, nodes=True)
     attach = "dgc.attach(model, optimizer, dgc.DGCConfig(density=0.001, warmup_steps=400, "
-    assert lines(thousandth, 10_000, "fp16", half).endswith(f'{attach}exchange="auto", dense_wire_dtype="float16"))')
-    assert lines(thousandth, 10_000, "fp16", whole).endswith(f'{attach}exchange="auto"))')
-    given = re.search(r"(dgc\.DGCConfig\(.*\))\)", lines(thousandth, None, "bf16", of("dense, bf16", None, 1)))
+    assert ddp_lines(thousandth, 10_000, "fp16", half).endswith(
+        f'{attach}exchange="auto", dense_wire_dtype="float16"))'
+    )
+    assert ddp_lines(thousandth, 10_000, "fp16", whole).endswith(f'{attach}exchange="auto"))')
+    given = re.search(r"(dgc\.DGCConfig\(.*\))\)", ddp_lines(thousandth, None, "bf16", of("dense, bf16", None, 1)))
     config = eval(given[1], {"dgc": dgc})
     assert (config.exchange, config.dense_wire_dtype) == ("auto", torch.bfloat16)
-    assert "auto" not in lines(thousandth, None)
+    assert "auto" not in ddp_lines(thousandth, None)
     assert "while you train" in advice(thousandth, auto=True)
     assert 'may be faster at times, exchange="auto" in DGCConfig' in advice(thousandth, auto=False)
     assert 'may be slower at times, dgc.DGCConfig(exchange="auto")' in advice(half, auto=False)
@@ -173,13 +174,27 @@ def test_auto_in_the_lines_and_below_them():
 
 
 def test_the_lines_to_paste():
-    assert "bf16_compress_hook" in lines(of("dense, bf16", None, 1), None)
-    assert "fp16_compress_hook" in lines(of("dense, fp16", None, 1), None, "fp16")
-    assert "compress_hook" not in lines(of("dense, float32", None, 1), None)
+    assert "bf16_compress_hook" in ddp_lines(of("dense, bf16", None, 1), None)
+    assert "fp16_compress_hook" in ddp_lines(of("dense, fp16", None, 1), None, "fp16")
+    assert "compress_hook" not in ddp_lines(of("dense, float32", None, 1), None)
     attach = "optimizer = dgc.attach(model, optimizer, dgc.DGCConfig("
-    assert lines(of("dgc 1 %", 0.01, 1), None).endswith(f"{attach}density=0.01))")
-    slow = lines(of("dgc 0.1 %, nodes", 0.001, 1, nodes=True), 50_000)
+    assert ddp_lines(of("dgc 1 %", 0.01, 1), None).endswith(f"{attach}density=0.01))")
+    slow = ddp_lines(of("dgc 0.1 %, nodes", 0.001, 1, nodes=True), 50_000)
     assert slow.endswith(f'{attach}density=0.001, warmup_steps=2000), mesh="auto")')
+
+
+def test_the_lines_to_paste_into_a_script_of_horovod():
+    dense = "optimizer = hvd.DistributedOptimizer(optimizer, model.named_parameters()"
+    assert horovod_lines(of("dense, fp16", None, 1), "sgd", None) == f"{dense}, compression=hvd.Compression.fp16)"
+    assert horovod_lines(of("dense, float32", None, 1), "sgd", None).startswith(f"{dense})")
+    flat = horovod_lines(of("dgc 0.1 %", 0.001, 1), "sgd", 50_000, of("dense, fp16", None, 1))
+    config = 'dgc.DGCConfig(density=0.001, warmup_steps=2000, exchange="auto", dense_wire_dtype="float16")'
+    assert f"compressor = dgc.horovod.DGCCompressor({config})\n" in flat
+    assert "hvd.init()\noptimizer = dgc.SGD(" in flat
+    assert "nodes" not in flat
+    nodes = horovod_lines(of("dgc 1 %, nodes", 0.01, 1, nodes=True), "adamw", None)
+    assert 'hvd.init(process_sets="dynamic")\noptimizer = dgc.AdamW(' in nodes
+    assert nodes.endswith('DistributedOptimizer(optimizer, model.named_parameters(), compressor, nodes="auto")')
 
 
 def test_rates_are_read():

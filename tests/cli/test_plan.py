@@ -53,6 +53,16 @@ def test_an_answer_without_machines(capsys, tmp_path):
     assert "dgc 0.1 %, nodes" in text
 
 
+def test_under_horovodrun_the_lines_are_horovods(capsys, monkeypatch):
+    monkeypatch.setenv("HOROVOD_RANK", "0")
+    monkeypatch.setenv("HOROVOD_SIZE", "8")
+    assert main([*PAPER, "--model", "4096x4096", "--step-ms", "100", "--optimizer", "adamw"]) == 0
+    text = capsys.readouterr().out
+    assert "optimizer = dgc.AdamW(model.parameters(), ...)" in text
+    assert "dgc.horovod.DistributedOptimizer(optimizer, model.named_parameters(), compressor)" in text
+    assert "DistributedDataParallel" not in text
+
+
 def test_a_fast_link_gets_the_16_bit_hook(capsys):
     assert main(["plan", "--link", "100gbit", "--ranks", "4", "--model", "resnet50", "--step-ms", "213"]) == 0
     text = capsys.readouterr().out
