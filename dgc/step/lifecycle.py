@@ -86,10 +86,23 @@ class Pass:
 
     # Transitions; nothing else writes the stage.
 
-    def close(self) -> None:
-        """Closes the pass after its last bucket."""
+    def close(self, exchange: Exchange, late: bool) -> None:
+        """Closes the pass after its last bucket; for a shadow a collective of ranks that hold the model together.
+
+        Args:
+            exchange: the collectives.
+            late: whether step() reads its verdict one pass later.
+
+        Raises:
+            PayloadError: a rank sent what does not fit; only for a shadow.
+        """
         self._expect(Stage.OPEN)
         self._stage = Stage.SHADOW if self._shadow else Stage.REDUCED
+        if self._shadow and exchange.topology.places > 1:
+            # The others of the node judge in step(), which never comes here, before they meet this rank elsewhere.
+            verdict = self.judge(exchange)
+            if not late:
+                verdict.findings()
 
     def claim(self) -> None:
         """Gives the gradients to a step()."""

@@ -203,7 +203,7 @@ class Reducer(Claims):
         if self._pass.inside:
             self.exchange.finish()
         gather(self._pass.inside, self._standing.layouts.of, self._pass.context.loss_scale)
-        self._pass.close()
+        self._pass.close(self.exchange, self._late)
         self._standing.step += 1
         self._standing.layouts.keep(self._pass.buckets)
         self._total_bytes += bytes_sent(self._pass.buckets, self.exchange.topology)

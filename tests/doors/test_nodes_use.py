@@ -101,6 +101,34 @@ def test_a_pass_that_is_given_up(droppable):
             assert all(torch.equal(t, after[kind][name]) for name, t in before[kind].items()) == droppable
 
 
+def uneven(rank, world_size, late):
+    config = dgc.DGCConfig(density=0.01, momentum_masking=False, on_nonfinite="skip")
+    run = NodeRun(2, config, state={"late": late}, lr=0.25, momentum=0.0)
+    with run.ddp.join():
+        for step in range(4 + 2 * rank):
+            run.train(integers(SHAPES, seed_of(step, rank)))
+            if rank == 3 and step == 8 and not late:  # all others have left
+                gradients = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+                gradients["c"][0, 0] = torch.nan
+                run.train(gradients)
+    return run.result()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_join_loses_nothing_of_ranks_that_ran_out_of_data_one_after_the_other(late):
+    results = run_ranks(4, uneven, late)
+    assert_replicas_equal(results)
+    start = dict(Given(SHAPES).named_parameters())
+    for name in LARGE:
+        # A node's gradient is the mean of its two ranks', and a parameter moves by a quarter of the nodes' mean.
+        total = sum(integers(SHAPES, seed_of(s, r))[name] for r in range(4) for s in range(4 + 2 * r)) / 2
+        moved = 8 * (start[name].detach() - results[0]["parameters"][name])
+        waits = sum(torch.cat([results[2 * node + place]["residual"][name] for place in range(2)]) for node in range(2))
+        assert torch.equal(moved.flatten() + waits, total.flatten()), name
+        assert waits.any()
+    assert [r["step"] for r in results] == [10] * 4
+
+
 def scaled(rank, world_size):
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     run = NodeRun(2, CONFIG, state={"grad_scaler": scaler}, **SETTINGS)

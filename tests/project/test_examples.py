@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -81,13 +82,14 @@ def test_gpt():
     assert "bytes sent in the run: " in output
 
 
-@pytest.mark.parametrize(("processes", "islands"), [(2, []), (4, ["--nodes", "2"])])
-def test_local_steps_gpt(processes, islands):
+@pytest.mark.parametrize(
+    ("launch", "ranks", "islands"), [(torchrun, 2, []), (partial(forked, ranks=4), 4, ["--nodes", "2"])]
+)
+def test_local_steps_gpt(launch, ranks, islands):
     small = ["--width", "32", "--depth", "1", "--heads", "2", "--batch-size", "1"]
-    script = ["examples/local_steps_gpt.py", "--steps", "5", "--every", "2", *small, *islands]
-    output = output_of("launch/torchrun.sh", "--nproc-per-node", str(processes), *script)
+    output = launch("examples/local_steps_gpt.py", "--steps", "5", "--every", "2", *small, *islands)
     assert "validation perplexity" in output
-    assert f"{processes} ranks, weights equal on all: True" in output
+    assert f"{ranks} ranks, weights equal on all: True" in output
     assert "3 rounds; bytes a step to other islands: " in output
 
 

@@ -345,7 +345,8 @@ def test_a_pass_goes_through_its_stages_and_through_no_others():
     one = alone()
     one.train(normals(SHAPES, 0))
     its_pass = one.state._pass
-    for step in (its_pass.close, its_pass.claim, partial(its_pass.settle, one.state.exchange)):
+    exchange = one.state.exchange
+    for step in (partial(its_pass.close, exchange, late=False), its_pass.claim, partial(its_pass.settle, exchange)):
         with pytest.raises(RuntimeError, match=r"Pass: expected .*, got OVER"):
             step()
 
