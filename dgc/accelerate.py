@@ -31,12 +31,12 @@ def attach(
     config: DGCConfig | None = None,
     *,
     mesh: DeviceMesh | Literal["auto"] | None = None,
+    in_step: bool = False,
 ) -> None:
     """Compresses the exchange of a model that Accelerate has prepared; a collective, before the first backward pass.
 
-    save_state() and load_state() then keep the residual of all ranks, in the checkpoint's folder `dgc` (of a second
-    optimizer: `dgc_1`), on a file system that all ranks share. To go on from a dense run, call load_state() before. The
-    accelerator's clip_grad_norm_() and clip_grad_value_() become errors for this model, unless the limit is infinite.
+    save_state() and load_state() then keep the residual of all ranks in the shared folder `dgc`, of a second optimizer
+    in `dgc_1`; load a dense run before. Clipping by the accelerator is then an error, unless its limit is infinite.
 
     Args:
         accelerator: the one that has prepared both.
@@ -44,6 +44,7 @@ def attach(
         optimizer: as prepare() returned it; its `dgc` is then the DGCState.
         config: the same on all ranks; None for DGCConfig().
         mesh: as DGCState's: nodes as workers.
+        in_step: as dgc.attach's, for several backward passes before a step, as in a GAN.
 
     Raises:
         TypeError, ValueError: one of them is not what prepare() returned, or is no DDP module; or as dgc.attach.
@@ -56,7 +57,7 @@ def attach(
             f"{type(model).__name__} and {type(optimizer).__name__} under {accelerator.distributed_type.name}. Without "
             "a GPU write Accelerator(cpu=True), or TrainingArguments(use_cpu=True)"
         )
-    _attach(model, optimizer, config, mesh=mesh)
+    _attach(model, optimizer, config, mesh=mesh, in_step=in_step)
     if not getattr(accelerator, "_has_dgc", False):
         accelerator._has_dgc = True
         accelerator.register_save_state_pre_hook(functools.partial(_save, accelerator))
@@ -67,8 +68,7 @@ def attach(
 
 def _states(accelerator: Accelerator) -> dict[str, DGCState]:
     """Returns those of the optimizers that the accelerator has at present, by the folder of their residual."""
-    made = [getattr(one, "dgc", None) for one in accelerator._optimizers]
-    return {f"dgc_{i}" if i else "dgc": state for i, state in enumerate(made) if state is not None}
+    return {f"dgc_{i}" if i else "dgc": o.dgc for i, o in enumerate(accelerator._optimizers) if hasattr(o, "dgc")}
 
 
 def _save(accelerator: Accelerator, models: Any, weights: Any, output_dir: str) -> None:

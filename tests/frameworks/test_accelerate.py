@@ -114,6 +114,63 @@ def nodes_of_one_rank():
     return run
 
 
+class Gan:
+    """A generator and a discriminator in the usual loop, prepared by Accelerate or wrapped by hand."""
+
+    def __init__(self, accelerator=None):
+        torch.manual_seed(0)
+        self.nets = [nn.Sequential(nn.Linear(20, 100), nn.ReLU(), nn.Linear(100, width)) for width in (20, 1)]
+        optimizers = [torch.optim.Adam(net.parameters(), lr=1e-3) for net in self.nets]
+        self.accelerator = accelerator
+        if accelerator is None:
+            self.models = [DistributedDataParallel(net) for net in self.nets]
+            self.optimizers = optimizers
+        else:
+            *self.models, first, second = accelerator.prepare(*self.nets, *optimizers)
+            self.optimizers = [first, second]
+        for model, optimizer in zip(self.models, self.optimizers, strict=True):
+            if accelerator is None:
+                dgc.attach(model, optimizer, CONFIG, in_step=True)
+            else:
+                dgc.accelerate.attach(accelerator, model, optimizer, CONFIG, in_step=True)
+
+    def train(self, rank, steps):
+        (generator, discriminator), (generate, discriminate) = self.models, self.optimizers
+        backward = torch.Tensor.backward if self.accelerator is None else self.accelerator.backward
+        for step in steps:
+            real, _ = batch(step, rank)
+            drawn = generator(batch(step + 100, rank)[0])
+            discriminate.zero_grad()
+            backward(nn.functional.softplus(-discriminator(real)).mean())
+            backward(nn.functional.softplus(discriminator(drawn.detach())).mean())
+            discriminate.step()
+            generate.zero_grad()
+            backward(nn.functional.softplus(-discriminator(drawn)).mean())
+            generate.step()
+        return self
+
+    def results(self):
+        return [outcome(net, one.dgc) for net, one in zip(self.nets, self.optimizers, strict=True)]
+
+
+def gans(rank, folder):
+    from accelerate import Accelerator
+
+    import dgc.accelerate  # noqa: F401
+
+    accelerators = [Accelerator(cpu=True) for _ in range(3)]
+    before = Gan(accelerators[1]).train(rank, range(3))
+    accelerators[1].save_state(f"{folder}/gan")
+    after = Gan(accelerators[2])
+    accelerators[2].load_state(f"{folder}/gan")
+    assert before.results()[1]["step"] == 3
+    return {
+        "by hand": Gan().train(rank, range(6)).results(),
+        "straight": Gan(accelerators[0]).train(rank, range(6)).results(),
+        "resumed": after.train(rank, range(3, 6)).results(),
+    }
+
+
 def everything(rank, world_size, folder):
     pretend(rank, world_size)
     straight = Run().train(rank, range(6))
@@ -137,6 +194,7 @@ def everything(rank, world_size, folder):
         "from dense": gone_on.result(),
         "scaled": Run(scaler=torch.amp.GradScaler("cpu", init_scale=4.0)).train(rank, range(6)).result(),
         "nodes": nodes_of_one_rank().train(rank, range(6)).result(),
+        "gan": gans(rank, folder),
         "errors": misuse(after, rank, f"{folder}/dense"),
     }
 
@@ -160,6 +218,13 @@ def test_save_state_and_load_state_resume_to_the_bit(ranks):
     assert any(r["straight"]["residual"]["0.weight"].any() for r in ranks)
     first, second = (r["straight"]["residual"]["0.weight"] for r in ranks)
     assert not torch.equal(first, second)  # rank 0's alone would not do
+
+
+@pytest.mark.parametrize("kind", ["straight", "resumed"])
+def test_two_models_in_the_loop_of_a_gan_have_the_bits_of_one_by_hand(ranks, kind):
+    for which in range(2):
+        assert_equal([r["gan"][kind][which] for r in ranks], [r["gan"]["by hand"][which] for r in ranks])
+    assert all(r["gan"]["by hand"][1]["step"] == 6 for r in ranks)
 
 
 def test_a_dense_run_goes_on(ranks):

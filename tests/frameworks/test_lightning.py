@@ -57,16 +57,24 @@ def by_hand(rank):
     return outcome(net, state)
 
 
-def module_of(name, optimizers=1):
+def module_of(name, optimizers=1, manual=False):
     class Module(import_module(name).LightningModule):
         def __init__(self):
             super().__init__()
             self.net = network()
-            self.automatic_optimization = optimizers == 1
+            self.automatic_optimization = optimizers == 1 and not manual
 
         def training_step(self, batch, number):
             x, y = batch
-            return nn.functional.cross_entropy(self.net(x), y)
+            loss = nn.functional.cross_entropy(self.net(x), y)
+            if not manual:
+                return loss
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            self.lr_schedulers().step()
+            return None
 
         def configure_optimizers(self):
             made = [torch.optim.SGD(self.net.parameters(), **SETTINGS) for _ in range(optimizers)]
@@ -78,7 +86,7 @@ def module_of(name, optimizers=1):
     return Module()
 
 
-def fit(rank, name, epochs, resume=None, save=None, folder=None, attach=True, optimizers=1, **settings):
+def fit(rank, name, epochs, resume=None, save=None, folder=None, attach=True, optimizers=1, manual=False, **settings):
     from dgc.lightning import DGCCallback
 
     pl = import_module(name)
@@ -86,7 +94,7 @@ def fit(rank, name, epochs, resume=None, save=None, folder=None, attach=True, op
     callbacks = [callback] if attach else []
     if folder:
         callbacks.append(import_module(f"{name}.callbacks").ModelCheckpoint(folder, "{epoch}", save_top_k=-1))
-    module = module_of(name, optimizers)
+    module = module_of(name, optimizers, manual)
     settings = {"devices": 2, "strategy": "ddp", "accumulate_grad_batches": 2, **settings}
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = pl.Trainer(
@@ -118,6 +126,18 @@ def runs(rank, name, folder):
     }
 
 
+def loops(rank, name):
+    """The same run without accumulation, in other ways that Lightning has."""
+    from lightning.pytorch.strategies import DDPStrategy
+
+    once = {"accumulate_grad_batches": 1}
+    return {
+        "automatic": fit(rank, name, 2, **once),
+        "manual": fit(rank, name, 2, manual=True, **once),
+        "static graph": fit(rank, name, 2, strategy=DDPStrategy(static_graph=True), **once),
+    }
+
+
 def everything(rank, world_size, folder):
     pretend(rank, world_size)
     messages = Messages()
@@ -128,6 +148,7 @@ def everything(rank, world_size, folder):
         "by hand": by_hand(rank),
         **found,
         "warned": warned,
+        **loops(rank, name),
         "clip": error_of(lambda: fit(rank, name, 1, gradient_clip_val=0.5)),
         "several": error_of(lambda: fit(rank, name, 1, optimizers=2, accumulate_grad_batches=1)),
         "older name": runs(rank, "pytorch_lightning", folder) if find_spec("pytorch_lightning") else None,
@@ -141,6 +162,12 @@ def ranks(tmp_path_factory):
 
 def test_accumulation_under_lightning_has_the_bits_of_the_three_lines(ranks):
     assert_equal([r["straight"] for r in ranks], [r["by hand"] for r in ranks])
+
+
+def test_manual_optimization_and_a_static_graph_change_no_bit(ranks):
+    assert all(r["automatic"]["step"] == 12 for r in ranks)
+    for kind in ("manual", "static graph"):
+        assert_equal([r["automatic"] for r in ranks], [r[kind] for r in ranks])
 
 
 def test_a_checkpoint_resumes_to_the_bit(ranks):
