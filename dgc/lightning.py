@@ -7,8 +7,10 @@ Lightning's own ddp_comm_hook would not do: it is registered before there are op
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from typing import Any, Literal
 
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from .attach import attach
@@ -22,6 +24,7 @@ except ModuleNotFoundError:  # the same under its older name
     from pytorch_lightning import Callback, LightningModule, Trainer
 
 needs("2.6", "lightning", "pytorch-lightning")
+logger = logging.getLogger("dgc")
 
 
 class DGCCallback(Callback):
@@ -32,11 +35,12 @@ class DGCCallback(Callback):
 
     Args:
         config: the same on all ranks; None for DGCConfig().
+        mesh: as DGCState's: nodes as workers. "auto": nodes of the Trainer's `devices`.
     """
 
-    def __init__(self, config: DGCConfig | None = None) -> None:
+    def __init__(self, config: DGCConfig | None = None, *, mesh: DeviceMesh | Literal["auto"] | None = None) -> None:
         """Keeps the arguments for fit()."""
-        self._config = config
+        self._config, self._mesh = config, mesh
         self._loaded: dict[str, Any] = {}
         self.state: DGCState | None = None
         """The DGCState of the last fit()."""
@@ -65,8 +69,17 @@ class DGCCallback(Callback):
                 "rank's gradient before"
             )
         (optimizer,) = trainer.optimizers
-        attach(trainer.model, optimizer, self._config, grad_scaler=trainer.scaler)
+        attach(trainer.model, optimizer, self._config, mesh=self._nodes(trainer), grad_scaler=trainer.scaler)
         self.state = optimizer.dgc
+
+    def _nodes(self, trainer: Trainer) -> DeviceMesh | None:
+        if not isinstance(self._mesh, str):
+            return self._mesh
+        shape = trainer.num_nodes, trainer.num_devices
+        if 1 in shape:
+            logger.info('dgc: mesh="auto" finds %d nodes of %d devices: each rank is a worker of its own', *shape)
+            return None
+        return init_device_mesh(trainer.strategy.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes up what a checkpoint has brought."""

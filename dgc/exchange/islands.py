@@ -148,6 +148,23 @@ class IslandExchange(Islands, DistributedExchange):
         for tensor in tensors:
             dist.broadcast(tensor, group_src=root // self.places, group=self.group)
 
+    def bring(self, tensor: Tensor, root: int) -> None:
+        """Copies a rank's tensor to the first rank, through the rank of its place in the first node; a collective.
+
+        Args:
+            tensor: contiguous; on the first rank and the one in between it is written.
+            root: the rank that has it.
+        """
+        row, place = divmod(root, self.places)
+        for group, at, root_at, takes_part in (
+            (self.group, self.row, row, self.place == place),
+            (self.node, self.place, place, self.row == 0),
+        ):
+            if takes_part and root_at != 0 and at == root_at:
+                dist.send(tensor, group=group, group_dst=0)
+            elif takes_part and root_at != 0 and at == 0:
+                dist.recv(tensor, group=group, group_src=root_at)
+
     def broadcast_to_all(self, tensors: Sequence[Tensor]) -> None:
         """Copies the first rank's tensors to all ranks of all nodes; a collective."""
         self.broadcast(tensors, root=0)

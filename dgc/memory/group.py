@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dgc.exchange.base import Exchange
+from dgc.exchange.islands import IslandExchange
 
 from .memory import Memory
 from .share import Share, differences, log_lost, wrap
@@ -38,6 +41,40 @@ def gather(exchange: Exchange, memory: Memory, own: Mapping[str, Any]) -> dict[s
         exchange.broadcast(list(theirs.values()), root=rank)
         ranks[about["rank"]] = {**about, **(memory.state_dict_of(theirs) if exchange.rank == 0 else {})}
     return wrap(ranks) if exchange.rank == 0 else {}
+
+
+def gather_parts(exchange: IslandExchange, memory: Memory, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns all parts of all nodes' shares as a state_dict on the first rank, and {} elsewhere; a collective.
+
+    Args:
+        exchange: of the nodes.
+        memory: this rank's.
+        own: this rank's part, with views of its memory.
+    """
+    kinds = [kind for kind, value in own.items() if _by_name(value)]
+    about = {key: value for key, value in own.items() if key not in {"momentum", *kinds}}
+    shapes = {kind: {name: list(tensor.shape) for name, tensor in own[kind].items()} for kind in kinds}
+    ranks: dict[int, Mapping[str, Any]] = {}
+    for rank, text in enumerate(exchange.everyone(json.dumps([about, shapes]))):
+        about, shapes = json.loads(text)
+        share = {"momentum": {}, **about}
+        for kind, shape_of in shapes.items():
+            # One kind of one rank at a time, since a GPU need not have room for more.
+            sizes = [math.prod(shape) for shape in shape_of.values()]
+            if exchange.rank == rank:
+                flat = torch.cat([tensor.reshape(-1) for tensor in own[kind].values()])
+            else:
+                flat = torch.empty(sum(sizes), device=memory.residual.device)
+            exchange.bring(flat, rank)
+            parts = [part.clone() for part in flat.cpu().split(sizes)]
+            share[kind] = {name: part.view(shape) for part, (name, shape) in zip(parts, shape_of.items(), strict=True)}
+        if exchange.rank == 0:
+            ranks[rank] = share
+    return wrap(ranks) if exchange.rank == 0 else {}
+
+
+def _by_name(value: object) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(tensor, Tensor) for tensor in value.values())
 
 
 def regroup(exchange: Exchange, memory: Memory, mine: Share | None, averages: Collection[str] = ()) -> Share | None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from dgc.exchange.distributed import DistributedExchange
+from dgc.exchange.islands import IslandExchange
 from dgc.memory import group
 from dgc.memory.share import Choice, Share, unwrap, wrap
 
@@ -46,11 +47,15 @@ class Saved(Reducer):
     def full_state_dict(self) -> dict[str, Any]:
         """Returns on rank 0 a state_dict that loads on any number of ranks, and {} elsewhere; a collective.
 
-        For frameworks where rank 0 writes one file. Tensors are copies on the CPU, 8 bytes a parameter and rank.
+        For frameworks where rank 0 writes one file. Tensors are copies on the CPU, 8 bytes a parameter and rank, or a
+        parameter and node where nodes are the workers.
 
         Raises:
-            RuntimeError, FloatingPointError, PayloadError: as state_dict(); RuntimeError also for a sharded model.
+            RuntimeError, FloatingPointError, PayloadError: as state_dict(); RuntimeError also for a model that FSDP2
+                shards, and for nodes under Horovod.
         """
+        if isinstance(self.exchange, IslandExchange) and self._standing.divided:
+            return group.gather_parts(self.exchange, self.memory, self._own())
         if self.exchange.topology.places > 1:
             raise RuntimeError(
                 "DGCState.full_state_dict: expected ranks that hold the whole model, got shards of it, which together "

@@ -3,6 +3,7 @@
 import os
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,46 @@ def test_checkpoints_go_between_nodes_shards_and_flat_ranks(before, now, tmp_pat
                 assert all(torch.equal(a, b) for a, b in zip(first, then, strict=True)), (kind, name)
 
 
+def save_whole(rank, world_size, file):
+    run = NodeRun(2, CONFIG, optimizer=dgc.AdamW, lr=0.05)
+    for step in range(3):
+        run.train(integers(SHAPES, seed_of(step, rank)))  # whose sums are the same in any order of DDP's buckets
+    whole = run.state.full_state_dict()
+    assert bool(whole) == (rank == 0)
+    if rank == 0:
+        torch.save({"dgc": whole, "net": run.net.state_dict(), "optimizer": run.optimizer.state_dict()}, file)
+    run.train(integers(SHAPES, seed_of(3, rank)))
+    return run.result()
+
+
+def load_whole(rank, world_size, file, make):
+    saved = torch.load(file, weights_only=True)
+    run = make()
+    run.net.load_state_dict(saved["net"])
+    run.optimizer.load_state_dict(saved["optimizer"])
+    run.state.load_state_dict(saved["dgc"])
+    before = run.result()
+    run.train(integers(SHAPES, seed_of(3, rank)))
+    return before, run.result()
+
+
+def test_one_file_of_rank_0_has_all_nodes(tmp_path):
+    file = str(tmp_path / "whole.pt")
+    went_on = run_ranks(4, save_whole, file)
+    again = partial(NodeRun, 2, CONFIG, optimizer=dgc.AdamW, lr=0.05)
+    assert_same(went_on, [after for _, after in run_ranks(4, load_whole, file, again)])
+    # Where each rank is a worker, the mean of what waits is the same.
+    saved = torch.load(file, weights_only=True)["dgc"]["ranks"]
+    assert sorted(saved) == ["0.0", "0.1", "1.0", "1.1"]
+    flat = run_ranks(4, load_whole, file, partial(Run, CONFIG, optimizer=dgc.AdamW, lr=0.05))
+    assert_replicas_equal([after for _, after in flat])
+    for name in LARGE:
+        nodes = [torch.cat([saved[f"{node}.{place}"]["residual"][name] for place in range(2)]) for node in range(2)]
+        waits = sum(before["residual"][name] for before, _ in flat) / 4
+        torch.testing.assert_close(waits, sum(nodes) / 2, rtol=1e-6, atol=1e-6)
+        assert waits.any()
+
+
 def misuse(rank, world_size):
     messages = Messages()
     run = NodeRun(2, CONFIG, **SETTINGS)
@@ -209,7 +250,6 @@ def misuse(rank, world_size):
         "both": error_of(lambda: state(mesh=mesh, process_group=mesh.get_group(0))),
         "dense": error_of(dense),
         "auto": repr(state(mesh="auto")._standing.own_exchange.topology),
-        "full_state_dict": error_of(run.state.full_state_dict),
     }
     os.environ["LOCAL_WORLD_SIZE"] = "4" if rank else "2"
     found["sizes differ"] = error_of(lambda: state(mesh="auto"))
@@ -225,7 +265,6 @@ def test_each_wrong_use_says_what_to_write():
         "both": ["ValueError", "process_group: expected None with mesh"],
         "dense": ["RuntimeError", "set_density(1.0)"],
         "auto": ["rows=2", "places=2"],
-        "full_state_dict": ["RuntimeError", "dgc.checkpoint.save"],
         "sizes differ": ["ValueError", "nodes of one size", "2/0, 4/1"],
         "one node": ["rows=4", "places=1"],
     }

@@ -1,5 +1,6 @@
 """dgc.lightning on the real Trainer, by both names of the package: the bits of the three lines, checkpoints, misuse."""
 
+import os
 from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -86,11 +87,23 @@ def module_of(name, optimizers=1, manual=False):
     return Module()
 
 
-def fit(rank, name, epochs, resume=None, save=None, folder=None, attach=True, optimizers=1, manual=False, **settings):
+def fit(
+    rank,
+    name,
+    epochs,
+    resume=None,
+    save=None,
+    folder=None,
+    attach=True,
+    optimizers=1,
+    manual=False,
+    mesh=None,
+    **settings,
+):
     from dgc.lightning import DGCCallback
 
     pl = import_module(name)
-    callback = DGCCallback(CONFIG)
+    callback = DGCCallback(CONFIG, mesh=mesh)
     callbacks = [callback] if attach else []
     if folder:
         callbacks.append(import_module(f"{name}.callbacks").ModelCheckpoint(folder, "{epoch}", save_top_k=-1))
@@ -193,6 +206,27 @@ def test_each_wrong_use_says_what_to_do(ranks):
     other = SimpleNamespace(world_size=2, model=network(), strategy=object())
     with pytest.raises(TypeError, match="strategy: expected DDPStrategy, got object"):
         DGCCallback().on_fit_start(other, None)
+
+
+def nodes(rank, world_size, folder):
+    pretend(rank, world_size)
+    os.environ.update(LOCAL_RANK=str(rank % 2), LOCAL_WORLD_SIZE="2", GROUP_RANK=str(rank // 2))
+    settings = {"name": "lightning.pytorch", "mesh": "auto", "num_nodes": 2, "accumulate_grad_batches": 1}
+    straight = fit(rank, epochs=2, **settings)
+    fit(rank, epochs=1, save=f"{folder}/nodes.ckpt", **settings)
+    resumed = fit(rank, epochs=2, resume=f"{folder}/nodes.ckpt", **settings)
+    flat = fit(rank, epochs=2, resume=f"{folder}/nodes.ckpt", **{**settings, "mesh": None})
+    return {"straight": straight, "resumed": resumed, "flat": flat}
+
+
+def test_nodes_of_the_trainers_devices_are_the_workers_and_their_checkpoint_goes_on(tmp_path):
+    results = run_ranks(4, nodes, str(tmp_path))
+    rows = {len(r["straight"]["residual"]["net.0.weight"]) for r in results}
+    assert rows == {50}  # of a hundred
+    assert_equal([r["straight"] for r in results], [r["resumed"] for r in results])
+    assert_replicas_equal([r["straight"] for r in results])
+    assert_replicas_equal([r["flat"] for r in results])
+    assert [r["flat"]["step"] for r in results] == [12] * 4
 
 
 def test_the_callback_serves_the_trainer_of_the_older_name_too(ranks):
