@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -147,6 +149,17 @@ def report(
     print("\n" + text)
     if name:
         write(name, text, {"machine": about, **raw}, folder)
+
+
+def result_name(text: str) -> str:
+    """Returns the name of a result, as an argument gives it.
+
+    Raises:
+        argparse.ArgumentTypeError: it is a path, which nobody should find out after the measurement.
+    """
+    if not re.fullmatch(r"\w[\w.-]*", text):
+        raise argparse.ArgumentTypeError(f"expected a name without folders, of files in {RESULTS}, got {text!r}")
+    return text
 
 
 def write(name: str, text: str, raw: Mapping[str, Any], folder: Path | None = None) -> None:

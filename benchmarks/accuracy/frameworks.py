@@ -23,7 +23,7 @@ from unittest.mock import patch
 
 import torch.distributed as dist
 
-from benchmarks.harness import ROOT, report
+from benchmarks.harness import ROOT, report, result_name
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 EXAMPLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -76,7 +76,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=EXAMPLES, default=list(EXAMPLES), help="frameworks")
     parser.add_argument("--seeds", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--out", default="frameworks", help="name under results/ (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=result_name, default="frameworks", help="name under results/ (default: %(default)s)"
+    )
     parser.add_argument("--inside", choices=EXAMPLES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.inside:

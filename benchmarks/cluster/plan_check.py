@@ -29,7 +29,7 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
 
-from benchmarks.harness import keep_freed_memory, report
+from benchmarks.harness import keep_freed_memory, report, result_name
 from benchmarks.training.competitors import Competitor, competitor
 from benchmarks.training.links import namespaces
 from benchmarks.training.links.meter import limit_of, slowest, timed
@@ -233,7 +233,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=[*MODELS, "tiny"])
     parser.add_argument("--seconds", type=float, default=12, help="for the timed steps of a setting, about")
     parser.add_argument("--no-nodes", action="store_true", help="without the settings of nodes")
-    parser.add_argument("--out", help="name under results/; default: plan_check if all settings run, else nothing")
+    parser.add_argument(
+        "--out", type=result_name, help="name under results/; default: plan_check if all settings run, else nothing"
+    )
     args = parser.parse_args()
     try:
         for rate in args.rates:

@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=15, help="H")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls of each competitor")
     parser.add_argument("--latency", type=float, default=0, help="ms in each direction; needs netem in the kernel")
-    parser.add_argument("--out", help="name under results/; without it nothing is written")
+    parser.add_argument("--out", type=harness.result_name, help="name under results/; without it nothing is written")
     args = parser.parse_args()
     if args.repeats < 1 or args.every < 1 or not all(math.isfinite(namespaces.bits(rate)) for rate in args.rates):
         parser.error("--repeats, --every: expected numbers >= 1")

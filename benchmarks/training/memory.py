@@ -6,16 +6,17 @@ Two processes train a stack of layers of 100M parameters with DDP, once with tor
 with DGC; the difference of their peak resident memory is what DGC and its optimizer hold: with dgc.SGD u and v, 8 bytes
 a parameter, with dgc.AdamW m, s and v, 12 bytes, of which torch.optim.AdamW has 8. Without DDP, DDP's buckets are not
 there, which hold each gradient a second time, 4 bytes a parameter. Four processes, as two nodes of two, do so with the
-node as the worker, where each rank has a half of it. Under FSDP2 everything is halved, so that there the difference is
-to the process before it has a model: weights, gradients, and what DGC and its optimizer hold.
-What is left over after a warm-up is glibc's: it keeps freed scratch of gloo's all-gather in the arenas of gloo's two
-threads, at most 64 MB in each whatever the model's size. MALLOC_MMAP_THRESHOLD_=1000000 in the environment avoids it.
+node as the worker, under DDP and FSDP2, where each rank has a half of it; under DDP also of the rows on their way
+through the node, 4 bytes.
+glibc keeps much of what is freed, and more of it under FSDP2 without DGC than with it. MALLOC_MMAP_THRESHOLD_=1000000
+has it give back every tensor above a megabyte, so that the figures are those of tensors.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
 import tempfile
 from dataclasses import dataclass
 from functools import partial
@@ -64,19 +65,15 @@ class Case:
         return 2 if self.wrapper.endswith("2 x 2") else 1
 
     @property
-    def fsdp2(self) -> bool:
-        """Whether FSDP2 divides weights and gradients too."""
-        return self.wrapper.startswith("FSDP2")
-
-    @property
-    def base(self) -> Case | None:
-        """What this one's memory is beyond; None for the process before it has a model."""
-        return None if self.fsdp2 else Case(wrapper="DDP" if self.wrapper == "none" else self.wrapper)
+    def base(self) -> Case:
+        """What this one's memory is beyond."""
+        return Case(wrapper="DDP" if self.wrapper == "none" else self.wrapper)
 
     @property
     def held(self) -> float:
-        """Bytes a parameter of the tensors that are counted, on one rank."""
-        return ((12 if self.adamw else 8) + 8 * self.fsdp2) / self.places
+        """Bytes a parameter of u and v, or m, s and v, on one rank, and under DDP of rows on their way."""
+        rows = 4 if self.wrapper == "DDP, 2 x 2" else 0
+        return ((12 if self.adamw else 8) + rows) / self.places
 
     @property
     def name(self) -> str:
@@ -84,8 +81,7 @@ class Case:
         optimizer = "dgc.AdamW" if self.adamw else "dgc.SGD"
         warmup = ", after a warm-up from 25 %" if self.warmup else ""
         where = {"DDP": "", "none": ", without DDP"}.get(self.wrapper, f", {self.wrapper} ranks")
-        all_of_it = ", with weights and gradients" * self.fsdp2
-        return f"{optimizer}, {100 * (self.density or 0):g} %{warmup}{where}{all_of_it}"
+        return f"{optimizer}, {100 * (self.density or 0):g} %{warmup}{where}"
 
 
 CASES = (
@@ -107,7 +103,8 @@ def build(case: Case) -> tuple[nn.Module, torch.optim.Optimizer]:
     mesh = None
     if case.places > 1:
         mesh = init_device_mesh("cpu", (2, case.places), mesh_dim_names=("replicate", "shard"))
-    if mesh is not None and case.fsdp2:
+    if mesh is not None and case.wrapper.startswith("FSDP2"):
+        # Without DGC nobody exchanges between the nodes, which holds no memory either.
         for layer in [*net.children(), net]:
             fully_shard(layer, mesh=mesh["shard"])
     elif case.wrapper != "none":
@@ -131,7 +128,6 @@ def worker(rank: int, world_size: int, folder: str, case: Case) -> None:
     dist.init_process_group(
         "gloo", rank=rank, world_size=world_size, store=dist.FileStore(f"{folder}/store", world_size)
     )
-    before = resident("VmRSS") if case.base is None else 0
     model, optimizer = build(case)
     x = torch.randn(2, WIDTH)
     for step in range(case.warmup + 6):
@@ -141,7 +137,7 @@ def worker(rank: int, world_size: int, folder: str, case: Case) -> None:
         optimizer.zero_grad()
         model(x).square().mean().backward()
         optimizer.step()
-    peaks = torch.tensor([resident("VmHWM") - before])
+    peaks = torch.tensor([resident("VmHWM")])
     dist.all_reduce(peaks, dist.ReduceOp.MAX)
     if rank == 0:
         torch.save(peaks, f"{folder}/peak.pt")
@@ -149,7 +145,7 @@ def worker(rank: int, world_size: int, folder: str, case: Case) -> None:
 
 
 def peak(case: Case) -> int:
-    """Returns the largest peak of the ranks in bytes; where it has no base, beyond the process without a model."""
+    """Returns the largest peak of the ranks in bytes."""
     ranks = 2 * case.places
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(worker, (ranks, folder, case), nprocs=ranks)
@@ -159,22 +155,22 @@ def peak(case: Case) -> int:
 def main() -> None:
     """Measures and reports."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"  # of the processes that are started
     numel = WIDTH * WIDTH * LAYERS
     rows: list[list[str]] = []
     raw: dict[str, int] = {"numel": numel}
     bases: dict[Case, int] = {}
     for case in tqdm(CASES, unit="case"):
-        base = case.base
-        if base is not None and base not in bases:
-            bases[base] = raw[f"{base.wrapper}, no DGC"] = peak(base)
-        nbytes = raw[case.name] = peak(case) - (bases[base] if base else 0)
+        if case.base not in bases:
+            bases[case.base] = raw[f"{case.base.wrapper}, no DGC"] = peak(case.base)
+        nbytes = raw[case.name] = peak(case) - bases[case.base]
         rows.append([case.name, f"{nbytes / numel:.2f}", f"{nbytes / numel / case.held:.3f}"])
     report(
         "memory_cpu",
         f"Peak resident memory of a rank beyond the same training with torch.optim.SGD without momentum and without "
-        f"DGC, {numel:,} parameters, 2 processes, or 4 as 2 nodes of 2. u and v: 8 bytes; m, s and v: 12; a half of "
-        "it where two ranks of a node divide it. Under FSDP2 it is what is beyond the process before it has a model, "
-        "so that weights and gradients count, 8 bytes, a half of which a rank has.",
+        f"DGC, {numel:,} parameters, 2 processes, or 4 as 2 nodes of 2. u and v: 8 bytes; m, s and v: 12; rows on "
+        "their way through the node: 4; a half of it where two ranks of a node divide it. glibc gives back what is "
+        "freed (MALLOC_MMAP_THRESHOLD_=1000000).",
         ["optimizer, density", "bytes a parameter", "of these tensors"],
         rows,
         raw,

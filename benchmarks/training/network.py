@@ -52,7 +52,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from tqdm import tqdm
 
 from benchmarks import architectures
-from benchmarks.harness import keep_freed_memory
+from benchmarks.harness import keep_freed_memory, result_name
 
 from .competitors import AUTO, DOOR, NAMES, WARM_UP, Competitor, competitor
 from .links import namespaces
@@ -207,7 +207,9 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, default=20, help="for the timed steps of a setting, about")
     parser.add_argument("--latency", type=float, default=0, help="ms in each direction; needs netem in the kernel")
-    parser.add_argument("--out", help="name under results/; default: network if all settings run, else nothing")
+    parser.add_argument(
+        "--out", type=result_name, help="name under results/; default: network if all settings run, else nothing"
+    )
     parser.add_argument("--smoke", action="store_true", help="2 ranks, 1 rate, a tiny model: that it runs")
     args = parser.parse_args()
     in_nodes = args.nodes is not None

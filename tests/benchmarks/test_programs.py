@@ -1,5 +1,6 @@
 """The package benchmarks: imports without a circle, programs that start, shapes in one place, commands that exist."""
 
+import argparse
 import ast
 import importlib.util
 import re
@@ -7,7 +8,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from benchmarks.harness import ROOT
+from benchmarks.harness import ROOT, result_name
 from dgc.cli.shapes import NETWORKS
 from support.programs import run_program
 
@@ -104,6 +105,13 @@ def test_every_program_answers_help_with_its_command(tmp_path):
         assert text.startswith("usage: "), name
         assert text.endswith("\nexit 0\n"), name
         assert f"python -m {name}" in text or f"./launch/{name.split('.')[-1]}.sh" in text, name
+
+
+def test_the_name_of_a_result_is_no_path():
+    assert result_name("network_auto") == "network_auto"
+    for text in ("results/network_auto", "/tmp/x", "..", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected a name without folders"):
+            result_name(text)
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -119,7 +119,7 @@ def test_every_method_has_settings_of_its_own_and_runs_are_found_again(tmp_path)
 def test_arguments_that_make_no_sense_are_refused(monkeypatch, capsys):
     assert time_to_accuracy.target_of("mnist=97.5") == ("mnist", 97.5)
     for arguments, said in (
-        (["--target", "mnist=x"], "expected a task (mnist, gpt-adamw) = a number, got 'mnist=x'"),
+        (["--target", "mnist=x"], "expected a task (mnist, gpt-adamw, gpt-4.5M) = a number, got 'mnist=x'"),
         (["--target", "cifar=90"], "got 'cifar=90'"),
         (["--rates", "1.5gbit"], "rate: expected a number of kbit, mbit, gbit"),
         (["--methods", "dgc", "ddp"], "expected ddp and ddp bf16 among them, without ddp bf16"),
