@@ -49,12 +49,14 @@ class Goal:
     """Steps that dense training of two ranks takes, about."""
     step: float
     """Seconds of a step of two ranks without exchange, about, on two cores."""
+    samples: int | None = None
+    """Of the test samples, those that are evaluated; None for all."""
 
 
 GOALS = {
     "mnist": Goal(steps=1000, target=96.5, every=20, usual=300, step=0.006),
     "gpt-adamw": Goal(steps=3000, target=60.0, every=50, usual=1200, step=0.008),
-    "gpt-4.5M": Goal(steps=738, target=130.0, every=20, usual=300, step=0.07),
+    "gpt-4.5M": Goal(steps=738, target=130.0, every=50, usual=400, step=0.07, samples=250),
 }
 """By task."""
 SHARE = {"ddp": 1.0, "ddp bf16": 0.5}
@@ -67,7 +69,8 @@ def training(task: str, rate: str, ranks: int, method: str, seed: int, args: arg
     goal = GOALS[task]
     steps = args.steps or goal.steps
     about = settings(method, TASKS[task], steps)
-    return Training(task, method, seed, steps, about, rate, ranks, args.target.get(task, goal.target), goal.every)
+    target = args.target.get(task, goal.target)
+    return Training(task, method, seed, steps, about, rate, ranks, target, goal.every, goal.samples)
 
 
 def plan(args: argparse.Namespace) -> list[Training]:

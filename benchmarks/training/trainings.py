@@ -52,6 +52,8 @@ class Training(Run):
     """Of the task's metric, at which the run ends."""
     every: int
     """Steps from one evaluation to the next."""
+    samples: int | None = None
+    """Of the test samples, the first of which are evaluated; None for all."""
 
 
 def reaches(task: Task, metric: float, target: float) -> bool:
@@ -86,7 +88,7 @@ class Learner:
 
     def __init__(self, run: Training) -> None:
         """Makes the model, equal on all ranks, its optimizer and the schedule; a collective."""
-        self.task = TASKS[run.task]
+        self.task, self.samples = TASKS[run.task], run.samples
         torch.manual_seed(run.seed)
         self.network = self.task.network()
         self.model = wrapped(run.method, self.network, gradient_as_bucket_view=True)
@@ -113,7 +115,8 @@ class Learner:
 
     def judged(self) -> float:
         """Returns the metric on the test samples, by rank 0's network; a collective."""
-        metric = torch.tensor(measure(self.task, self.network) if dist.get_rank() == 0 else 0.0, dtype=torch.float64)
+        first = dist.get_rank() == 0
+        metric = torch.tensor(measure(self.task, self.network, self.samples) if first else 0.0, dtype=torch.float64)
         dist.broadcast(metric, 0)
         return metric.item()
 
