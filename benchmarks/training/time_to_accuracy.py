@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.accuracy.runs import Record, Run, gather, options_of_each
 from benchmarks.accuracy.tasks import TASKS
-from benchmarks.harness import RESULTS, keep_freed_memory
+from benchmarks.harness import RESULTS, keep_freed_memory, result_name
 
 from .links import namespaces
 from .links.report_time import Setting, report_time
@@ -130,7 +130,7 @@ def tell(args: argparse.Namespace, found: Mapping[Run, Record]) -> None:
             for method in args.methods
         },
     }
-    report_time("time_to_accuracy", about, compared(args, found), RIVALS, raw, args.file.parent)
+    report_time(args.out, about, compared(args, found), RIVALS, raw, args.file.parent)
 
 
 def target_of(text: str) -> tuple[str, float]:
@@ -157,6 +157,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS)
     )
+    parser.add_argument("--out", type=result_name, default="time_to_accuracy", help="name of the report (%(default)s)")
     usual = " ".join(f"{task}={goal.target:g}" for task, goal in GOALS.items())
     parser.add_argument("--target", nargs="+", type=target_of, default=[], help=f"default: {usual}")
     args = parser.parse_args()

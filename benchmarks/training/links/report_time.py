@@ -29,10 +29,12 @@ COLOURS = {
 }
 NOT_REACHED = "not reached"
 TARGETS = (
-    ("gpt-adamw", "1gbit", "dgc", 1.5),
-    ("gpt-adamw", "1gbit", "dgc, no warm-up", 1.5),
-    ("gpt-adamw", "100mbit", "dgc", 5.0),
-    ("gpt-adamw", "100mbit", "dgc, no warm-up", 5.0),
+    *(
+        (task, rate, method, least)
+        for task in ("gpt-adamw", "gpt-4.5M")
+        for rate, least in (("1gbit", 1.5), ("100mbit", 5.0))
+        for method in ("dgc", "dgc, no warm-up")
+    ),
     (None, None, "dgc", 0.98),
     (None, None, "dgc, no warm-up", 0.98),
     (None, None, "dgc auto", 0.98),
