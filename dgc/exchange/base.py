@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -11,6 +13,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.futures import Future
+
+logger = logging.getLogger("dgc")
 
 
 class Topology(NamedTuple):
@@ -231,6 +235,18 @@ class Islands(Exchange):
     @abstractmethod
     def everyone_across(self, text: str) -> list[str]:
         """Returns the texts of the ranks of equal place, node after node; a collective of these."""
+
+    def look_for_swapped_dimensions(self) -> None:
+        """Warns where the ranks of each node are on several machines, and those of a place on one; a collective."""
+        host = socket.gethostname()
+        inside, across = self.everyone_in_node(host), self.everyone_across(host)
+        if self.rank == 0 and len(set(inside)) > 1 and len(set(across)) == 1:
+            logger.warning(
+                "dgc: a node of ranks on %s averages densely between machines, and ranks on one machine exchange what "
+                "is compressed: the dimensions of the mesh, or the two process sets, seem to be swapped. A mesh has "
+                "nodes first, (nodes, ranks_of_a_node); nodes=(inside, across) has this node's ranks first",
+                ", ".join(dict.fromkeys(inside)),
+            )
 
     def everyone(self, text: str) -> list[str]:
         """Returns the texts of all ranks, node after node; a collective of all nodes."""

@@ -41,9 +41,10 @@ class HorovodIslands(Islands, HorovodExchange):
         predivide_factor: float = 1.0,
         agreed: Mapping[str, object] | None = None,
     ) -> None:
-        """Takes both process sets for good, which sets_of() has checked; see HorovodExchange."""
+        """Takes both process sets for good, which sets_of() has checked; a collective. See HorovodExchange."""
         self.node = node
         super().__init__(device, across, predivide_factor, agreed)
+        self.look_for_swapped_dimensions()
 
     def _place(self) -> tuple[int, int]:
         self.row, self.rows = super()._place()

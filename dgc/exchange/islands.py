@@ -32,7 +32,7 @@ class IslandExchange(Islands, DistributedExchange):
     go_on = "Call state.discard(drop_gradient=False) and zero_grad(); or restart all ranks from a checkpoint"
 
     def __init__(self, device: torch.device, across: dist.ProcessGroup, node: dist.ProcessGroup) -> None:
-        """Takes both groups for good.
+        """Takes both groups for good; a collective.
 
         Args:
             device: the device of all tensors that are exchanged.
@@ -51,6 +51,7 @@ class IslandExchange(Islands, DistributedExchange):
                 '(nodes, ranks_of_a_node), mesh_dim_names=("replicate", "shard")) and fully_shard(module, '
                 'mesh=mesh["shard"]), pass process_group=mesh["replicate"].get_group()'
             )
+        self.look_for_swapped_dimensions()
 
     def _place(self) -> tuple[int, int]:
         self.row, self.rows = super()._place()

@@ -5,6 +5,7 @@ import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -273,6 +274,22 @@ def test_each_wrong_use_says_what_to_write():
         for case, parts in expected.items():
             assert all(part in found[case] for part in parts), (case, found[case])
     assert any("finds one node: each rank is a worker of its own" in line for line in results[0][1])
+
+
+def on_two_machines(rank, world_size):
+    messages = Messages()
+    swapped, right = ("ab"[rank % 2], "ab"[rank // 2])
+    for host in (swapped, right):
+        with mock.patch("socket.gethostname", return_value=host):
+            NodeRun(2, CONFIG)
+    return [line for line in messages.lines if "swapped" in line]
+
+
+def test_nodes_that_lie_across_machines_are_noticed():
+    first, *others = run_ranks(4, on_two_machines)
+    assert len(first) == 1
+    assert "a node of ranks on a, b averages densely between machines" in first[0]
+    assert others == [[]] * 3
 
 
 def damaged(rank, world_size, where):
