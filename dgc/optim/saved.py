@@ -41,7 +41,12 @@ def check_groups(groups: Iterable[Mapping[str, Any]], form: Format) -> None:
         for name in form.numbers:
             value = group.get(name)
             if not (isinstance(value, Real) and 0 <= float(value) < math.inf):
-                raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
+                way_out = (
+                    f'. Write group["{name}"] = float(group["{name}"]) for each of optimizer.param_groups'
+                    if isinstance(value, Tensor)
+                    else ""
+                )
+                raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}{way_out}")
         for name, unset in form.unsupported.items():
             if group.get(name):
                 raise ValueError(

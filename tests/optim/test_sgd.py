@@ -314,3 +314,9 @@ def test_a_copy_has_no_state_and_says_so():
     with pytest.raises(RuntimeError, match="expected a DGCState to have reduced"):
         optimizer.step()
     assert optimizer.steps == one.optimizer.steps == 1
+
+
+@pytest.mark.parametrize("make", [dgc.SGD, dgc.AdamW])
+def test_a_learning_rate_in_a_tensor_is_refused_with_the_line_to_write(make):
+    with pytest.raises(ValueError, match=r'lr: expected a finite number.*group\["lr"\] = float\(group\["lr"\]\)'):
+        make([torch.nn.Parameter(torch.ones(3))], lr=torch.tensor(0.1))
