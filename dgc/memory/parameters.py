@@ -14,7 +14,7 @@ from dgc.optim.apply import all_zero
 from dgc.optim.foreign import rule_of
 
 from .names import by_name
-from .refusals import check_names, dense_reasons, unwrapped
+from .refusals import check_held, check_names, dense_reasons, unwrapped
 from .slots import Slot, by_rows, laid_out_again, lay_out
 
 
@@ -77,13 +77,7 @@ class Parameters:
             ValueError: a parameter is in none; or a group has a value that the rule refuses.
         """
         group_of = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
-        if not_held := [name for name, p in self.by_name.items() if id(p) not in group_of]:
-            raise ValueError(
-                f"optimizer: expected it to hold every parameter, but not {', '.join(not_held)}: their gradients would "
-                "be reduced and never applied. Pass them to the optimizer, in groups of one optimizer where they "
-                "differ; or set requires_grad=False before DDP and DGCState are made. To freeze them later, keep their "
-                "group in the optimizer, with lr = 0"
-            )
+        check_held(self.by_name, group_of)
         self._groups = {name: group_of[id(p)] for name, p in self.by_name.items()}
         self.rule.check()
 

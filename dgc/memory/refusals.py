@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
@@ -62,6 +62,31 @@ def check_names(parameters: Mapping[str, Tensor], optimizer: Optimizer) -> None:
             f"named_parameters: expected all that the optimizer holds, but {len(unnamed)} are missing, of shape "
             f"{', '.join(unnamed)}. Pass model.named_parameters() of the whole model. A loss with weights of its own, "
             "or a second network, goes into the module that DDP wraps, or gets an optimizer of its own"
+        )
+
+
+def check_held(parameters: Mapping[str, Tensor], held: Collection[int]) -> None:
+    """Checks that the optimizer holds every trainable parameter.
+
+    Args:
+        parameters: by name.
+        held: ids of the optimizer's.
+
+    Raises:
+        ValueError: it does not hold one; or none of them, and then the remedy is another.
+    """
+    missing = [name for name, p in parameters.items() if id(p) not in held]
+    if len(missing) == len(parameters):
+        raise ValueError(
+            f"optimizer: expected one of this model, got one that holds none of its parameters ({missing[0]}, ...). "
+            "Make it from model.parameters() after what replaces them, as fully_shard does"
+        )
+    if missing:
+        raise ValueError(
+            f"optimizer: expected it to hold every parameter, but not {', '.join(missing)}: their gradients would be "
+            "reduced and never applied. Pass them to the optimizer, in groups of one optimizer where they differ; or "
+            "set requires_grad=False before DDP and DGCState are made. To freeze them later, keep their group in the "
+            "optimizer, with lr = 0"
         )
 
 

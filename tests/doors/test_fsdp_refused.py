@@ -41,6 +41,12 @@ def misuse(rank, world_size):
         fully_shard(half, mesh=mesh["shard"], ignored_params=set(half[1].parameters()))
         dgc.DGCState(half.named_parameters(), dgc.SGD(half.parameters(), lr=0.1), process_group=across).register(half)
 
+    def optimizer_made_before():
+        net = Given(SHAPES)
+        optimizer = dgc.SGD(net.parameters(), lr=0.1)
+        fully_shard(net, mesh=mesh["shard"])
+        dgc.DGCState(net.named_parameters(), optimizer, process_group=across)
+
     def by_columns(p):
         return Shard(1) if p.ndim == 2 else None
 
@@ -53,6 +59,7 @@ def misuse(rank, world_size):
         "twice": error_of(lambda: again.register(net)),
         "twice, one state": error_of(lambda: state.register(net)),
         "other weights": error_of(lambda: build(mesh, "shard", across, odd)),
+        "optimizer made before": error_of(optimizer_made_before),
         "foreign parameter": error_of(
             lambda: dgc.DGCState(
                 list(net.named_parameters())[:1],
@@ -73,6 +80,7 @@ def test_each_wrong_use_says_what_to_write():
         "twice": ["ValueError", "got a, b, c, d, e", "Build the model anew"],
         "twice, one state": ["ValueError", "got a, b, c, d, e", "Build the model anew"],
         "other weights": ["ValueError", "equal weights", "others on rank 2 than on the first", "Seed all ranks alike"],
+        "optimizer made before": ["ValueError", "holds none of its parameters (a, ...)", "as fully_shard does"],
         "foreign parameter": ["ValueError", "not of b, c, d, e"],
     }
     for found in run_ranks(4, misuse):
