@@ -231,6 +231,30 @@ def test_a_dense_run_goes_on(ranks):
     assert_replicas_equal([r["from dense"] for r in ranks])
 
 
+def nodes(rank, world_size, folder):
+    pretend(rank, world_size)
+    os.environ.update(LOCAL_WORLD_SIZE="2", LOCAL_RANK=str(rank % 2))
+
+    def made():
+        run = Run(attach=False)
+        run.attach(mesh="auto")
+        return run
+
+    straight = made().train(rank, range(6)).result()
+    before = made().train(rank, range(3))
+    before.accelerator.save_state(f"{folder}/nodes")
+    after = made()
+    after.accelerator.load_state(f"{folder}/nodes")
+    return straight, after.train(rank, range(3, 6)).result()
+
+
+def test_two_nodes_of_two_ranks_resume_to_the_bit(tmp_path):
+    results = run_ranks(4, nodes, str(tmp_path))
+    assert_equal([straight for straight, _ in results], [resumed for _, resumed in results])
+    assert_replicas_equal([straight for straight, _ in results])
+    assert {len(straight["residual"]["0.weight"]) for straight, _ in results} == {50}  # of a hundred rows
+
+
 def test_each_wrong_use_says_what_to_do(ranks):
     for errors in (r["errors"] for r in ranks):
         for name in ("norm", "named", "value"):

@@ -1,5 +1,6 @@
 """dgc.transformers on the real Trainer, with a small GPT-2: the bits of the three lines, checkpoints, misuse."""
 
+import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,12 +46,12 @@ def trainer_of(folder, **settings):
     return Trainer(network(), args, train_dataset=samples())
 
 
-def train(folder, resume=None, attach=True, config=CONFIG, **settings):
+def train(folder, resume=None, attach=True, config=CONFIG, mesh=None, **settings):
     import dgc.transformers
 
     trainer = trainer_of(folder, **settings)
     if attach:
-        dgc.transformers.attach(trainer, config)
+        dgc.transformers.attach(trainer, config, mesh=mesh)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -152,6 +153,22 @@ def test_resume_from_checkpoint_has_the_bits_of_a_run_that_went_on(ranks):
 def test_a_dense_run_goes_on(ranks):
     assert_replicas_equal([r["from dense"] for r in ranks])
     assert all(r["from dense"]["step"] == STEPS - 4 for r in ranks)
+
+
+def nodes(rank, world_size, folder):
+    pretend(rank, world_size)
+    os.environ.update(LOCAL_WORLD_SIZE="2", LOCAL_RANK=str(rank % 2))
+    folder = Path(folder)
+    straight = train(folder / "a", mesh="auto")
+    resumed = train(folder / "b", resume=str(folder / "a" / "checkpoint-4"), mesh="auto")
+    return result(straight), result(resumed)
+
+
+def test_two_nodes_of_two_ranks_resume_to_the_bit(tmp_path):
+    results = run_ranks(4, nodes, str(tmp_path))
+    assert_equal([straight for straight, _ in results], [resumed for _, resumed in results])
+    assert_replicas_equal([straight for straight, _ in results])
+    assert {len(straight["residual"]["transformer.wte.weight"]) for straight, _ in results} == {32}  # of 64 rows
 
 
 def test_each_wrong_use_says_what_to_do(ranks):
