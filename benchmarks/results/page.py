@@ -19,6 +19,7 @@ DOCS = ROOT / "docs"
 SECTIONS = {
     "network": "Slow networks",
     "time_to_accuracy": "Time to a given accuracy",
+    "time_to_accuracy_gpt": "Time to a given perplexity of a larger GPT",
     "network_door": "Without DDP",
     "network_local": "Local steps on slow links",
     "network_nodes": "Nodes that share a slow link",

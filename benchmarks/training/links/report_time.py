@@ -162,7 +162,7 @@ def plot(settings: Sequence[Setting], picture: Path) -> None:
     """Draws the metric against seconds: a row for each task and number of ranks, a column for each rate."""
     lines = list(dict.fromkeys((it.task, it.ranks) for it in settings))
     rates = list(dict.fromkeys(it.rate for it in settings))
-    size = (3.6 * len(rates) + 1, 2.8 * len(lines) + 1)
+    size = (3.6 * len(rates) + 1.4, 2.8 * len(lines) + 1)
     figure, grid = pyplot.subplots(len(lines), len(rates), figsize=size, squeeze=False, layout="constrained")
     for setting in settings:
         axes = grid[lines.index((setting.task, setting.ranks))][rates.index(setting.rate)]
@@ -181,8 +181,8 @@ def plot(settings: Sequence[Setting], picture: Path) -> None:
         axes.set_title(f"{setting.task}, {setting.rate}, {setting.ranks} ranks", fontsize=9)
         axes.set_ylabel(f"test {setting.metric}", fontsize=9)
         axes.grid(alpha=0.3, which="both")
-    figure.supxlabel("seconds of training; dotted: the target; a line for each seed")
+    figure.supxlabel("seconds of training; dotted: the target; a line for each seed", fontsize=10)
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 3 * len(rates)), frameon=False)
     figure.savefig(picture, dpi=130)
     pyplot.close(figure)
