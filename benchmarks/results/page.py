@@ -18,6 +18,7 @@ from . import claims
 DOCS = ROOT / "docs"
 SECTIONS = {
     "network": "Slow networks",
+    "network_auto": "Dense or compressed, as the run decides",
     "time_to_accuracy": "Time to a given accuracy",
     "time_to_accuracy_gpt": "Time to a given perplexity of a larger GPT",
     "network_door": "Without DDP",

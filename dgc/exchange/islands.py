@@ -157,20 +157,28 @@ class IslandExchange(Islands, DistributedExchange):
             root: the rank that has it.
         """
         row, place = divmod(root, self.places)
-        for group, at, root_at, takes_part in (
-            (self.group, self.row, row, self.place == place),
-            (self.node, self.place, place, self.row == 0),
-        ):
-            if takes_part and root_at != 0 and at == root_at:
-                dist.send(tensor, group=group, group_dst=0)
-            elif takes_part and root_at != 0 and at == 0:
-                dist.recv(tensor, group=group, group_src=root_at)
+        try:
+            if self.place == place:
+                _bring_in(self.group, tensor, row)
+            if self.row == 0:
+                _bring_in(self.node, tensor, place)
+        except RuntimeError as error:
+            raise failed("the way of a share to the first rank", error) from error
 
     def broadcast_to_all(self, tensors: Sequence[Tensor]) -> None:
         """Copies the first rank's tensors to all ranks of all nodes; a collective."""
         self.broadcast(tensors, root=0)
         for tensor in tensors:
             dist.broadcast(tensor, group_src=0, group=self.node)
+
+
+def _bring_in(group: dist.ProcessGroup, tensor: Tensor, root: int) -> None:
+    """Copies the tensor of a group's rank to its first one."""
+    rank = dist.get_rank(group)
+    if rank == root != 0:
+        dist.send(tensor, group=group, group_dst=0)
+    elif rank == 0 != root:
+        dist.recv(tensor, group=group, group_src=root)
 
 
 def nodes_of(mesh: DeviceMesh | Literal["auto"]) -> DeviceMesh | None:

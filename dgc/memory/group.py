@@ -65,11 +65,13 @@ def gather_parts(exchange: IslandExchange, memory: Memory, own: Mapping[str, Any
                 flat = torch.cat([tensor.reshape(-1) for tensor in own[kind].values()])
             else:
                 flat = torch.empty(sum(sizes), device=memory.residual.device)
-            exchange.bring(flat, rank)
-            parts = [part.clone() for part in flat.cpu().split(sizes)]
-            share[kind] = {name: part.view(shape) for part, (name, shape) in zip(parts, shape_of.items(), strict=True)}
-        if exchange.rank == 0:
-            ranks[rank] = share
+            if len(flat):
+                exchange.bring(flat, rank)
+            if exchange.rank == 0:
+                parts = zip(flat.cpu().split(sizes), shape_of.items(), strict=True)
+                # Copies, since a view would be pickled with the whole of flat.
+                share[kind] = {name: part.view(shape).clone() for part, (name, shape) in parts}
+        ranks[rank] = share
     return wrap(ranks) if exchange.rank == 0 else {}
 
 
