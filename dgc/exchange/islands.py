@@ -172,7 +172,7 @@ class IslandExchange(Islands, DistributedExchange):
             dist.broadcast(tensor, group_src=0, group=self.node)
 
 
-def _bring_in(group: dist.ProcessGroup, tensor: Tensor, root: int) -> None:
+def _bring_in(group: dist.ProcessGroup | None, tensor: Tensor, root: int) -> None:
     """Copies the tensor of a group's rank to its first one."""
     rank = dist.get_rank(group)
     if rank == root != 0:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -21,38 +20,57 @@ def all_zero(parameters: Iterable[Tensor]) -> bool:
     return not any(bool(gradient.any()) for gradient in gradients if gradient is not None)
 
 
-def advance(u: Tensor, gradient: Tensor, mu: float, alpha: float = 1) -> None:
-    """Advances a momentum, as torch.optim.SGD does: u <- mu*u + alpha*gradient."""
-    u.mul_(mu).add_(gradient, alpha=alpha)
+def advance(us: list[Tensor], gradients: list[Tensor], mu: float, skip: Tensor | None, alpha: float = 1) -> None:
+    """Advances momenta as torch.optim.SGD does, u <- mu*u + alpha*gradient, unless `skip` on the device is not 0."""
+    if not us:
+        return
+    if skip is None:
+        torch._foreach_mul_(us, mu)
+        torch._foreach_add_(us, gradients, alpha=alpha)
+        return
+    changed = torch._foreach_mul(us, mu)
+    torch._foreach_add_(changed, gradients, alpha=alpha)
+    for u, value in zip(us, changed, strict=True):
+        torch.where(skip != 0, u, value, out=u)
+
+
+def with_momentum(
+    gradients: list[Tensor], us: list[Tensor | None], mu: float, nesterov: bool, skip: Tensor | None
+) -> list[Tensor]:
+    """Advances the momenta that there are, and returns the updates, which without momentum are the gradients."""
+    both = [(u, gradient) for u, gradient in zip(us, gradients, strict=True) if u is not None]
+    advance([u for u, _ in both], [gradient for _, gradient in both], mu, skip)
+    return [
+        gradient if u is None else gradient.add(u, alpha=mu) if nesterov else u
+        for u, gradient in zip(us, gradients, strict=True)
+    ]
+
+
+def shrink(parameters: list[Tensor], factor: float, skip: Tensor | None) -> None:
+    """Multiplies each parameter by a factor, unless `skip` on the device is not 0."""
+    if skip is None:
+        torch._foreach_mul_(parameters, factor)
+        return
+    for p in parameters:
+        torch.where(skip != 0, p, p * factor, out=p)
 
 
 def subtract(
     parameters: list[Tensor], updates: list[Tensor], lr: float, skip: Tensor | None, shrink: float = 1.0
 ) -> None:
     """Multiplies each parameter by `shrink` and subtracts lr * update, in one op where contiguous and float32."""
-
-    def change(parameter: Tensor, update: Tensor) -> None:
-        if shrink != 1:
-            parameter.mul_(shrink)
-        parameter.add_(update, alpha=-lr)
-
     together: list[Tensor] = []
     their_updates: list[Tensor] = []
     for p, update in zip(parameters, updates, strict=True):
         if p.dtype == update.dtype == torch.float32 and p.is_contiguous() and update.is_contiguous():
             together.append(p)
             their_updates.append(update)
-        else:
-            unless(skip, p, partial(change, update=update))
+            continue
+        changed = p if skip is None else p.clone()
+        if shrink != 1:
+            changed.mul_(shrink)
+        changed.add_(update, alpha=-lr)
+        if skip is not None:  # the host does not wait to read it
+            torch.where(skip != 0, p, changed, out=p)
     if together:
         ops.subtract_(together, their_updates, lr, shrink, skip)
-
-
-def unless(skip: Tensor | None, tensor: Tensor, change: Callable[[Tensor], object]) -> None:
-    """Changes a tensor in place, unless `skip` on the device is not 0; the host does not wait to read it."""
-    if skip is None:
-        change(tensor)
-        return
-    changed = tensor.clone()
-    change(changed)
-    torch.where(skip != 0, tensor, changed, out=tensor)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from dgc.local import gradient_of, local
 
-from .apply import advance, subtract, unless
+from .apply import subtract, with_momentum
 from .base import DGCOptimizer, Reducer, Rule
 from .own import Own
 from .plain import Plain
@@ -93,15 +93,13 @@ class OuterSGD(DGCOptimizer):
         skip = reducer.skip if reducer is not None else None
         for group in self.param_groups:
             held = [(p, gradient) for p in group["params"] if (gradient := gradient_of(p)) is not None]
-            updates = []
-            for p, gradient in held:
-                update = gradient
-                if group["momentum"]:
-                    state = self.state[p]
-                    if MOMENTUM_BUFFER not in state:
-                        state[MOMENTUM_BUFFER] = torch.zeros_like(p)
-                    m = local(state[MOMENTUM_BUFFER])
-                    unless(skip, m, partial(advance, gradient=gradient, mu=group["momentum"]))
-                    update = gradient.add(m, alpha=group["momentum"]) if group["nesterov"] else m
-                updates.append(update)
+            mu = group["momentum"]
+            us = [self._momentum_of(p) if mu else None for p, _ in held]
+            updates = with_momentum([gradient for _, gradient in held], us, mu, group["nesterov"], skip)
             subtract([local(p) for p, _ in held], updates, group["lr"], skip)
+
+    def _momentum_of(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if MOMENTUM_BUFFER not in state:
+            state[MOMENTUM_BUFFER] = torch.zeros_like(p)
+        return local(state[MOMENTUM_BUFFER])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from dgc.local import gradient_of, local
 from dgc.ops import Accumulation
 
 from . import saved
-from .apply import advance, subtract, unless
+from .apply import advance, shrink, subtract, with_momentum
 from .base import DGCOptimizer, Reducer, Rule
 from .own import Own
 from .saved import Format
@@ -215,33 +214,26 @@ class SGD(DGCOptimizer):
         lr, mu, decay, nesterov = group["lr"], group["momentum"], group["weight_decay"], group["nesterov"]
         skip = reducer.skip if reducer is not None else None
         held = [(p, gradient) for p in group["params"] if (gradient := gradient_of(p)) is not None]
-        if decay:
-            for p, _ in held:
-                self._decay_weights(p, lr, mu, decay, nesterov, skip)
-        updates = []
-        for p, gradient in held:
-            update = gradient
-            kept = reducer.kept_of(p) if reducer is not None and mu else None
-            u = None if kept is None else kept[MOMENTUM]
-            if u is not None:
-                unless(skip, u, partial(advance, gradient=gradient, mu=mu))
-                update = gradient.add(u, alpha=mu) if nesterov else u
-            updates.append(update)
+        if decay and held:
+            self._decay_weights([p for p, _ in held], lr, mu, decay, nesterov, skip)
+        # What is sent dense has its momentum here; what is compressed has had it before it was selected.
+        us = [None if reducer is None or not mu else _momentum_of(p, reducer) for p, _ in held]
+        updates = with_momentum([gradient for _, gradient in held], us, mu, nesterov, skip)
         subtract([local(p) for p, _ in held], updates, lr, skip)
 
     def _decay_weights(
-        self, p: Tensor, lr: float, mu: float, decay: float, nesterov: bool, skip: Tensor | None
+        self, parameters: Sequence[Tensor], lr: float, mu: float, decay: float, nesterov: bool, skip: Tensor | None
     ) -> None:
-        """Subtracts the weight-decay part of the update from p: lr times the momentum form of decay * p."""
-        shrink, values = partial(torch.Tensor.mul_, other=1 - lr * decay), local(p)
+        """Subtracts the weight-decay part of the update: lr times the momentum form of decay * p."""
+        values = [local(p) for p in parameters]
         if not mu:
-            unless(skip, values, shrink)
+            shrink(values, 1 - lr * decay, skip)
             return
-        u = local(self._decay_momentum(p))
-        unless(skip, u, partial(advance, gradient=values, mu=mu, alpha=decay))
+        us = [local(self._decay_momentum(p)) for p in parameters]
+        advance(us, values, mu, skip, alpha=decay)
         if nesterov:
-            unless(skip, values, shrink)
-        subtract([values], [u], lr * mu if nesterov else lr, skip)
+            shrink(values, 1 - lr * decay, skip)
+        subtract(values, us, lr * mu if nesterov else lr, skip)
 
     def _state(self, p: Tensor) -> dict[str, Any]:
         """Returns the state of a parameter, made where it is missing.
@@ -267,6 +259,11 @@ class SGD(DGCOptimizer):
             self._state(p)
             if id(p) in with_decay:
                 self._decay_momentum(p)
+
+
+def _momentum_of(p: Tensor, reducer: Reducer) -> Tensor | None:
+    kept = reducer.kept_of(p)
+    return None if kept is None else kept[MOMENTUM]
 
 
 def _trains_with_momentum(group: Mapping[str, Any]) -> bool:
