@@ -22,16 +22,11 @@ def all_zero(parameters: Iterable[Tensor]) -> bool:
 
 def advance(us: list[Tensor], gradients: list[Tensor], mu: float, skip: Tensor | None, alpha: float = 1) -> None:
     """Advances momenta as torch.optim.SGD does, u <- mu*u + alpha*gradient, unless `skip` on the device is not 0."""
-    if not us:
-        return
-    if skip is None:
-        torch._foreach_mul_(us, mu)
-        torch._foreach_add_(us, gradients, alpha=alpha)
-        return
-    changed = torch._foreach_mul(us, mu)
-    torch._foreach_add_(changed, gradients, alpha=alpha)
-    for u, value in zip(us, changed, strict=True):
-        torch.where(skip != 0, u, value, out=u)
+    changed = us if skip is None else [u.clone() for u in us]
+    _multiply(changed, mu)
+    if us:
+        torch._foreach_add_(changed, gradients, alpha=alpha)
+    _take(us, changed, skip)
 
 
 def with_momentum(
@@ -48,11 +43,25 @@ def with_momentum(
 
 def shrink(parameters: list[Tensor], factor: float, skip: Tensor | None) -> None:
     """Multiplies each parameter by a factor, unless `skip` on the device is not 0."""
-    if skip is None:
-        torch._foreach_mul_(parameters, factor)
-        return
-    for p in parameters:
-        torch.where(skip != 0, p, p * factor, out=p)
+    changed = parameters if skip is None else [p.clone() for p in parameters]
+    _multiply(changed, factor)
+    _take(parameters, changed, skip)
+
+
+def _multiply(tensors: list[Tensor], factor: float) -> None:
+    """Multiplies each tensor: all float32 ones at once, others one by one, since torch would round the factor too."""
+    if together := [tensor for tensor in tensors if tensor.dtype == torch.float32]:
+        torch._foreach_mul_(together, factor)
+    for tensor in tensors:
+        if tensor.dtype != torch.float32:
+            tensor.mul_(factor)
+
+
+def _take(tensors: list[Tensor], changed: list[Tensor], skip: Tensor | None) -> None:
+    """Takes over changed copies, unless `skip` on the device is not 0; the host does not wait to read it."""
+    if skip is not None:
+        for tensor, value in zip(tensors, changed, strict=True):
+            torch.where(skip != 0, tensor, value, out=tensor)
 
 
 def subtract(
@@ -70,7 +79,6 @@ def subtract(
         if shrink != 1:
             changed.mul_(shrink)
         changed.add_(update, alpha=-lr)
-        if skip is not None:  # the host does not wait to read it
-            torch.where(skip != 0, p, changed, out=p)
+        _take([p], [changed], skip)
     if together:
         ops.subtract_(together, their_updates, lr, shrink, skip)
