@@ -51,7 +51,8 @@ def shrink(parameters: list[Tensor], factor: float, skip: Tensor | None) -> None
 def _multiply(tensors: list[Tensor], factor: float) -> None:
     """Multiplies each tensor: all float32 ones at once, others one by one, since torch would round the factor too."""
     if together := [tensor for tensor in tensors if tensor.dtype == torch.float32]:
-        torch._foreach_mul_(together, factor)
+        # On the CPU it would make a tensor of the number for each multiplication.
+        torch._foreach_mul_(together, torch.tensor(factor) if together[0].device.type == "cpu" else factor)
     for tensor in tensors:
         if tensor.dtype != torch.float32:
             tensor.mul_(factor)
