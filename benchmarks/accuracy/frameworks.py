@@ -51,6 +51,9 @@ def run_all(name: str, seeds: int) -> None:
                 print(f"\n{MARK} {seed} {kind}", flush=True)
             runpy.run_path(str(ROOT / script), run_name="__main__")
             sys.stdout.flush()
+    if dist.is_initialized():  # a process that ended with gloo's group would end by a signal, now and then
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def measured(name: str, seeds: int) -> dict[str, list[float]]:
