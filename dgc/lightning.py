@@ -24,7 +24,7 @@ except ModuleNotFoundError:  # the same under its older name
     from pytorch_lightning import Callback, LightningModule, Trainer
 
 needs("2.6", "lightning", "pytorch-lightning")
-logger = logging.getLogger("dgc")
+_logger = logging.getLogger("dgc")
 
 
 class DGCCallback(Callback):
@@ -77,7 +77,7 @@ class DGCCallback(Callback):
             return self._mesh
         shape = trainer.num_nodes, trainer.num_devices
         if 1 in shape:
-            logger.info('dgc: mesh="auto" finds %d nodes of %d devices: each rank is a worker of its own', *shape)
+            _logger.info('dgc: mesh="auto" finds %d nodes of %d devices: each rank is a worker of its own', *shape)
             return None
         return init_device_mesh(trainer.strategy.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
 
