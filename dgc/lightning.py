@@ -72,12 +72,13 @@ class DGCCallback(Callback):
         attach(trainer.model, optimizer, self._config, mesh=self._nodes(trainer), grad_scaler=trainer.scaler)
         self.state = optimizer.dgc
 
-    def _nodes(self, trainer: Trainer) -> DeviceMesh | None:
-        if not isinstance(self._mesh, str):
-            return self._mesh
+    def _nodes(self, trainer: Trainer) -> DeviceMesh | Any:
+        if self._mesh != "auto":
+            return self._mesh  # attach() refuses other words
         shape = trainer.num_nodes, trainer.num_devices
         if 1 in shape:
-            _logger.info('dgc: mesh="auto" finds %d nodes of %d devices: each rank is a worker of its own', *shape)
+            if trainer.is_global_zero:
+                _logger.info('dgc: mesh="auto" finds %d x %d devices: each rank is a worker of its own', *shape)
             return None
         return init_device_mesh(trainer.strategy.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
 

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         found = on_paper(args, setting)
         places = args.ranks_per_node or 1
         where = f"{args.ranks} ranks, {places} a node, {args.link} a node; arithmetic, not measured"
-        _show(args, setting.model, found, args.ranks, where, [], "bf16")
+        _show(args, setting.model, found, args.ranks, where, [], "fp16" if on_horovod() else "bf16")
         return 0
     process = started(os.environ)
     assert process is not None  # check_arguments

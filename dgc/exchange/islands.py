@@ -155,6 +155,9 @@ class IslandExchange(Islands, DistributedExchange):
         Args:
             tensor: contiguous; on the first rank and the one in between it is written.
             root: the rank that has it.
+
+        Raises:
+            RuntimeError: a rank on the way has gone.
         """
         row, place = divmod(root, self.places)
         try:

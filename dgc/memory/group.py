@@ -50,6 +50,9 @@ def gather_parts(exchange: IslandExchange, memory: Memory, own: Mapping[str, Any
         exchange: of the nodes.
         memory: this rank's.
         own: this rank's part, with views of its memory.
+
+    Raises:
+        RuntimeError: a rank has gone.
     """
     kinds = [kind for kind, value in own.items() if _by_name(value)]
     about = {key: value for key, value in own.items() if key not in {"momentum", *kinds}}
@@ -64,7 +67,7 @@ def gather_parts(exchange: IslandExchange, memory: Memory, own: Mapping[str, Any
             if exchange.rank == rank:
                 flat = torch.cat([tensor.reshape(-1) for tensor in own[kind].values()])
             else:
-                flat = torch.empty(sum(sizes), device=memory.residual.device)
+                flat = torch.empty(sum(sizes), dtype=torch.float32, device=memory.residual.device)
             if len(flat):
                 exchange.bring(flat, rank)
             if exchange.rank == 0:

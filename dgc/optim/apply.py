@@ -22,11 +22,13 @@ def all_zero(parameters: Iterable[Tensor]) -> bool:
 
 def advance(us: list[Tensor], gradients: list[Tensor], mu: float, skip: Tensor | None, alpha: float = 1) -> None:
     """Advances momenta as torch.optim.SGD does, u <- mu*u + alpha*gradient, unless `skip` on the device is not 0."""
-    changed = us if skip is None else [u.clone() for u in us]
-    _multiply(changed, mu)
-    if us:
-        torch._foreach_add_(changed, gradients, alpha=alpha)
-    _take(us, changed, skip)
+    if skip is None:
+        _multiply(us, mu)
+        if us:
+            torch._foreach_add_(us, gradients, alpha=alpha)
+        return
+    for u, gradient in zip(us, gradients, strict=True):  # one by one: copies of all would need their memory again
+        torch.where(skip != 0, u, u.mul(mu).add_(gradient, alpha=alpha), out=u)
 
 
 def with_momentum(
@@ -43,26 +45,22 @@ def with_momentum(
 
 def shrink(parameters: list[Tensor], factor: float, skip: Tensor | None) -> None:
     """Multiplies each parameter by a factor, unless `skip` on the device is not 0."""
-    changed = parameters if skip is None else [p.clone() for p in parameters]
-    _multiply(changed, factor)
-    _take(parameters, changed, skip)
+    if skip is None:
+        _multiply(parameters, factor)
+        return
+    for p in parameters:
+        torch.where(skip != 0, p, p.mul(factor), out=p)
 
 
 def _multiply(tensors: list[Tensor], factor: float) -> None:
     """Multiplies each tensor: all float32 ones at once, others one by one, since torch would round the factor too."""
     if together := [tensor for tensor in tensors if tensor.dtype == torch.float32]:
-        # On the CPU it would make a tensor of the number for each multiplication.
-        torch._foreach_mul_(together, torch.tensor(factor) if together[0].device.type == "cpu" else factor)
+        # On the CPU it would make a tensor of the number for each multiplication. Not torch's default type and device.
+        on_cpu = together[0].device.type == "cpu"
+        torch._foreach_mul_(together, torch.tensor(factor, dtype=torch.float32, device="cpu") if on_cpu else factor)
     for tensor in tensors:
         if tensor.dtype != torch.float32:
             tensor.mul_(factor)
-
-
-def _take(tensors: list[Tensor], changed: list[Tensor], skip: Tensor | None) -> None:
-    """Takes over changed copies, unless `skip` on the device is not 0; the host does not wait to read it."""
-    if skip is not None:
-        for tensor, value in zip(tensors, changed, strict=True):
-            torch.where(skip != 0, tensor, value, out=tensor)
 
 
 def subtract(
@@ -80,6 +78,7 @@ def subtract(
         if shrink != 1:
             changed.mul_(shrink)
         changed.add_(update, alpha=-lr)
-        _take([p], [changed], skip)
+        if skip is not None:  # the host does not wait to read it
+            torch.where(skip != 0, p, changed, out=p)
     if together:
         ops.subtract_(together, their_updates, lr, shrink, skip)

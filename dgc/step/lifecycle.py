@@ -94,6 +94,7 @@ class Pass:
             late: whether step() reads its verdict one pass later.
 
         Raises:
+            RuntimeError: the pass is not open.
             PayloadError: a rank sent what does not fit; only for a shadow.
         """
         self._expect(Stage.OPEN)

@@ -194,7 +194,7 @@ class Reducer(Claims):
         """Ends a backward pass, after its last bucket.
 
         Raises:
-            RuntimeError: the pass has been discarded.
+            RuntimeError, PayloadError: the pass has been discarded; or as Pass.close().
         """
         if self._pass.stage is not Stage.OPEN:
             raise RuntimeError(advice.discarded())

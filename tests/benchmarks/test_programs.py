@@ -109,7 +109,7 @@ def test_every_program_answers_help_with_its_command(tmp_path):
 
 def test_the_name_of_a_result_is_no_path():
     assert result_name("network_auto") == "network_auto"
-    for text in ("results/network_auto", "/tmp/x", "..", ""):
+    for text in ("results/network_auto", "/x", "..", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="expected a name without folders"):
             result_name(text)
 

@@ -61,6 +61,8 @@ def test_under_horovodrun_the_lines_are_horovods(capsys, monkeypatch):
     assert "optimizer = dgc.AdamW(model.parameters(), ...)" in text
     assert "dgc.horovod.DistributedOptimizer(optimizer, model.named_parameters(), compressor)" in text
     assert "DistributedDataParallel" not in text
+    assert "dense, fp16" in text
+    assert "bf16" not in text
 
 
 def test_a_fast_link_gets_the_16_bit_hook(capsys):
