@@ -205,6 +205,7 @@ def exchange_with(nodes, hosts=None, config=None, **horovod):
     with pytest.MonkeyPatch.context() as patch:
         if hosts is not None:
             patch.setattr(hvd, "cross_rank", lambda: hosts[hvd.rank()])
+            patch.setattr("socket.gethostname", lambda: f"host {hosts[hvd.rank()]}")
         messages, found = Messages(), []
         given = {} if nodes is None else {"nodes": nodes}
         error = error_of(lambda: found.append(Run(config, horovod={**given, **horovod})))
@@ -232,6 +233,7 @@ def misuse():
     odd = known(0, 3) if rank in (0, 3) else known(1, 2)
     found = {
         "pair": exchange_with((node, across)),
+        "swapped": exchange_with((across, node), hosts=[0, 0, 1, 1]),
         "one node": exchange_with("auto", hosts=[0, 0, 0, 0]),
         "one rank a node": exchange_with("auto", hosts=[0, 1, 2, 3]),
         "sizes": exchange_with("auto", hosts=[0, 0, 0, 1]),
@@ -251,6 +253,7 @@ def misuse():
 
 EXPECTED = {
     "pair": ["HorovodIslands", "leave that out"],
+    "swapped": ["HorovodIslands"],
     "one node": ["HorovodExchange of [0, 1, 2, 3]"],
     "one rank a node": ["HorovodExchange of [0, 1, 2, 3]"],
     "sizes": ["ValueError: nodes: expected nodes of one size", "got [0, 1, 2] and [3]", "as many processes"],
@@ -275,6 +278,8 @@ def test_nodes_that_do_not_fit_are_refused_and_single_ones_are_exchanged_flatly(
         for case, texts in EXPECTED.items():
             assert all(text in str(found[case]) for text in texts), (rank, case, found[case])
         assert f"of [{rank % 2}, {2 + rank % 2}]" in found["pair"][0]
+    assert any("a node of ranks on host 0, host 1 averages densely" in line for line in results[0]["swapped"])
+    assert not any("averages densely" in line for line in results[0]["pair"])
     for case in ("one node", "one rank a node"):
         assert any(f"nodes finds {case}: each rank is a worker of its own" in line for line in results[0][case])
 
