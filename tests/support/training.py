@@ -41,6 +41,13 @@ def assert_replicas_equal(results):
             assert torch.equal(p, other["parameters"][name]), name
 
 
+def assert_same(results, others):
+    """Ranks have the same bits in all that they keep."""
+    for one, other in zip(results, others, strict=True):
+        for kind in kinds_of(one):
+            assert all(torch.equal(t, other[kind][name]) for name, t in one[kind].items()), kind
+
+
 def assert_resumed(straight, resumed, world_size):
     """A resumed run has the bits of one that went straight on, as far as DDP's buckets let it."""
     for kind in kinds_of(straight):
